@@ -1,0 +1,38 @@
+"""Time as a thing that can be passed in, so that tests need not wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Protocol
+
+__all__ = ["Clock", "SystemClock"]
+
+
+class Clock(Protocol):
+    """What the core and the backends ask of time. All values are seconds."""
+
+    def time(self) -> float:
+        """Return seconds since the Unix epoch; may jump."""
+        ...
+
+    def monotonic(self) -> float:
+        """Return seconds since some fixed point; never goes back."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait. Cancellation ends the wait."""
+        ...
+
+
+class SystemClock:
+    """The machine's clock."""
+
+    def time(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)

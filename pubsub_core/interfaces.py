@@ -1,0 +1,467 @@
+"""What a backend implements: one `Backend`, and one small interface per optional power.
+
+A backend is wire work only: one session with one broker, and the translation of topics.
+The core owns retry, resubscription, routing, buffers, codecs, limits and events. Whoever
+writes a backend reads this module and `pubsub_core.testing`.
+
+Rules that hold for every method:
+
+* Topics and filters are core topics; `backend.py` is where they become the broker's.
+* Errors are those of `pubsub_core.errors`, raised ``from`` the native one. A failed publish
+  carries its `Outcome`. Cancellation passes untouched, and leaves nothing behind.
+* Nothing of a user runs inside a backend: frames, interest and losses go to the `Sink`,
+  whose methods never block and may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import msgspec
+
+from .capabilities import Cap, Guarantees, Limits, Support
+from .clock import Clock, SystemClock
+from .errors import NotSupported
+from .events import InterestEvent, Notice
+from .message import InFrame, Member, OutFrame, Receipt, Verdict
+from .secrets import Secret
+
+__all__ = [
+    "API_VERSION",
+    "Address",
+    "AuthorizationRequest",
+    "Backend",
+    "BackendContext",
+    "BackendInfo",
+    "DevServer",
+    "HasAcknowledgement",
+    "HasAuthorization",
+    "HasHistory",
+    "HasNotifications",
+    "HasPresence",
+    "HasRetained",
+    "HasUnicast",
+    "HistoryQuery",
+    "SessionFacts",
+    "Sink",
+    "Watch",
+    "WatchKind",
+    "WireSub",
+]
+
+API_VERSION = (1, 0)
+"""Version of this contract: a backend with another major number is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A broker's address as a URL gave it. Its repr holds no password.
+
+    Attributes:
+        scheme: Lower case, e.g. ``mqtts``.
+        host: As written, case kept; without the brackets of an IPv6 literal. May be ``""``.
+        port: None when the URL has none.
+        path: With its leading ``/``, percent-decoded, or ``""``.
+    """
+
+    scheme: str
+    host: str = ""
+    port: int | None = None
+    path: str = ""
+    username: str | None = None
+    password: Secret | None = None
+
+    def __str__(self) -> str:
+        """Return the URL without credentials and options."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port is None else f":{self.port}"
+        return f"{self.scheme}://{host}{port}{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """What a backend announces. Readable without importing the broker's client library.
+
+    Attributes:
+        name: Lower case, e.g. ``mqtt``.
+        schemes: URL schemes it answers to, lower case.
+        factory: ``module:Class`` of the `Backend`, imported when a URL is opened.
+        capabilities: The most it can do; a missing entry means ``none``.
+        options: A dataclass whose fields are the backend's options. It validates the URL's
+            query and TOML alike and feeds help and schema; ``metadata["help"]`` of a field
+            is its one-line help.
+        install: Command that installs what the factory needs.
+        dev_server: ``module:Class`` of an embedded `DevServer`, or ``""``.
+        api: Version of the contract it was written for.
+        about: One line for people.
+    """
+
+    name: str
+    schemes: tuple[str, ...]
+    factory: str
+    capabilities: Mapping[Cap, Support]
+    guarantees: Guarantees
+    limits: Limits
+    options: type[Any]
+    install: str = ""
+    dev_server: str = ""
+    api: tuple[int, int] = API_VERSION
+    about: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendContext:
+    """What a backend is made from.
+
+    Attributes:
+        info: Its own announcement.
+        address: Where the broker is.
+        options: An instance of ``info.options``, validated.
+        bus: Name of the bus, for logs.
+    """
+
+    info: BackendInfo
+    address: Address
+    options: Any
+    clock: Clock = field(default_factory=SystemClock)
+    bus: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFacts:
+    """What a new session is like.
+
+    Attributes:
+        resumed: The broker kept our subscriptions and what was published meanwhile.
+        client_id: Our identifier at the broker, or ``""``.
+        server: What the broker tells of itself, or ``""``.
+    """
+
+    resumed: bool = False
+    client_id: str = ""
+    server: str = ""
+
+
+class WireSub(msgspec.Struct, frozen=True):
+    """One subscription at the broker. The core keeps one per filter and group.
+
+    Attributes:
+        id: Small positive number, unique within the bus and kept when the same filter is
+            subscribed again with another quality of service. A broker that echoes
+            subscription identifiers (MQTT 5) can use it as it is.
+        filter: Plain filter with ``+`` and ``#``, without captures.
+        group: Share group, or None.
+        qos: Highest quality of service that any local subscription asked for.
+        echo: Whether messages of this very client are wanted.
+    """
+
+    id: int
+    filter: str
+    group: str | None = None
+    qos: int = 1
+    echo: bool = True
+
+
+class WatchKind(StrEnum):
+    """Which of the two views on interest a watch is."""
+
+    PRESENCE = "presence"
+    NOTIFICATIONS = "notifications"
+
+
+class Watch(msgspec.Struct, frozen=True):
+    """One view on interest that somebody holds open.
+
+    Attributes:
+        id: Unique within the bus, never used again.
+        filter: Topic (presence) or filter (notifications).
+    """
+
+    id: int
+    kind: WatchKind
+    filter: str
+
+
+class HistoryQuery(msgspec.Struct, frozen=True):
+    """Which stored messages are wanted; both ends are inclusive.
+
+    Attributes:
+        last: At most that many, the newest; None for all.
+        since: Unix seconds, or None.
+        until: Unix seconds, or None.
+    """
+
+    last: int | None = None
+    since: float | None = None
+    until: float | None = None
+
+
+class AuthorizationRequest(msgspec.Struct, frozen=True):
+    """The broker asks what *member* may see of *topic*.
+
+    Attributes:
+        tag: What the backend needs to answer.
+    """
+
+    member: Member
+    topic: str
+    tag: object = None
+
+
+class Sink(Protocol):
+    """Where a backend puts what arrives. One per session; a dead session's sink is deaf.
+
+    Every method may be called from any thread and returns at once.
+    """
+
+    def deliver(self, frame: InFrame) -> None:
+        """Hand over one message."""
+        ...
+
+    def interest(self, event: InterestEvent) -> None:
+        """Tell a change of interest, for a watch that is open."""
+        ...
+
+    def authorization(self, request: AuthorizationRequest) -> None:
+        """Ask what a client may see."""
+        ...
+
+    def notice(self, notice: Notice) -> None:
+        """Tell something that belongs to no call."""
+        ...
+
+    def lost(self, error: BaseException) -> None:
+        """Say that the session ended. The core decides what happens next; call it once."""
+        ...
+
+
+class Backend(abc.ABC):
+    """One session with one broker.
+
+    The same object is opened again after a lost session, so it can keep what must survive:
+    a client id, messages that wait for their acknowledgement.
+    """
+
+    def __init__(self, context: BackendContext) -> None:
+        self.context = context
+
+    @abc.abstractmethod
+    async def open(self, sink: Sink) -> SessionFacts:
+        """Make one session; no retry. Deliveries may begin before this returns.
+
+        Raises:
+            ConnectError: With ``retryable`` set where it is known.
+        """
+
+    async def restored(self) -> None:
+        """Learn that the subscriptions are back, and send what waited for that."""
+        return None
+
+    @abc.abstractmethod
+    async def close(self, *, drain: float) -> None:
+        """End the session; flush acknowledged work for at most *drain* seconds.
+
+        Idempotent, legal in any state, raises nothing for a dead link, leaves no task,
+        thread or socket. Publishes that still wait end with a definite outcome.
+        """
+
+    @abc.abstractmethod
+    async def publish(self, out: OutFrame) -> Receipt:
+        """Send one message and return when it is as confirmed as the backend declares.
+
+        Calls may overlap; they are sent in the order of the calls. When the session is
+        lost meanwhile a backend may keep the message, send it again in the next session
+        and return then.
+
+        Raises:
+            PublishFailed: With its outcome.
+            NotConnected: There is no session and the message was not kept.
+        """
+
+    @abc.abstractmethod
+    async def subscribe(self, want: WireSub) -> int:
+        """Subscribe and return the granted quality of service once the broker confirmed.
+
+        Called again for the same id to change its quality of service. It may deliver more
+        than the filter says: the core filters again.
+
+        Raises:
+            SubscribeFailed: The broker refused.
+        """
+
+    @abc.abstractmethod
+    async def unsubscribe(self, want: WireSub) -> None:
+        """Drop a subscription and return once the broker confirmed."""
+
+    async def probe(self) -> Mapping[Cap, Support]:
+        """Tell what this server and these credentials really allow; see `effective`."""
+        return {}
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of the session at hand; the declared ones unless the broker said less."""
+        return self.context.info.limits
+
+    @property
+    def guarantees(self) -> Guarantees:
+        """The guarantees with the options at hand; the declared ones unless overridden."""
+        return self.context.info.guarantees
+
+    def to_wire(self, topic: str) -> str:
+        """Translate a core topic to the broker's name; with `from_wire` a bijection."""
+        return topic
+
+    def from_wire(self, name: str) -> str:
+        """Translate the broker's name of a topic to the core's."""
+        return name
+
+    async def ping(self) -> float:
+        """Return the seconds that a round trip to the broker takes."""
+        raise NotSupported(
+            Cap.PING, why="the protocol has no round trip", backend=self.context.info.name
+        )
+
+    def pause(self) -> bool:
+        """Stop the flow of messages; return whether it really stops (``flow_control``).
+
+        The link must stay alive meanwhile.
+        """
+        return False
+
+    def resume(self) -> None:
+        """Let messages flow again."""
+        return None
+
+    @property
+    def native(self) -> object:
+        """The backend's own client, for `Bus.native`."""
+        return self
+
+
+@runtime_checkable
+class HasPresence(Protocol):
+    """Capability ``presence``."""
+
+    async def watch_presence(self, watch: Watch) -> Sequence[Member]:
+        """Report changes to the sink from now on; return who is there.
+
+        A change may be reported before this returns: the core reconciles by member id.
+
+        Raises:
+            NotAuthorized: These credentials may not look.
+        """
+        ...
+
+    async def unwatch_presence(self, watch: Watch) -> None:
+        """Stop reporting."""
+        ...
+
+    async def members(self, topic: str) -> Sequence[Member]:
+        """Return who is subscribed to *topic* now."""
+        ...
+
+
+@runtime_checkable
+class HasNotifications(Protocol):
+    """Capability ``notifications``."""
+
+    async def watch_notifications(self, watch: Watch) -> None:
+        """Report the existing interest as ``joined`` events, then every change.
+
+        Report ``synced`` in between where the broker marks the end of the existing ones.
+        """
+        ...
+
+    async def unwatch_notifications(self, watch: Watch) -> None:
+        """Stop reporting."""
+        ...
+
+
+@runtime_checkable
+class HasHistory(Protocol):
+    """Capability ``history``; the core builds ``replay`` on it."""
+
+    def history(self, filter: str, query: HistoryQuery) -> AsyncIterator[InFrame]:
+        """Yield stored messages that match, oldest first, marked ``replay``."""
+        ...
+
+
+@runtime_checkable
+class HasRetained(Protocol):
+    """Capability ``retained``."""
+
+    async def last(self, topic: str) -> InFrame | None:
+        """Return the retained message of *topic*, or None."""
+        ...
+
+
+@runtime_checkable
+class HasUnicast(Protocol):
+    """Capability ``unicast``."""
+
+    async def send_to(self, member: str, out: OutFrame) -> Receipt:
+        """Send to the one member with that id, which must be subscribed to the topic."""
+        ...
+
+
+@runtime_checkable
+class HasAcknowledgement(Protocol):
+    """Capability ``ack``."""
+
+    def settle(self, tag: object, verdict: Verdict) -> None:
+        """Act on a subscriber's decision about the frame with that tag; never blocks.
+
+        A tag of an earlier session is ignored.
+        """
+        ...
+
+
+@runtime_checkable
+class HasAuthorization(Protocol):
+    """Capability ``authorization``."""
+
+    async def watch_authorizations(self, filter: str) -> None:
+        """Ask the sink about clients that want topics matching *filter*."""
+        ...
+
+    async def authorize(
+        self, request: AuthorizationRequest, entitlements: frozenset[int] | None
+    ) -> None:
+        """Answer: the entitlements held, or None for no right at all."""
+        ...
+
+
+class DevServer(Protocol):
+    """An embedded server for development and tests: loopback and a free port by default."""
+
+    backend: ClassVar[str]
+    """Name of the backend that speaks to it."""
+
+    def __init__(self, *, host: str = "127.0.0.1", port: int = 0) -> None: ...
+
+    async def start(self) -> None:
+        """Listen; afterwards `url` and `port` are known."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop; returns within a few seconds in any state."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """URL to connect to."""
+        ...
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def port(self) -> int: ...
+
+    def describe(self) -> Mapping[str, object]:
+        """More for the start line, e.g. credentials the server made itself."""
+        ...

@@ -1,0 +1,93 @@
+"""Options that every bus has, whatever its backend.
+
+They can stand in the URL's query, in ``pubsub.toml``, in the environment, or be arguments
+of `pubsub_core.connect`; a backend's own options stand beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .capabilities import Cap
+
+__all__ = ["BusOptions", "CodecRule", "OfflineOverflow", "OfflinePolicy", "OverflowPolicy"]
+
+OverflowPolicy = Literal["drop_oldest", "drop_newest", "latest", "error", "block"]
+OfflinePolicy = Literal["raise", "buffer", "drop"]
+OfflineOverflow = Literal["error", "block", "drop_oldest", "drop_newest"]
+
+
+@dataclass(frozen=True, slots=True)
+class CodecRule:
+    """Topics matching *match* use *codec*; the first rule that matches wins."""
+
+    match: str
+    codec: str
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BusOptions:
+    """Options of a bus. Times are seconds, sizes bytes."""
+
+    wait: bool | float = field(
+        default=True,
+        metadata=_help(
+            "true: the first session must come up at once; seconds: keep trying that long; "
+            "false: start offline"
+        ),
+    )
+    connect_timeout: float = field(
+        default=10.0, metadata=_help("deadline of one attempt to make a session")
+    )
+    timeout: float = field(
+        default=30.0, metadata=_help("default deadline of publish, subscribe and requests")
+    )
+    drain: float = field(default=10.0, metadata=_help("how long close() may take"))
+    qos: int = field(default=1, metadata=_help("default quality of service, 0, 1 or 2"))
+    echo: bool = field(
+        default=True, metadata=_help("false: do not receive what this bus publishes itself")
+    )
+    codec: str = field(
+        default="json",
+        metadata=_help("codec of values that are neither bytes nor text: json, msgpack, …"),
+    )
+    codecs: tuple[CodecRule, ...] = field(
+        default=(), metadata=_help("rules {match, codec}; the first that matches wins")
+    )
+    offline: OfflinePolicy = field(
+        default="raise", metadata=_help("what publish does while there is no session")
+    )
+    offline_messages: int = field(
+        default=10_000, metadata=_help("most messages that offline='buffer' keeps")
+    )
+    offline_bytes: int = field(
+        default=16 * 1024 * 1024, metadata=_help("most payload bytes that it keeps")
+    )
+    offline_overflow: OfflineOverflow = field(
+        default="error", metadata=_help("what happens when the offline buffer is full")
+    )
+    buffer: int = field(default=1024, metadata=_help("most messages a subscription keeps"))
+    buffer_bytes: int = field(
+        default=16 * 1024 * 1024, metadata=_help("most payload bytes a subscription keeps")
+    )
+    overflow: OverflowPolicy = field(
+        default="drop_oldest", metadata=_help("what happens when a subscription falls behind")
+    )
+    reconnect: bool = field(default=True, metadata=_help("whether a lost session is renewed"))
+    reconnect_first: float = field(
+        default=0.5, metadata=_help("bound of the first, random delay before reconnecting")
+    )
+    reconnect_max: float = field(
+        default=30.0, metadata=_help("bound that the delay doubles up to")
+    )
+    require: tuple[Cap, ...] = field(
+        default=(), metadata=_help("capabilities without which connecting fails")
+    )
+    middleware: tuple[str, ...] = field(
+        default=(), metadata=_help("names of registered middleware, outermost first")
+    )
