@@ -14,6 +14,7 @@
     │  └─ TakenOver                  somebody else keeps connecting with our client id
     ├─ NotConnected                  the session is down and the offline policy is "raise"
     ├─ BusClosed                     used after close()
+    ├─ OperationTimeout              any other request that was not answered in time
     ├─ WrongLoop                     used from another event loop, thread or process
     ├─ InvalidTopic, InvalidFilter   level and character are attributes
     ├─ NotAuthorized                 base of the two refusals below
@@ -59,6 +60,7 @@ __all__ = [
     "NotAuthorized",
     "NotConnected",
     "NotSupported",
+    "OperationTimeout",
     "Outcome",
     "Overflow",
     "PayloadTooLarge",
@@ -252,6 +254,13 @@ class BusClosed(PubSubError):
 
     code = "closed"
     retryable = False
+
+
+class OperationTimeout(PubSubError, TimeoutError):
+    """The broker did not answer a request in time; what it did with it is unknown."""
+
+    code = "timeout"
+    retryable = True
 
 
 class WrongLoop(PubSubError):

@@ -58,9 +58,9 @@ class GapReason(StrEnum):
     """Why messages may be missing."""
 
     DISCONNECTED = "disconnected"
+    """The session was down and messages were published meanwhile, or may have been."""
     OVERFLOW = "overflow"
-    HISTORY_TOO_SHORT = "history_too_short"
-    NOT_STORED = "not_stored"
+    """The subscription fell behind and its overflow policy dropped messages."""
 
 
 class Gap(msgspec.Struct, frozen=True):

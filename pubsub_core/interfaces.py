@@ -157,6 +157,7 @@ class WireSub(msgspec.Struct, frozen=True):
         group: Share group, or None.
         qos: Highest quality of service that any local subscription asked for.
         echo: Whether messages of this very client are wanted.
+        manual_ack: Whether some local subscription decides about each message itself.
     """
 
     id: int
@@ -164,6 +165,7 @@ class WireSub(msgspec.Struct, frozen=True):
     group: str | None = None
     qos: int = 1
     echo: bool = True
+    manual_ack: bool = False
 
 
 class WatchKind(StrEnum):
@@ -261,6 +263,13 @@ class Backend(abc.ABC):
         """Learn that the subscriptions are back, and send what waited for that."""
         return None
 
+    async def drop(self) -> None:
+        """End the session at hand at once, as if it had been lost; `open` may follow.
+
+        Called when a session could not be restored. The sink needs no `Sink.lost`.
+        """
+        await self.close(drain=0.0)
+
     @abc.abstractmethod
     async def close(self, *, drain: float) -> None:
         """End the session; flush acknowledged work for at most *drain* seconds.
@@ -281,6 +290,14 @@ class Backend(abc.ABC):
             PublishFailed: With its outcome.
             NotConnected: There is no session and the message was not kept.
         """
+
+    def try_publish(self, out: OutFrame) -> Receipt | None:
+        """Publish at once if that needs no waiting; None lets the core call `publish`.
+
+        For backends where a publish is confirmed without waiting. It must not overtake
+        messages that `publish` still holds, and raises what `publish` raises.
+        """
+        return None
 
     @abc.abstractmethod
     async def subscribe(self, want: WireSub) -> int:

@@ -1,0 +1,173 @@
+"""Messages published while there is no session: kept in order, within bounds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from .errors import Overflow, PublishFailed, PubSubError
+from .message import OutFrame, Receipt
+from .settings import OfflineOverflow
+
+__all__ = ["Outbox"]
+
+_AT_ONCE = 100
+
+
+class _Waiting:
+    __slots__ = ("frame", "future")
+
+    def __init__(self, frame: OutFrame, future: asyncio.Future[Receipt]) -> None:
+        self.frame = frame
+        self.future = future
+
+
+class Outbox:
+    """A bounded queue of publishes that wait for a session.
+
+    What waits is sent in the order of the calls once there is one, and nothing published
+    meanwhile overtakes it: while `busy`, the bus puts everything here.
+    """
+
+    def __init__(self, *, messages: int, bytes: int, overflow: OfflineOverflow) -> None:
+        self._most = messages
+        self._most_bytes = bytes
+        self._overflow = overflow
+        self._queue: deque[_Waiting] = deque()
+        self._bytes = 0
+        self._room: deque[asyncio.Future[None]] = deque()
+        self._flushing = False
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def bytes(self) -> int:
+        """Payload bytes that wait."""
+        return self._bytes
+
+    @property
+    def busy(self) -> bool:
+        """Whether a publish must queue up here to keep the order."""
+        return bool(self._queue) or self._flushing
+
+    async def put(self, frame: OutFrame, backend: str) -> asyncio.Future[Receipt]:
+        """Keep *frame*; the future tells what became of it.
+
+        Waits for room with ``overflow="block"``. Cancelling the future withdraws the
+        message, if it has not been sent.
+
+        Raises:
+            Overflow: There is no room, and the policy is ``error`` or ``drop_newest``.
+        """
+        size = len(frame.payload)
+        while self._full(size):
+            if self._overflow == "drop_oldest" and self._queue:
+                self._drop_oldest(backend)
+                continue
+            if self._overflow == "block" and size <= self._most_bytes and self._most > 0:
+                room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._room.append(room)
+                await room
+                continue
+            self.dropped += 1
+            raise Overflow(
+                f"the offline buffer is full with {len(self._queue)} messages "
+                f"({self._bytes} bytes)",
+                hint="wait until the bus is online, or raise offline_messages, offline_bytes",
+                backend=backend,
+                topic=frame.topic,
+            )
+        future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Waiting(frame, future))
+        self._bytes += size
+        return future
+
+    async def flush(
+        self, send: Callable[[OutFrame], Awaitable[Receipt]], online: Callable[[], bool]
+    ) -> None:
+        """Send what waits, in order, as long as there is a session."""
+        if self._flushing:
+            return
+        self._flushing = True
+        pending: set[asyncio.Future[None]] = set()
+        try:
+            while self._queue and online():
+                waiting = self._take()
+                if waiting.future.done():
+                    continue
+                pending.add(asyncio.ensure_future(_send(waiting, send)))
+                if len(pending) >= _AT_ONCE:
+                    _, pending = await asyncio.wait(
+                        pending, return_when=asyncio.FIRST_COMPLETED
+                    )
+                else:
+                    # Each send must begin before the next one does.
+                    await asyncio.sleep(0)
+            self._flushing = False
+            if pending:
+                await asyncio.wait(pending)
+        finally:
+            self._flushing = False
+
+    def fail(self, error: Callable[[OutFrame], PubSubError]) -> None:
+        """End every wait: there will be no session."""
+        while self._queue:
+            waiting = self._take()
+            if not waiting.future.done():
+                waiting.future.set_exception(error(waiting.frame))
+                # Whoever published without waiting for it has no one to raise to.
+                waiting.future.exception()
+        self._flushing = False
+
+    def _full(self, size: int) -> bool:
+        while self._queue and self._queue[0].future.done():
+            self._take()
+        return len(self._queue) >= self._most or self._bytes + size > self._most_bytes
+
+    def _take(self) -> _Waiting:
+        waiting = self._queue.popleft()
+        self._bytes -= len(waiting.frame.payload)
+        while self._room:
+            room = self._room.popleft()
+            if not room.done():
+                room.set_result(None)
+                break
+        return waiting
+
+    def _drop_oldest(self, backend: str) -> None:
+        waiting = self._take()
+        self.dropped += 1
+        if not waiting.future.done():
+            waiting.future.set_exception(
+                Overflow(
+                    "a newer message took this one's place in the offline buffer",
+                    hint="raise offline_messages or offline_bytes, or choose another "
+                    "offline_overflow",
+                    backend=backend,
+                    topic=waiting.frame.topic,
+                )
+            )
+            waiting.future.exception()
+
+
+async def _send(waiting: _Waiting, send: Callable[[OutFrame], Awaitable[Receipt]]) -> None:
+    future = waiting.future
+    try:
+        receipt = await send(waiting.frame)
+    except PubSubError as error:
+        if not future.done():
+            future.set_exception(error)
+            future.exception()
+    except asyncio.CancelledError:
+        if not future.done():
+            future.set_exception(
+                PublishFailed("the bus was closed meanwhile", topic=waiting.frame.topic)
+            )
+            future.exception()
+        raise
+    else:
+        if not future.done():
+            future.set_result(receipt)

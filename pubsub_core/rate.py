@@ -1,0 +1,72 @@
+"""Keeps a bus below its broker's rate limits, before the broker acts on them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+
+from .capabilities import Limits
+from .clock import Clock
+
+__all__ = ["RateGuard"]
+
+_MOST_TOPICS = 10_000
+
+
+class _Window:
+    """At most *count* events in any *seconds*."""
+
+    __slots__ = ("_count", "_seconds", "_times")
+
+    def __init__(self, count: int, seconds: float) -> None:
+        self._count = count
+        self._seconds = seconds
+        self._times: deque[float] = deque()
+
+    def delay(self, now: float) -> float:
+        times = self._times
+        while times and times[0] <= now - self._seconds:
+            times.popleft()
+        if len(times) < self._count:
+            return 0.0
+        return times[len(times) - self._count] + self._seconds - now
+
+    def note(self, at: float) -> None:
+        self._times.append(at)
+
+
+class RateGuard:
+    """Says how long a publish must wait, for a limit per bus and one per topic."""
+
+    def __init__(self, limits: Limits, clock: Clock) -> None:
+        self._clock = clock
+        self._per_topic = limits.rate_per_topic
+        self._all = None if limits.rate is None else _Window(*limits.rate)
+        self._topics: OrderedDict[str, _Window] = OrderedDict()
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is any limit to keep."""
+        return self._all is not None or self._per_topic is not None
+
+    def delay(self, topic: str) -> float:
+        """Return the seconds after which *topic* may be published to; 0 for now."""
+        now = self._clock.monotonic()
+        delay = 0.0 if self._all is None else self._all.delay(now)
+        window = self._topics.get(topic)
+        return delay if window is None else max(delay, window.delay(now))
+
+    def reserve(self, topic: str) -> float:
+        """Take a place for one publish; return the seconds to wait before it."""
+        delay = self.delay(topic)
+        at = self._clock.monotonic() + delay
+        if self._all is not None:
+            self._all.note(at)
+        if self._per_topic is not None:
+            window = self._topics.get(topic)
+            if window is None:
+                window = self._topics[topic] = _Window(*self._per_topic)
+                if len(self._topics) > _MOST_TOPICS:
+                    self._topics.popitem(last=False)
+            self._topics.move_to_end(topic)
+            window.note(at)
+        return delay

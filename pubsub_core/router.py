@@ -1,0 +1,251 @@
+"""Which subscriptions a frame is for, and which subscriptions the broker must know of.
+
+Local subscriptions with the same filter and share group lean on one `Wire`: one
+subscription at the broker, made for the first of them and dropped after the last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from .events import Gap
+from .interfaces import HasAcknowledgement, WireSub
+from .message import InFrame, Verdict
+from .subscription import Delivery, Subscription
+from .trie import HandlerTrie
+
+__all__ = ["Router", "Wire"]
+
+_RECENT = 4096
+
+
+class Wire:
+    """One subscription at the broker and the local ones that lean on it.
+
+    Attributes:
+        want: What the broker is asked for.
+        generation: Session in which the broker confirmed `asked`; 0 for none.
+        asked: What the broker confirmed.
+    """
+
+    def __init__(self, want: WireSub) -> None:
+        self.want = want
+        self.subscriptions: list[Subscription[Any]] = []
+        self.generation = 0
+        self.asked: WireSub | None = None
+        self.granted = 0
+        # Ids of the last messages, to tell what a history repeats; None where unused.
+        self.recent: dict[tuple[str, str], None] | None = None
+        self._turn = 0
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """Filter and group, which identify it."""
+        return self.want.filter, self.want.group
+
+    def confirmed(self, generation: int) -> bool:
+        """Whether the broker has accepted exactly what is wanted, in that session."""
+        return self.generation == generation and self.asked == self.want
+
+    def targets(self) -> list[Subscription[Any]]:
+        """Return who gets the next frame: all, or one member of a share group in turn."""
+        subscriptions = self.subscriptions
+        if self.want.group is None or len(subscriptions) < 2:
+            return subscriptions
+        self._turn = (self._turn + 1) % len(subscriptions)
+        return [subscriptions[self._turn]]
+
+    def seen(self, frame: InFrame) -> bool:
+        """Note *frame*; return whether it came before."""
+        if self.recent is None or frame.id is None:
+            return False
+        key = (frame.topic, frame.id)
+        if key in self.recent:
+            return True
+        self.recent[key] = None
+        if len(self.recent) > _RECENT:
+            del self.recent[next(iter(self.recent))]
+        return False
+
+
+class Router:
+    """Routes frames to subscriptions; lives on the bus's event loop."""
+
+    def __init__(self) -> None:
+        self._wires: dict[tuple[str, str | None], Wire] = {}
+        self._by_id: dict[int, Wire] = {}
+        self._trie: HandlerTrie[Wire] = HandlerTrie("mqtt")
+        self._ids = itertools.count(1)
+        self._settle: Callable[[object, Verdict], None] | None = None
+        self.track_ids = False
+        self.unrouted = 0
+
+    def bind(self, backend: object) -> None:
+        """Take over the backend's way to settle frames."""
+        self._settle = backend.settle if isinstance(backend, HasAcknowledgement) else None
+
+    @property
+    def wires(self) -> tuple[Wire, ...]:
+        """All wires, oldest first."""
+        return tuple(self._wires.values())
+
+    def subscriptions(self) -> Iterator[Subscription[Any]]:
+        """Yield every local subscription."""
+        for wire in self.wires:
+            yield from tuple(wire.subscriptions)
+
+    def find(self, filter: str, group: str | None) -> Wire | None:
+        """Return the wire for that filter and group, if there is one."""
+        return self._wires.get((filter, group))
+
+    def attach(self, subscription: Subscription[Any], *, echo: bool) -> Wire:
+        """Add *subscription*; return its wire, whose `want` may have changed."""
+        filter = subscription.topic_filter.filter
+        wire = self._wires.get((filter, subscription.group))
+        if wire is None:
+            want = WireSub(
+                id=next(self._ids),
+                filter=filter,
+                group=subscription.group,
+                qos=subscription.qos,
+                echo=echo,
+                manual_ack=subscription.settings.ack == "manual",
+            )
+            wire = Wire(want)
+            if self.track_ids:
+                wire.recent = {}
+            self._wires[wire.key] = wire
+            self._by_id[want.id] = wire
+            self._trie.add(filter, wire)
+        else:
+            manual = wire.want.manual_ack or subscription.settings.ack == "manual"
+            wire.want = msgspec.structs.replace(
+                wire.want, qos=max(wire.want.qos, subscription.qos), manual_ack=manual
+            )
+        # Replaced, not changed: a frame may be on its way through the old list.
+        wire.subscriptions = [*wire.subscriptions, subscription]
+        return wire
+
+    def detach(self, subscription: Subscription[Any]) -> Wire | None:
+        """Remove *subscription*; return its wire when that was the last one leaning on it."""
+        wire = self._wires.get((subscription.topic_filter.filter, subscription.group))
+        if wire is None or subscription not in wire.subscriptions:
+            return None
+        wire.subscriptions = [each for each in wire.subscriptions if each is not subscription]
+        if wire.subscriptions:
+            return None
+        del self._wires[wire.key]
+        del self._by_id[wire.want.id]
+        self._trie.remove(wire.want.filter, wire)
+        return wire
+
+    def route(self, frame: InFrame) -> None:
+        """Put *frame* into the buffer of every subscription that it is for."""
+        ids = frame.subscriptions
+        if ids is None:
+            wires: Any = self._trie.match(frame.topic)
+        elif len(ids) == 1:
+            wire = self._by_id.get(ids[0])
+            wires = () if wire is None else (wire,)
+        else:
+            wires = [wire for each in ids if (wire := self._by_id.get(each)) is not None]
+        if len(wires) == 1:
+            wire = wires[0]
+            if wire.recent is not None and wire.seen(frame) and not frame.redelivered:
+                self._discard(frame)
+                return
+            targets = wire.targets()
+        else:
+            targets = [
+                each
+                for wire in wires
+                if wire.recent is None or not wire.seen(frame) or frame.redelivered
+                for each in wire.targets()
+            ]
+        if not targets:
+            self._discard(frame)
+            return
+        delivery = None
+        if frame.tag is not None and self._settle is not None:
+            delivery = Delivery(frame.tag, len(targets), self._settle)
+        for subscription in targets:
+            subscription.put(frame, delivery)
+
+    def _discard(self, frame: InFrame) -> None:
+        self.unrouted += 1
+        if frame.tag is not None and self._settle is not None:
+            self._settle(frame.tag, Verdict.ACK)
+
+    def gap(self, gap: Gap) -> None:
+        """Mark a hole in every stream."""
+        for subscription in self.subscriptions():
+            subscription.put_gap(msgspec.structs.replace(gap, filter=subscription.filter))
+
+
+class Inbox:
+    """Takes frames from any thread and routes them on the loop, in order.
+
+    On the loop's own thread a frame is routed at once. From another thread frames are
+    queued, with one wake-up of the loop for a burst of them.
+    """
+
+    def __init__(
+        self, route: Callable[[InFrame], None], call_soon: Callable[[Callable[[], None]], Any]
+    ) -> None:
+        self._route = route
+        self._call_soon = call_soon
+        self._thread = threading.get_ident()
+        self._queue: deque[Callable[[], None] | InFrame] = deque()
+        self._scheduled = False
+        self._held = True
+        self._deaf = False
+
+    def frame(self, frame: InFrame) -> None:
+        """Take a frame."""
+        if self._held or self._queue or threading.get_ident() != self._thread:
+            self._enqueue(frame)
+        elif not self._deaf:
+            self._route(frame)
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Take anything else, in order with the frames."""
+        if self._held or self._queue or threading.get_ident() != self._thread:
+            self._enqueue(action)
+        elif not self._deaf:
+            action()
+
+    def release(self) -> None:
+        """Let what was held while the session was restored go its way."""
+        self._held = False
+        self._drain()
+
+    def close(self) -> None:
+        """Take nothing more; late frames of a dead session stop here."""
+        self._deaf = True
+        self._queue.clear()
+
+    def _enqueue(self, item: Callable[[], None] | InFrame) -> None:
+        if self._deaf:
+            return
+        self._queue.append(item)
+        if not self._held and not self._scheduled:
+            self._scheduled = True
+            try:
+                self._call_soon(self._drain)
+            except RuntimeError:  # the loop is closed; so is everything behind it
+                self._deaf = True
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        while self._queue and not self._deaf:
+            item = self._queue.popleft()
+            if isinstance(item, InFrame):
+                self._route(item)
+            else:
+                item()

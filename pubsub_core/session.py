@@ -1,0 +1,360 @@
+"""The session engine: connect, notice a loss, come back, in that order and for ever.
+
+Backends make one session and say when it ended; everything about trying again is here.
+While a session is being restored, what it delivers is held back, so that a gap is marked
+before what came after it. Each session has a generation number, and a dead one's sink is
+deaf: late frames cannot mix with new ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from typing import Protocol
+
+from .clock import Clock
+from .errors import BusClosed, ConnectError, ConnectTimeout, NotConnected, PubSubError
+from .events import InterestEvent, Notice, Status, StatusChanged
+from .interfaces import AuthorizationRequest, Backend, SessionFacts
+from .message import InFrame
+from .router import Inbox
+from .settings import BusOptions
+
+__all__ = ["Backoff", "Session", "SessionOwner"]
+
+logger = logging.getLogger("pubsub_core")
+
+_HEALTHY_AFTER = 10.0
+_SHORT_OUTAGE = 10.0
+_SHORT_BOUND = 1.5
+
+
+class Backoff:
+    """Delays before reconnecting: full jitter, doubling up to a bound.
+
+    A delay is drawn evenly between 0 and a bound that starts at *first* seconds and
+    doubles up to *maximum*. During the first ten seconds of an outage the bound stays
+    below 1.5 seconds, so that a short outage is over soon after it ended.
+    """
+
+    def __init__(
+        self, first: float, maximum: float, *, rng: Callable[[], float] = random.random
+    ) -> None:
+        self._first = first
+        self._maximum = maximum
+        self._rng = rng
+        self._attempts = 0
+
+    def reset(self) -> None:
+        """Start over, after a session that stayed healthy."""
+        self._attempts = 0
+
+    def bound(self, outage: float) -> float:
+        """Return the longest next delay, *outage* seconds after the session was lost."""
+        # 2.0 ** 64 seconds is past any maximum; larger exponents would overflow.
+        bound = min(self._maximum, self._first * 2.0 ** min(self._attempts, 64))
+        return min(bound, _SHORT_BOUND) if outage < _SHORT_OUTAGE else bound
+
+    def next(self, outage: float = 0.0) -> float:
+        """Return the next delay in seconds."""
+        delay = self._rng() * self.bound(outage)
+        self._attempts += 1
+        return delay
+
+
+class SessionOwner(Protocol):
+    """What the engine asks of the bus."""
+
+    def route(self, frame: InFrame) -> None:
+        """Route one frame."""
+        ...
+
+    def interest(self, event: InterestEvent) -> None:
+        """Route one change of interest."""
+        ...
+
+    def authorization(self, request: AuthorizationRequest) -> None:
+        """Route one question."""
+        ...
+
+    def notice(self, notice: Notice) -> None:
+        """Pass one notice on."""
+        ...
+
+    async def restore(self, facts: SessionFacts, generation: int) -> None:
+        """Bring subscriptions and watches back in a session that was just opened."""
+        ...
+
+    def status_changed(self, event: StatusChanged) -> None:
+        """Learn of a change of status."""
+        ...
+
+
+class _SessionSink:
+    """The sink of one session; see `pubsub_core.interfaces.Sink`."""
+
+    def __init__(self, owner: SessionOwner, loop: asyncio.AbstractEventLoop) -> None:
+        self._owner = owner
+        self._loop = loop
+        self.inbox = Inbox(owner.route, loop.call_soon_threadsafe)
+        self.ended: asyncio.Future[BaseException] = loop.create_future()
+        # On the loop's own thread a released inbox routes at once; hot paths use it as is.
+        self.deliver = self.inbox.frame
+
+    def interest(self, event: InterestEvent) -> None:
+        self.inbox.call(lambda: self._owner.interest(event))
+
+    def authorization(self, request: AuthorizationRequest) -> None:
+        self.inbox.call(lambda: self._owner.authorization(request))
+
+    def notice(self, notice: Notice) -> None:
+        self.inbox.call(lambda: self._owner.notice(notice))
+
+    def lost(self, error: BaseException) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._end, error)
+        except RuntimeError:
+            return  # the loop is closed, and nobody is left to tell
+
+    def _end(self, error: BaseException) -> None:
+        if not self.ended.done():
+            self.ended.set_result(error)
+
+    def close(self) -> None:
+        self.inbox.close()
+        self.ended.cancel()
+
+
+class Session:
+    """Keeps one backend in a session for as long as the bus is open."""
+
+    def __init__(
+        self, backend: Backend, options: BusOptions, clock: Clock, owner: SessionOwner, name: str
+    ) -> None:
+        self._backend = backend
+        self._options = options
+        self._clock = clock
+        self._owner = owner
+        self._name = name
+        self._backoff = Backoff(options.reconnect_first, options.reconnect_max)
+        self._task: asyncio.Task[None] | None = None
+        self._sink: _SessionSink | None = None
+        self._waiters: set[asyncio.Future[None]] = set()
+        self.status = Status.NEW
+        self.generation = 0
+        self.online = False
+        self.error: PubSubError | None = None
+        self.facts = SessionFacts()
+
+    # --- what the bus calls ------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Make the first session, as patiently as the option ``wait`` says.
+
+        Raises:
+            ConnectError: It could not be made.
+        """
+        self._set(Status.CONNECTING)
+        wait = self._options.wait
+        if wait is False:
+            self._task = asyncio.create_task(self._supervise(), name=f"pubsub {self._name}")
+            return
+        deadline = self._clock.monotonic() + (0.0 if wait is True else wait)
+        began = self._clock.monotonic()
+        while True:
+            try:
+                await self._attempt()
+            except ConnectError as error:
+                now = self._clock.monotonic()
+                delay = self._backoff.next(now - began)
+                if error.retryable is False or now + delay >= deadline:
+                    self._fail(error)
+                    raise
+                self._set(Status.CONNECTING, error, retry_in=delay)
+                await self._clock.sleep(delay)
+            except PubSubError as error:
+                self._fail(error)
+                raise
+            else:
+                break
+        self._task = asyncio.create_task(self._supervise(), name=f"pubsub {self._name}")
+
+    async def wait_online(self) -> None:
+        """Return when there is a session.
+
+        Raises:
+            BusClosed: The bus was closed.
+            ConnectError: There will be none.
+        """
+        while not self.online:
+            if self.status in (Status.CLOSING, Status.CLOSED):
+                raise BusClosed(f"bus {self._name!r} is closed", hint="open a new one")
+            if self.error is not None and self.status is Status.FAILED:
+                raise self.error
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiters.discard(waiter)
+
+    def closing(self) -> None:
+        """Stop trying; nothing new is accepted from here on."""
+        if self.status not in (Status.CLOSING, Status.CLOSED):
+            self._set(Status.CLOSING)
+
+    async def stop_trying(self) -> None:
+        """End the engine's task; an attempt under way is cancelled."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    def closed(self) -> None:
+        """Say that it is over."""
+        self.online = False
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+        self._set(Status.CLOSED)
+
+    # --- the engine --------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        while True:
+            lost_at = self._clock.monotonic()
+            if self._sink is not None:
+                online_at = lost_at
+                cause = await self._sink.ended
+                lost_at = self._clock.monotonic()
+                if lost_at - online_at >= _HEALTHY_AFTER:
+                    self._backoff.reset()
+                error = self._lost(cause)
+                if error.retryable is False or not self._options.reconnect:
+                    self._fail(error)
+                    return
+                delay = self._backoff.next()
+                self._set(Status.RECONNECTING, error, retry_in=delay)
+                await self._clock.sleep(delay)
+            if not await self._renew(lost_at):
+                return
+
+    async def _renew(self, lost_at: float) -> bool:
+        while True:
+            try:
+                await self._attempt()
+            except PubSubError as error:
+                if error.retryable is False:
+                    self._fail(error)
+                    return False
+                delay = self._backoff.next(self._clock.monotonic() - lost_at)
+                status = Status.RECONNECTING if self.generation else Status.CONNECTING
+                self._set(status, error, retry_in=delay)
+                await self._clock.sleep(delay)
+            except Exception as error:
+                # A backend that raises something else is at fault; dying silently would
+                # leave a bus that says it is reconnecting and never does.
+                logger.exception("bus %r: the backend failed unexpectedly", self._name)
+                failure = ConnectError(
+                    f"the backend of bus {self._name!r} failed: {type(error).__name__}",
+                    hint="this is a defect of the backend; see the log",
+                    retryable=False,
+                )
+                failure.__cause__ = error
+                self._fail(failure)
+                return False
+            else:
+                return True
+
+    async def _attempt(self) -> None:
+        loop = asyncio.get_running_loop()
+        sink = _SessionSink(self._owner, loop)
+        try:
+            try:
+                async with asyncio.timeout(self._options.connect_timeout):
+                    facts = await self._backend.open(sink)
+            except ConnectError:
+                raise
+            except TimeoutError as error:
+                raise ConnectTimeout(
+                    f"no session with {self._backend.context.address} within "
+                    f"{self._options.connect_timeout:g} s",
+                    hint="check host and port, or raise connect_timeout",
+                    backend=self._backend.context.info.name,
+                ) from error
+            self.generation += 1
+            try:
+                await self._restored(sink, facts)
+            except BaseException:
+                await self._backend.drop()
+                raise
+        except BaseException:
+            sink.close()
+            raise
+
+    async def _restored(self, sink: _SessionSink, facts: SessionFacts) -> None:
+        restoring = asyncio.ensure_future(self._owner.restore(facts, self.generation))
+        try:
+            await asyncio.wait([restoring, sink.ended], return_when=asyncio.FIRST_COMPLETED)
+            if sink.ended.done():
+                raise self._lost(sink.ended.result())
+            restoring.result()
+        finally:
+            if not restoring.done():
+                restoring.cancel()
+                await asyncio.wait([restoring])
+            elif not restoring.cancelled():
+                restoring.exception()
+        self.facts = facts
+        self._sink = sink
+        self.online = True
+        self.error = None
+        sink.inbox.release()
+        self._set(Status.ONLINE)
+        await self._backend.restored()
+
+    def _lost(self, cause: BaseException) -> PubSubError:
+        self.online = False
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+        if isinstance(cause, PubSubError):
+            return cause
+        error = ConnectError(
+            f"the session of bus {self._name!r} with {self._backend.context.address} was lost: "
+            f"{type(cause).__name__}",
+            backend=self._backend.context.info.name,
+        )
+        error.__cause__ = cause
+        return error
+
+    def _fail(self, error: PubSubError) -> None:
+        self.online = False
+        self.error = error
+        self._set(Status.FAILED, error)
+
+    def _set(
+        self, status: Status, error: PubSubError | None = None, *, retry_in: float | None = None
+    ) -> None:
+        self.status = status
+        self._owner.status_changed(
+            StatusChanged(status, error=error, generation=self.generation, retry_in=retry_in)
+        )
+        if status in (Status.ONLINE, Status.FAILED, Status.CLOSING, Status.CLOSED):
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def not_connected(self) -> PubSubError:
+        """Return the error of an operation that needs a session now."""
+        if self.status in (Status.CLOSING, Status.CLOSED):
+            return BusClosed(f"bus {self._name!r} is closed", hint="open a new one")
+        if self.error is not None:
+            return self.error
+        return NotConnected(
+            f"bus {self._name!r} has no session with {self._backend.context.address}",
+            hint="wait until it is online, or set offline='buffer'",
+            backend=self._backend.context.info.name,
+        )
