@@ -38,6 +38,7 @@ __all__ = [
     "BackendContext",
     "BackendInfo",
     "DevServer",
+    "Endpoint",
     "HasAcknowledgement",
     "HasAuthorization",
     "HasHistory",
@@ -111,6 +112,20 @@ class BackendInfo:
     dev_server: str = ""
     api: tuple[int, int] = API_VERSION
     about: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """The socket that a backend connects to, defaults filled in.
+
+    Attributes:
+        host: Host name or address; of a local socket its path, with *port* None.
+        tls: Whether the connection is encrypted.
+    """
+
+    host: str
+    port: int | None
+    tls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +332,11 @@ class Backend(abc.ABC):
     async def probe(self) -> Mapping[Cap, Support]:
         """Tell what this server and these credentials really allow; see `effective`."""
         return {}
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where `open` will connect to, for ``pubsub doctor``; None where no socket is used."""
+        return None
 
     @property
     def limits(self) -> Limits:
