@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import abc
 import difflib
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -38,6 +39,8 @@ __all__ = [
     "TextCodec",
     "TypedCodec",
 ]
+
+_log = logging.getLogger("pubsub_core")
 
 T = TypeVar("T")
 
@@ -104,8 +107,8 @@ class _Builtin(abc.ABC):
 class BytesCodec(_Builtin):
     """Bytes as they are; no other value."""
 
-    name: Final = "bytes"
-    content_type: Final = None
+    name = "bytes"
+    content_type = None
 
     def encode(self, value: Any) -> bytes:  # noqa: D102 - inherited
         if isinstance(value, (bytes, bytearray, memoryview)):
@@ -121,8 +124,8 @@ class BytesCodec(_Builtin):
 class TextCodec(_Builtin):
     """Text as UTF-8, checked; no other value."""
 
-    name: Final = "text"
-    content_type: Final = "text/plain; charset=utf-8"
+    name = "text"
+    content_type = "text/plain; charset=utf-8"
 
     def encode(self, value: Any) -> bytes:  # noqa: D102 - inherited
         if isinstance(value, str):
@@ -138,11 +141,13 @@ class TextCodec(_Builtin):
 class JsonCodec(_Builtin):
     """JSON (RFC 8259) through msgspec: strict, so ``"1"`` is no number."""
 
-    name: Final = "json"
-    content_type: Final = "application/json"
+    name = "json"
+    content_type = "application/json"
 
     def __init__(self) -> None:
-        self._encode = msgspec.json.Encoder(enc_hook=partial(_dump_model, mode="json")).encode
+        self._encode = msgspec.json.Encoder(
+            enc_hook=lambda value: _dump_model(value, "json")
+        ).encode
 
     def encode(self, value: Any) -> bytes:  # noqa: D102 - inherited
         return self._encode(value)
@@ -157,12 +162,13 @@ class JsonCodec(_Builtin):
 class MsgpackCodec(_Builtin):
     """MessagePack through msgspec: as strict as `JsonCodec`."""
 
-    name: Final = "msgpack"
-    # Registered with IANA in 2024: "application/msgpack"; the x- form is its predecessor.
-    content_type: Final = "application/msgpack"
+    name = "msgpack"
+    content_type = "application/msgpack"
 
     def __init__(self) -> None:
-        self._encode = msgspec.msgpack.Encoder(enc_hook=partial(_dump_model, mode="python")).encode
+        self._encode = msgspec.msgpack.Encoder(
+            enc_hook=lambda value: _dump_model(value, "python")
+        ).encode
 
     def encode(self, value: Any) -> bytes:  # noqa: D102 - inherited
         return self._encode(value)
@@ -191,10 +197,10 @@ class CodecSet:
     Args:
         default: Codec of values that are neither bytes nor text and match no rule.
         rules: Topic filters and codec names; the first filter that matches a topic wins.
-        extra: Codecs of plugins.
+        extra: Codecs of plugins. One whose name is taken already is ignored, with a warning.
 
     Raises:
-        ConfigError: A name is unknown, taken twice, or a codec lacks a method.
+        ConfigError: A name is unknown, or a codec lacks a method.
         InvalidFilter: A rule's filter is none.
     """
 
@@ -297,9 +303,9 @@ class CodecSet:
                 hint="a codec has name, content_type, encode(value) and decode(data, type)",
             )
         if name in self._codecs:
-            raise ConfigError(
-                f"two codecs are called {name!r}", hint="uninstall or rename one of them"
-            )
+            # Not an error: a plugin must not be able to stop every bus of the program.
+            _log.warning("a second codec called %r is ignored: %r", name, codec)
+            return
         self._codecs[name] = codec
 
     def _get(self, codec: str | Codec) -> Codec:
@@ -421,7 +427,7 @@ def _decode_reason(exc: Exception) -> str:
 def _pydantic_reason(errors: Callable[..., Any]) -> str:
     try:
         found = errors(include_url=False, include_context=False, include_input=False)
-        return f"{len(found)} validation errors, the first is {found[0]['type']!r}"
+        return f"the first of {len(found)} validation errors is {found[0]['type']!r}"
     except (TypeError, LookupError):
         return "validation failed"
 
@@ -468,9 +474,9 @@ def _check_type(type: Any) -> None:
 
 def _parts(info: Any) -> Iterator[Any]:
     for name in ("item_type", "item_types", "key_type", "value_type", "types", "type", "fields"):
-        part = getattr(info, name, None)
+        part: Any = getattr(info, name, None)
         if isinstance(part, tuple):
-            yield from cast("tuple[Any, ...]", part)
+            yield from part
         elif part is not None:
             yield part
 
@@ -502,7 +508,7 @@ def _adapter(type: Any) -> Any:
         raise TypeError(exc.message.splitlines()[0]) from exc
 
 
-def _dump_model(value: Any, *, mode: str) -> Any:
+def _dump_model(value: Any, mode: str) -> Any:
     """Encode a pydantic model for msgspec; by alias, since that is what validation reads."""
     if _is_model(type(value)):
         return value.model_dump(mode=mode, by_alias=True)

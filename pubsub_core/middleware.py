@@ -15,10 +15,10 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -26,7 +26,7 @@ import msgspec
 from .capabilities import Cap
 from .clock import Clock, SystemClock
 from .errors import HandlerFailed, Outcome, PublishTimeout, PubSubError, RateLimited
-from .message import Message, Verdict
+from .message import Headers, Message, Verdict
 from .topics import validate_topic
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
     "dead_letter_headers",
 ]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("pubsub_core")
 
 
 class Direction(StrEnum):
@@ -76,6 +76,24 @@ class Context:
     bus: Any = None
     subscription: Any = None
     attempt: int = 1
+
+    def received(self) -> Message[Any]:
+        """Return the message with the topic, payload and headers that middleware assigned.
+
+        Its `Message.raw` stays what arrived.
+
+        Raises:
+            ValueError: The context is of a publish.
+        """
+        message = self.message
+        if message is None:
+            raise ValueError(f"a publish to {self.topic!r} has no received message")
+        if self.headers != dict(message.headers):
+            frame = msgspec.structs.replace(message.frame, headers=Headers(self.headers))
+            message = msgspec.structs.replace(message, frame=frame)
+        if self.payload is not message.payload or self.topic != message.topic:
+            message = msgspec.structs.replace(message, topic=self.topic, payload=self.payload)
+        return message
 
 
 CallNext: TypeAlias = Callable[[Context], Awaitable[Any]]
@@ -156,7 +174,7 @@ class Retry:
         if backoff < 0 or maximum < 0 or factor < 1:
             raise ValueError("backoff and maximum are seconds from 0, factor is 1 or more")
         classes = retry_on if isinstance(retry_on, tuple) else (retry_on,)
-        for each in classes:
+        for each in cast("tuple[type[BaseException], ...]", classes):
             if not issubclass(each, Exception):
                 # Retrying CancelledError would swallow cancellation.
                 raise TypeError(f"retry_on has {each.__qualname__}; pass subclasses of Exception")
@@ -316,11 +334,14 @@ class Dedupe:
         now = _clock(context).monotonic()
         while seen and next(iter(seen.values())) <= now - self.window:
             seen.popitem(last=False)
+        manual = _manual(context.subscription)
         if entry in seen:
             self.dropped += 1
+            if manual:
+                await message.ack()  # nobody else will see it
             return None
-        settle = message._settle  # noqa: SLF001 - same package; there is no public way
-        manual = getattr(context.subscription, "ack", "auto") == "manual"
+        # Same package; there is no public way to hear what becomes of a message.
+        settle = message._settle  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
         if settle is not None:
 
             def settled(verdict: Verdict) -> None:
@@ -387,7 +408,7 @@ class Timeout:
         else:
             # A clock of a test: only it knows when the time is over.
             scope = asyncio.timeout(None)
-            timer = asyncio.ensure_future(_expire(scope, clock.sleep(self.seconds)))
+            timer = asyncio.ensure_future(_expire(scope, clock, self.seconds))
         try:
             async with scope:
                 return await call_next(context)
@@ -408,8 +429,8 @@ class Timeout:
                 timer.cancel()
 
 
-async def _expire(scope: asyncio.Timeout, time: Coroutine[Any, Any, None]) -> None:
-    await time
+async def _expire(scope: asyncio.Timeout, clock: Clock, seconds: float) -> None:
+    await clock.sleep(seconds)
     scope.reschedule(asyncio.get_running_loop().time())
 
 
@@ -418,6 +439,10 @@ _SYSTEM_CLOCK: Final = SystemClock()
 
 def _clock(context: Context) -> Clock:
     return _SYSTEM_CLOCK if context.bus is None else context.bus.clock
+
+
+def _manual(subscription: Any) -> bool:
+    return getattr(getattr(subscription, "settings", None), "ack", "auto") == "manual"
 
 
 def _raised(error: BaseException) -> BaseException:
