@@ -7,7 +7,9 @@ of `pubsub_core.connect`; a backend's own options stand beside them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from .capabilities import Cap
 
@@ -16,6 +18,10 @@ __all__ = ["BusOptions", "CodecRule", "OfflineOverflow", "OfflinePolicy", "Overf
 OverflowPolicy = Literal["drop_oldest", "drop_newest", "latest", "error", "block"]
 OfflinePolicy = Literal["raise", "buffer", "drop"]
 OfflineOverflow = Literal["error", "block", "drop_oldest", "drop_newest"]
+
+_Seconds = Annotated[float, Meta(ge=0)]
+_Positive = Annotated[float, Meta(gt=0)]
+_Count = Annotated[int, Meta(ge=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +40,23 @@ def _help(text: str) -> dict[str, str]:
 class BusOptions:
     """Options of a bus. Times are seconds, sizes bytes."""
 
-    wait: bool | float = field(
+    wait: bool | _Seconds = field(
         default=True,
         metadata=_help(
             "true: the first session must come up at once; seconds: keep trying that long; "
             "false: start offline"
         ),
     )
-    connect_timeout: float = field(
+    connect_timeout: _Positive = field(
         default=10.0, metadata=_help("deadline of one attempt to make a session")
     )
-    timeout: float = field(
+    timeout: _Positive = field(
         default=30.0, metadata=_help("default deadline of publish, subscribe and requests")
     )
-    drain: float = field(default=10.0, metadata=_help("how long close() may take"))
-    qos: int = field(default=1, metadata=_help("default quality of service, 0, 1 or 2"))
+    drain: _Seconds = field(default=10.0, metadata=_help("how long close() may take"))
+    qos: Annotated[int, Meta(ge=0, le=2)] = field(
+        default=1, metadata=_help("default quality of service, 0, 1 or 2")
+    )
     echo: bool = field(
         default=True, metadata=_help("false: do not receive what this bus publishes itself")
     )
@@ -62,27 +70,27 @@ class BusOptions:
     offline: OfflinePolicy = field(
         default="raise", metadata=_help("what publish does while there is no session")
     )
-    offline_messages: int = field(
+    offline_messages: _Count = field(
         default=10_000, metadata=_help("most messages that offline='buffer' keeps")
     )
-    offline_bytes: int = field(
+    offline_bytes: _Count = field(
         default=16 * 1024 * 1024, metadata=_help("most payload bytes that it keeps")
     )
     offline_overflow: OfflineOverflow = field(
         default="error", metadata=_help("what happens when the offline buffer is full")
     )
-    buffer: int = field(default=1024, metadata=_help("most messages a subscription keeps"))
-    buffer_bytes: int = field(
+    buffer: _Count = field(default=1024, metadata=_help("most messages a subscription keeps"))
+    buffer_bytes: _Count = field(
         default=16 * 1024 * 1024, metadata=_help("most payload bytes a subscription keeps")
     )
     overflow: OverflowPolicy = field(
         default="drop_oldest", metadata=_help("what happens when a subscription falls behind")
     )
     reconnect: bool = field(default=True, metadata=_help("whether a lost session is renewed"))
-    reconnect_first: float = field(
+    reconnect_first: _Seconds = field(
         default=0.5, metadata=_help("bound of the first, random delay before reconnecting")
     )
-    reconnect_max: float = field(
+    reconnect_max: _Positive = field(
         default=30.0, metadata=_help("bound that the delay doubles up to")
     )
     require: tuple[Cap, ...] = field(
