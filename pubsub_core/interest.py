@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar, cast
 
-from .errors import BusClosed, PubSubError
+from .errors import BusClosed, NotConnected, PubSubError
 from .events import InterestEvent, InterestKind
-from .interfaces import Watch
+from .interfaces import Backend, HasNotifications, HasPresence, Watch, WatchKind
 from .message import Member
+from .topics import overlap
 
-__all__ = ["InterestView", "Notifications", "Presence"]
+__all__ = ["InterestView", "Notifications", "Presence", "Views"]
 
 _LIMIT = 4096
 # A member that leaves because its connection ended takes all its subscriptions with it.
@@ -56,10 +58,10 @@ class InterestView(abc.ABC):
         """
         return self._synced
 
-    def __await__(self: V) -> Generator[Any, None, V]:
+    def __await__(self) -> Generator[Any, None, Self]:
         return self._enter().__await__()
 
-    async def __aenter__(self: V) -> V:
+    async def __aenter__(self) -> Self:
         return await self._enter()
 
     async def __aexit__(
@@ -117,7 +119,7 @@ class InterestView(abc.ABC):
         self._failure = error
         self._wake()
 
-    async def _enter(self: V) -> V:
+    async def _enter(self) -> Self:
         if not self._started:
             self._started = True
             await self._start(self)
@@ -193,10 +195,9 @@ class Presence(InterestView):
         elif event.left:
             if self._members.pop(member.id, None) is not None:
                 self._tell(event)
-        elif member.id not in self._members:
-            self._members[member.id] = member
-            self._tell(event)
-        elif event.kind is InterestKind.UPDATED and self._members[member.id] != member:
+        elif member.id not in self._members or (
+            event.kind is InterestKind.UPDATED and self._members[member.id] != member
+        ):
             self._members[member.id] = member
             self._tell(event)
 
@@ -207,9 +208,7 @@ class Presence(InterestView):
         if again:
             for member in [each for each in self._members.values() if each.id not in new]:
                 del self._members[member.id]
-                self._tell(
-                    InterestEvent(InterestKind.LEFT, self.topic, member, reason="resync")
-                )
+                self._tell(InterestEvent(InterestKind.LEFT, self.topic, member, reason="resync"))
             for member in new.values():
                 if member.id not in self._members:
                     self._members[member.id] = member
@@ -304,3 +303,77 @@ class Notifications(InterestView):
         self._stale.discard(key)
         if not any(member == key[1] for _, member in self._counts):
             self._members.pop(key[1], None)
+
+
+class Views:
+    """The open views of one bus, and what the backend is asked on their behalf."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._views: dict[int, InterestView] = {}
+        self._ids = itertools.count(1)
+
+    def watch(self, kind: WatchKind, filter: str) -> Watch:
+        """Return a watch that no other view has."""
+        return Watch(next(self._ids), kind, filter)
+
+    async def open(self, view: InterestView) -> None:
+        """Begin *view*: ask the backend, take the snapshot."""
+        self._views[view.watch.id] = view
+        try:
+            await self._ask(view)
+        except BaseException:
+            self._views.pop(view.watch.id, None)
+            raise
+
+    async def close(self, view: InterestView, *, online: bool) -> None:
+        """End *view*, at the backend too while there is a session."""
+        if self._views.pop(view.watch.id, None) is None or not online:
+            return
+        if isinstance(view, Presence):
+            await cast("HasPresence", self._backend).unwatch_presence(view.watch)
+        else:
+            await cast("HasNotifications", self._backend).unwatch_notifications(view.watch)
+
+    async def restore(self) -> None:
+        """Begin all views again in a new session."""
+        for view in tuple(self._views.values()):
+            try:
+                await self._ask(view)
+            except NotConnected:
+                raise
+            except PubSubError as error:
+                view.fail(error)
+
+    def route(self, event: InterestEvent) -> None:
+        """Bring a change to the views it is for."""
+        if event.watches is not None:
+            for identity in event.watches:
+                view = self._views.get(identity)
+                if view is not None:
+                    view.apply(event)
+            return
+        for view in tuple(self._views.values()):
+            if overlap(view.watch.filter, event.topic):
+                view.apply(event)
+
+    def stale(self) -> None:
+        """Learn that the session was lost."""
+        for view in self._views.values():
+            view.stale()
+
+    def fail(self, error: PubSubError) -> None:
+        """Let every view raise."""
+        for view in self._views.values():
+            view.fail(error)
+
+    def end(self) -> None:
+        """Let every view return."""
+        for view in tuple(self._views.values()):
+            view.end()
+
+    async def _ask(self, view: InterestView) -> None:
+        if isinstance(view, Presence):
+            view.snapshot(await cast("HasPresence", self._backend).watch_presence(view.watch))
+        else:
+            await cast("HasNotifications", self._backend).watch_notifications(view.watch)

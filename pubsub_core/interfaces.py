@@ -276,7 +276,7 @@ class Backend(abc.ABC):
 
     async def restored(self) -> None:
         """Learn that the subscriptions are back, and send what waited for that."""
-        return None
+        return
 
     async def drop(self) -> None:
         """End the session at hand at once, as if it had been lost; `open` may follow.
@@ -329,6 +329,15 @@ class Backend(abc.ABC):
     async def unsubscribe(self, want: WireSub) -> None:
         """Drop a subscription and return once the broker confirmed."""
 
+    async def repeat_retained(self, want: WireSub) -> None:
+        """Deliver the retained messages of an existing subscription once more.
+
+        For a local subscription that joins one already in place; the core gives each
+        retained message to those only that have not had it. Brokers that keep no retained
+        messages need not care.
+        """
+        return
+
     async def probe(self) -> Mapping[Cap, Support]:
         """Tell what this server and these credentials really allow; see `effective`."""
         return {}
@@ -371,7 +380,7 @@ class Backend(abc.ABC):
 
     def resume(self) -> None:
         """Let messages flow again."""
-        return None
+        return
 
     @property
     def native(self) -> object:

@@ -10,17 +10,25 @@ from .errors import Overflow, PublishFailed, PubSubError
 from .message import OutFrame, Receipt
 from .settings import OfflineOverflow
 
-__all__ = ["Outbox"]
+__all__ = ["Outbox", "Waiting"]
 
 _AT_ONCE = 100
 
 
-class _Waiting:
-    __slots__ = ("frame", "future")
+class Waiting:
+    """One message in the outbox.
+
+    Attributes:
+        future: What became of it. Cancelling it withdraws the message if it is not `sent`.
+        sent: Whether it was handed to the backend.
+    """
+
+    __slots__ = ("frame", "future", "sent")
 
     def __init__(self, frame: OutFrame, future: asyncio.Future[Receipt]) -> None:
         self.frame = frame
         self.future = future
+        self.sent = False
 
 
 class Outbox:
@@ -34,7 +42,7 @@ class Outbox:
         self._most = messages
         self._most_bytes = bytes
         self._overflow = overflow
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[Waiting] = deque()
         self._bytes = 0
         self._room: deque[asyncio.Future[None]] = deque()
         self._flushing = False
@@ -53,11 +61,10 @@ class Outbox:
         """Whether a publish must queue up here to keep the order."""
         return bool(self._queue) or self._flushing
 
-    async def put(self, frame: OutFrame, backend: str) -> asyncio.Future[Receipt]:
-        """Keep *frame*; the future tells what became of it.
+    async def put(self, frame: OutFrame, backend: str) -> Waiting:
+        """Keep *frame*; its future tells what became of it.
 
-        Waits for room with ``overflow="block"``. Cancelling the future withdraws the
-        message, if it has not been sent.
+        Waits for room with ``overflow="block"``.
 
         Raises:
             Overflow: There is no room, and the policy is ``error`` or ``drop_newest``.
@@ -81,9 +88,10 @@ class Outbox:
                 topic=frame.topic,
             )
         future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(frame, future))
+        waiting = Waiting(frame, future)
+        self._queue.append(waiting)
         self._bytes += size
-        return future
+        return waiting
 
     async def flush(
         self, send: Callable[[OutFrame], Awaitable[Receipt]], online: Callable[[], bool]
@@ -100,9 +108,7 @@ class Outbox:
                     continue
                 pending.add(asyncio.ensure_future(_send(waiting, send)))
                 if len(pending) >= _AT_ONCE:
-                    _, pending = await asyncio.wait(
-                        pending, return_when=asyncio.FIRST_COMPLETED
-                    )
+                    _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 else:
                     # Each send must begin before the next one does.
                     await asyncio.sleep(0)
@@ -127,7 +133,7 @@ class Outbox:
             self._take()
         return len(self._queue) >= self._most or self._bytes + size > self._most_bytes
 
-    def _take(self) -> _Waiting:
+    def _take(self) -> Waiting:
         waiting = self._queue.popleft()
         self._bytes -= len(waiting.frame.payload)
         while self._room:
@@ -153,8 +159,9 @@ class Outbox:
             waiting.future.exception()
 
 
-async def _send(waiting: _Waiting, send: Callable[[OutFrame], Awaitable[Receipt]]) -> None:
+async def _send(waiting: Waiting, send: Callable[[OutFrame], Awaitable[Receipt]]) -> None:
     future = waiting.future
+    waiting.sent = True
     try:
         receipt = await send(waiting.frame)
     except PubSubError as error:

@@ -16,11 +16,11 @@ import msgspec
 
 from .events import Gap
 from .interfaces import HasAcknowledgement, WireSub
-from .message import InFrame, Verdict
+from .message import InFrame, Origin, Verdict
 from .subscription import Delivery, Subscription
 from .trie import HandlerTrie
 
-__all__ = ["Router", "Wire"]
+__all__ = ["Inbox", "Router", "Wire"]
 
 _RECENT = 4096
 
@@ -43,6 +43,8 @@ class Wire:
         # Ids of the last messages, to tell what a history repeats; None where unused.
         self.recent: dict[tuple[str, str], None] | None = None
         self._turn = 0
+        # Who was there when the broker was asked, and so gets what it retained.
+        self.served: list[Subscription[Any]] = []
 
     @property
     def key(self) -> tuple[str, str | None]:
@@ -84,7 +86,6 @@ class Router:
         self._ids = itertools.count(1)
         self._settle: Callable[[object, Verdict], None] | None = None
         self.track_ids = False
-        self.unrouted = 0
 
     def bind(self, backend: object) -> None:
         """Take over the backend's way to settle frames."""
@@ -145,8 +146,14 @@ class Router:
         self._trie.remove(wire.want.filter, wire)
         return wire
 
-    def route(self, frame: InFrame) -> None:
-        """Put *frame* into the buffer of every subscription that it is for."""
+    def wanted(self, frame: InFrame) -> bool:
+        """Whether any subscription is there for *frame*."""
+        if frame.subscriptions is not None:
+            return any(each in self._by_id for each in frame.subscriptions)
+        return bool(self._trie.match(frame.topic))
+
+    def route(self, frame: InFrame) -> bool:
+        """Put *frame* into the buffer of every subscription it is for; False if none is."""
         ids = frame.subscriptions
         if ids is None:
             wires: Any = self._trie.match(frame.topic)
@@ -158,8 +165,7 @@ class Router:
         if len(wires) == 1:
             wire = wires[0]
             if wire.recent is not None and wire.seen(frame) and not frame.redelivered:
-                self._discard(frame)
-                return
+                return self._discard(frame)
             targets = wire.targets()
         else:
             targets = [
@@ -169,18 +175,22 @@ class Router:
                 for each in wire.targets()
             ]
         if not targets:
-            self._discard(frame)
-            return
+            return self._discard(frame)
+        if frame.origin is Origin.RETAINED:
+            targets = [each for each in targets if each.first_retained(frame.topic)]
+            if not targets:
+                return self._discard(frame)
         delivery = None
         if frame.tag is not None and self._settle is not None:
             delivery = Delivery(frame.tag, len(targets), self._settle)
         for subscription in targets:
             subscription.put(frame, delivery)
+        return True
 
-    def _discard(self, frame: InFrame) -> None:
-        self.unrouted += 1
+    def _discard(self, frame: InFrame) -> bool:
         if frame.tag is not None and self._settle is not None:
             self._settle(frame.tag, Verdict.ACK)
+        return False
 
     def gap(self, gap: Gap) -> None:
         """Mark a hole in every stream."""

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, get_args
 
 from .errors import BusClosed, DecodeFailed, HandlerFailed, PubSubError, SubscriptionOverflow
 from .events import Gap, GapReason
@@ -29,7 +29,14 @@ from .topics import TopicFilter
 if TYPE_CHECKING:
     from .bus import Bus
 
-__all__ = ["Delivery", "Handler", "Subscription", "SubscriptionSettings", "SubscriptionStats"]
+__all__ = [
+    "DecodePolicy",
+    "Delivery",
+    "Handler",
+    "Subscription",
+    "SubscriptionSettings",
+    "SubscriptionStats",
+]
 
 T = TypeVar("T")
 
@@ -43,6 +50,8 @@ logger = logging.getLogger("pubsub_core")
 _NO_PARAMS: Mapping[str, str] = MappingProxyType({})
 # A handler that never waits would otherwise keep the event loop to itself.
 _BURST = 64
+# An idle thread ends within microseconds; the bound is for a machine that stands still.
+_IDLE_JOIN = 1.0
 
 
 class Delivery:
@@ -122,6 +131,20 @@ class SubscriptionSettings:
     on_decode_error: DecodePolicy = "raise"
     dead_letter: str | None = None
 
+    def check(self) -> None:
+        """Raise ValueError for a value that makes no sense."""
+        if self.buffer < 1 or self.buffer_bytes < 1:
+            raise ValueError("buffer and buffer_bytes are 1 or more; a queue is never unbounded")
+        if self.overflow not in get_args(OverflowPolicy):
+            raise ValueError(
+                f"overflow={self.overflow!r}; pass one of {', '.join(get_args(OverflowPolicy))}"
+            )
+        if self.on_decode_error not in get_args(DecodePolicy):
+            raise ValueError(
+                f"on_decode_error={self.on_decode_error!r}; "
+                f"pass one of {', '.join(get_args(DecodePolicy))}"
+            )
+
 
 _Item = tuple[InFrame, Delivery | None]
 
@@ -182,6 +205,7 @@ class Subscription(Generic[T]):
         self._unusable = _Settler(bus, None)
         self._chain: CallNext | None = None
         self._held: list[_Item] | None = None
+        self._retained: set[str] = set()
 
     # --- what users see ----------------------------------------------------------------
 
@@ -276,8 +300,7 @@ class Subscription(Generic[T]):
             self._replace(older, frame, delivery)
             return
         if (
-            stats.buffered >= settings.buffer
-            or stats.buffered_bytes + size > settings.buffer_bytes
+            stats.buffered >= settings.buffer or stats.buffered_bytes + size > settings.buffer_bytes
         ) and not self._make_room(frame, delivery, size):
             return
         if self._newest is None:
@@ -289,6 +312,20 @@ class Subscription(Generic[T]):
         stats.buffered_bytes += size
         if self._waiters:
             self._wake()
+
+    def first_retained(self, topic: str) -> bool:
+        """Note a retained message; return whether it is the topic's first in this session.
+
+        The broker repeats retained messages for every local subscription that joins.
+        """
+        if topic in self._retained:
+            return False
+        self._retained.add(topic)
+        return True
+
+    def renewed(self) -> None:
+        """Learn that a new session begins, in which retained messages come again."""
+        self._retained.clear()
 
     def hold(self) -> None:
         """Keep what arrives aside until `replay`."""
@@ -633,12 +670,11 @@ class Subscription(Generic[T]):
     async def stop_handler(self, caller: asyncio.Task[Any] | None) -> None:
         """Cancel the handler's task and wait for it, unless *caller* is that task."""
         task, thread = self._task, self._thread
+        if task is not None and task is not caller and not task.done():
+            task.cancel()
+            await asyncio.wait([task])
         if thread is not None:
             thread.stop()
-        if task is None or task is caller or task.done():
-            return
-        task.cancel()
-        await asyncio.wait([task])
 
 
 async def _keep(context: Context) -> Context:
@@ -672,6 +708,7 @@ class _HandlerThread:
             tuple[asyncio.AbstractEventLoop, asyncio.Future[Any], Handler, Any] | None
         ] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._busy = False
 
     def call(self, handler: Handler, argument: Any) -> asyncio.Future[Any]:
         if self._thread is None:
@@ -683,11 +720,19 @@ class _HandlerThread:
         return future
 
     def stop(self) -> None:
+        """End the thread after the call at hand; wait for it only if it is idle."""
         if self._thread is not None:
             self._calls.put(None)
+            if not self._busy:
+                self._thread.join(_IDLE_JOIN)
 
     def _run(self) -> None:
-        while (call := self._calls.get()) is not None:
+        while True:
+            self._busy = False
+            call = self._calls.get()
+            if call is None:
+                return
+            self._busy = True
             loop, future, handler, argument = call
             try:
                 result, error = handler(argument), None
@@ -706,4 +751,3 @@ def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | No
         future.set_result(result)
     else:
         future.set_exception(error)
-

@@ -1,0 +1,73 @@
+"""What happens to a bus, as an async iterator."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+
+from .events import BusEvent, Status, StatusChanged
+
+__all__ = ["EventStream"]
+
+_EVENTS = 1024
+
+
+class EventStream:
+    """What happens to a bus, as an async iterator; made by `Bus.events`.
+
+    Begins with the status at hand. Keeps the last 1024 events for a reader that is slow;
+    `dropped` counts the others.
+    """
+
+    def __init__(self, first: BusEvent, forget: Callable[[EventStream], None]) -> None:
+        self._events: deque[BusEvent] = deque([first], maxlen=_EVENTS)
+        self._forget = forget
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._ended = False
+        self.dropped = 0
+
+    async def __aenter__(self) -> EventStream:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take no more events; what was collected can still be read."""
+        self._ended = True
+        self._forget(self)
+        self._wake()
+
+    def __aiter__(self) -> AsyncIterator[BusEvent]:
+        return self
+
+    async def __anext__(self) -> BusEvent:
+        while not self._events:
+            if self._ended:
+                raise StopAsyncIteration
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+        return self._events.popleft()
+
+    def put(self, event: BusEvent) -> None:
+        """Add an event; never waits."""
+        if len(self._events) == _EVENTS:
+            self.dropped += 1
+        self._events.append(event)
+        if isinstance(event, StatusChanged) and event.status is Status.CLOSED:
+            self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)

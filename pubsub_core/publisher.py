@@ -1,0 +1,285 @@
+"""The way out: check and encode a message, keep the limits, send it or keep it.
+
+Everything that can be known to be wrong is found here, before anything is sent. While there
+is no session, the offline policy decides: raise, buffer within bounds, or drop and count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any
+
+from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
+from .clock import Clock
+from .codecs import CodecSet
+from .errors import (
+    NotConnected,
+    NotSupported,
+    Outcome,
+    PayloadTooLarge,
+    PublishFailed,
+    PublishTimeout,
+    PubSubError,
+    RateLimited,
+)
+from .events import Status
+from .interfaces import Backend
+from .message import NO_HEADERS, Headers, OutFrame, Part, Receipt
+from .outbox import Outbox, Waiting
+from .rate import RateGuard
+from .session import Session
+from .settings import BusOptions
+from .stats import BusStats
+from .topics import check_limits, validate_topic
+
+__all__ = ["Publisher"]
+
+
+class Publisher:
+    """Publishes for one bus.
+
+    Attributes:
+        capabilities: What the session at hand can do; set by the bus.
+        limits: Limits of the session at hand; set with `set_limits`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        session: Session,
+        options: BusOptions,
+        codecs: CodecSet,
+        clock: Clock,
+        stats: BusStats,
+        need: Callable[[Cap], None],
+        spawn: Callable[[Coroutine[Any, Any, Any], str], object],
+    ) -> None:
+        self._backend = backend
+        self._name = backend.context.info.name
+        self._session = session
+        self._options = options
+        self._codecs = codecs
+        self._clock = clock
+        self._stats = stats
+        self._need = need
+        self._spawn = spawn
+        self._outbox = Outbox(
+            messages=options.offline_messages,
+            bytes=options.offline_bytes,
+            overflow=options.offline_overflow,
+        )
+        self._rate: RateGuard | None = None
+        self._special_topics = False
+        self.capabilities: Mapping[Cap, Support] = {}
+        self.limits = Limits()
+        self.set_limits(backend.limits)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Take over the limits of a new session."""
+        plain = Limits()
+        self._special_topics = (
+            limits.max_levels is not None
+            or bool(limits.forbidden_characters)
+            or not limits.allow_empty_levels
+            or limits.max_topic_bytes != plain.max_topic_bytes
+        )
+        if limits != self.limits:
+            rate = RateGuard(limits, self._clock)
+            self._rate = rate if rate.needed else None
+        self.limits = limits
+
+    def check_name(self, name: str) -> None:
+        """Raise InvalidTopic for a topic or filter that this broker cannot carry."""
+        if self._special_topics:
+            check_limits(name, self.limits, self._name)
+
+    def frame(
+        self,
+        topic: str,
+        payload: Any,
+        *,
+        qos: int | None = None,
+        retain: bool | None = None,
+        ttl: float | None = None,
+        headers: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
+        content_type: str | None = None,
+        codec: str | None = None,
+        parts: Sequence[Part] | None = None,
+    ) -> OutFrame:
+        """Check and encode one message; see `Bus.publish`."""
+        validate_topic(topic)
+        if self._special_topics:
+            check_limits(topic, self.limits, self._name)
+        if type(payload) is bytes and codec is None:
+            data, encoded_type = payload, None
+        else:
+            data, encoded_type = self._codecs.encode(payload, topic=topic, codec=codec)
+        encoded: tuple[Part, ...] = ()
+        if parts is not None:
+            self._need(Cap.ENTITLEMENTS)
+            encoded = tuple(
+                Part(self._codecs.encode(part.data, topic=topic, codec=codec)[0], part.entitlements)
+                for part in parts
+            )
+            data = encoded[0].data if encoded else b""
+        if self.limits.max_payload is not None:
+            size = sum(len(part.data) for part in encoded) if encoded else len(data)
+            if size > self.limits.max_payload:
+                raise PayloadTooLarge(
+                    size=size, limit=self.limits.max_payload, backend=self._name, topic=topic
+                )
+        if content_type is not None:
+            self._need(Cap.CONTENT_TYPE)
+        elif encoded_type is not None and self.capabilities[Cap.CONTENT_TYPE]:
+            content_type = encoded_type
+        if headers:
+            self._need(Cap.HEADERS)
+        if ttl is not None:
+            if ttl <= 0:
+                raise ValueError(f"ttl={ttl}; pass seconds above 0, or None to keep it")
+            self._need(Cap.TTL)
+        if retain:
+            self._need(Cap.RETAINED)
+        if qos is None:
+            qos = self._options.qos
+        elif qos not in (0, 1, 2):
+            raise ValueError(f"qos={qos!r}; pass 0, 1 or 2")
+        return OutFrame(
+            topic=topic,
+            payload=data,
+            qos=qos,
+            retain=bool(retain),
+            ttl=ttl,
+            headers=Headers(headers) if headers else NO_HEADERS,
+            content_type=content_type,
+            echo=self._options.echo,
+            parts=encoded,
+        )
+
+    async def send(
+        self, out: OutFrame, timeout: float | None, confirm: ConfirmedBy | str | None
+    ) -> Receipt:
+        """Send one message, or do with it what the offline policy says."""
+        if confirm is not None:
+            self._check_confirm(ConfirmedBy(confirm), out.qos)
+        try:
+            receipt = None
+            if self._session.online and not self._outbox.busy and self._rate is None:
+                receipt = self._backend.try_publish(out)
+            if receipt is None:
+                receipt = await self._send_waiting(out, timeout, confirm)
+        except PubSubError:
+            self._stats.failed += 1
+            raise
+        self._stats.published += 1
+        return receipt
+
+    def online(self) -> None:
+        """Send what waited for a session."""
+        if len(self._outbox):
+            self._spawn(self._flush(), "flush")
+
+    def give_up(self, error: PubSubError | None) -> None:
+        """End every wait: there will be no session, because of *error* or of closing."""
+        self._outbox.fail(lambda out: self._closed(out) if error is None else error)
+        self._stats.offline = 0
+
+    async def _send_waiting(
+        self, out: OutFrame, timeout: float | None, confirm: ConfirmedBy | str | None
+    ) -> Receipt:
+        seconds = self._options.timeout if timeout is None else timeout
+        waiting: Waiting | None = None
+        sent = False
+        try:
+            async with asyncio.timeout(seconds):
+                if self._rate is not None:
+                    await self._pace(self._rate, out.topic, seconds)
+                if self._session.online and not self._outbox.busy:
+                    sent = True
+                    try:
+                        return await self._backend.publish(out)
+                    except NotConnected:
+                        # The session was lost just now and the backend did not keep it.
+                        sent = False
+                waiting = await self._offline(out)
+                if waiting is None or (confirm == ConfirmedBy.NOBODY and not self._session.online):
+                    return Receipt(out.topic, ConfirmedBy.NOBODY)
+                return await asyncio.shield(waiting.future)
+        except TimeoutError as error:
+            if isinstance(error, PubSubError):
+                raise
+            if waiting is not None:
+                waiting.future.cancel()
+                sent = waiting.sent
+            raise PublishTimeout(
+                f"no confirmation of {out.topic!r} within {seconds:g} s",
+                outcome=Outcome.UNKNOWN if sent else Outcome.NOT_SENT,
+                hint="raise timeout=, or look at bus.status",
+                backend=self._name,
+                topic=out.topic,
+            ) from error
+        except asyncio.CancelledError:
+            if waiting is not None:
+                waiting.future.cancel()
+            raise
+
+    async def _offline(self, out: OutFrame) -> Waiting | None:
+        session, policy = self._session, self._options.offline
+        if session.status in (Status.FAILED, Status.CLOSED):
+            raise session.not_connected()
+        # Behind what is being flushed the message must queue up, whatever the policy is.
+        if not (session.online and self._outbox.busy):
+            if policy == "drop":
+                self._stats.dropped += 1
+                return None
+            if policy == "raise":
+                raise session.not_connected()
+        waiting = await self._outbox.put(out, self._name)
+        self._stats.offline = len(self._outbox)
+        if session.online:
+            self._spawn(self._flush(), "flush")
+        return waiting
+
+    async def _flush(self) -> None:
+        session = self._session
+        while session.online and len(self._outbox):
+            await self._outbox.flush(self._backend.publish, lambda: session.online)
+        self._stats.offline = len(self._outbox)
+
+    async def _pace(self, rate: RateGuard, topic: str, seconds: float) -> None:
+        delay = rate.delay(topic)
+        if delay > seconds:
+            raise RateLimited(
+                f"the broker's rate limit allows {topic!r} again in {delay:.1f} s",
+                retry_after=delay,
+                hint="publish less often, or pass a longer timeout=",
+                backend=self._name,
+                topic=topic,
+            )
+        delay = rate.reserve(topic)
+        if delay > 0:
+            await self._clock.sleep(delay)
+
+    def _check_confirm(self, confirm: ConfirmedBy, qos: int) -> None:
+        guarantees: Guarantees = self._backend.guarantees
+        if confirm is ConfirmedBy.BROKER and (
+            guarantees.confirmed_by is not ConfirmedBy.BROKER or qos == 0
+        ):
+            raise NotSupported(
+                "confirm",
+                why="the broker confirms no publish"
+                if qos
+                else "the broker does not confirm quality of service 0",
+                backend=self._name,
+                hint="leave confirm= out" if qos else "publish with qos=1 or 2",
+            )
+
+    def _closed(self, out: OutFrame) -> PubSubError:
+        return PublishFailed(
+            f"the bus was closed before {out.topic!r} could be sent",
+            outcome=Outcome.NOT_SENT,
+            hint="publish it again on a new bus",
+            backend=self._name,
+            topic=out.topic,
+        )

@@ -1,0 +1,265 @@
+"""Keeps the broker's subscriptions and the local ones in step.
+
+One subscription at the broker serves all local ones with the same filter and group. It is
+made for the first and dropped after the last; after a reconnect everything is brought back,
+and the hole in between is marked, and filled where the broker has a history.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol, cast
+
+from .capabilities import Cap
+from .clock import Clock
+from .errors import NotConnected, OperationTimeout, PubSubError, SubscribeFailed
+from .events import BusEvent, Gap, GapReason, SubscriptionRefused
+from .interfaces import Backend, HasHistory, HistoryQuery, SessionFacts
+from .message import InFrame
+from .router import Router, Wire
+from .session import Session
+from .settings import BusOptions
+from .stats import BusStats
+from .subscription import Subscription
+
+__all__ = ["Wiring"]
+
+logger = logging.getLogger("pubsub_core")
+
+_ORPHANS = 4096
+# Clocks of two machines differ, and so do the times a broker gives its messages.
+_SLACK = 1.0
+
+
+class Owner(Protocol):
+    """What the wiring asks of the bus."""
+
+    def can(self, cap: Cap) -> bool:
+        """Whether the session at hand has *cap*."""
+        ...
+
+    def note(self, event: BusEvent) -> None:
+        """Tell an event."""
+        ...
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> object:
+        """Run *work* beside."""
+        ...
+
+
+class Wiring:
+    """The subscriptions of one bus, here and at the broker."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        session: Session,
+        options: BusOptions,
+        clock: Clock,
+        stats: BusStats,
+        owner: Owner,
+    ) -> None:
+        self._backend = backend
+        self._session = session
+        self._options = options
+        self._clock = clock
+        self._stats = stats
+        self._owner = owner
+        self._locks: dict[tuple[str, str | None], asyncio.Lock] = {}
+        self._orphans: deque[InFrame] | None = None
+        self._pausing: set[Subscription[Any]] = set()
+        self.router = Router()
+        self.router.bind(backend)
+
+    def route(self, frame: InFrame) -> None:
+        """Route one frame to the subscriptions it is for."""
+        self._stats.received += 1
+        if self._orphans is not None and not self.router.wanted(frame):
+            # A session that was resumed from an earlier run delivers before anybody could
+            # subscribe; these messages wait for their subscription.
+            self._orphans.append(frame)
+        elif not self.router.route(frame):
+            self._stats.unrouted += 1
+
+    # --- subscribing -------------------------------------------------------------------
+
+    async def attach(self, subscription: Subscription[Any], replay: HistoryQuery | None) -> None:
+        """Bring *subscription* to life; return when the broker has confirmed it."""
+        if replay is not None:
+            subscription.hold()
+        wire = self.router.attach(subscription, echo=self._options.echo)
+        try:
+            await self._confirm(wire)
+            if (
+                subscription not in wire.served
+                and subscription.group is None
+                and self._owner.can(Cap.RETAINED)
+            ):
+                want = wire.want
+                await self._within(
+                    lambda: self._backend.repeat_retained(want),
+                    f"asking for what {want.filter!r} retained",
+                )
+            if replay is not None:
+                backend = cast("HasHistory", self._backend)
+                frames = backend.history(subscription.topic_filter.filter, replay)
+                subscription.replay([frame async for frame in frames])
+        except BaseException:
+            subscription.end()
+            self._owner.spawn(self.detach(subscription), "detach")
+            raise
+        subscription.start()
+        self._adopt_orphans()
+
+    async def detach(self, subscription: Subscription[Any]) -> None:
+        """Take *subscription* away; return when the broker has confirmed, if it must know."""
+        self.unpause(subscription)
+        wire = self.router.detach(subscription)
+        if wire is None:
+            return
+        key = wire.key
+        async with self._lock(key):
+            # Somebody may have subscribed again while we waited for our turn.
+            if wire.generation == self._session.generation and self.router.find(*key) is None:
+                try:
+                    await self._within(
+                        lambda: self._backend.unsubscribe(wire.want),
+                        f"unsubscribing from {wire.want.filter!r}",
+                    )
+                except PubSubError as error:
+                    # Locally it is gone; what the broker still sends is not routed.
+                    logger.info("%s", error)
+        if self.router.find(*key) is None and key in self._locks:
+            if not self._locks[key].locked():
+                del self._locks[key]
+
+    async def _confirm(self, wire: Wire) -> None:
+        session, filter = self._session, wire.want.filter
+
+        async def confirmed() -> None:
+            while True:
+                await session.wait_online()
+                async with self._lock(wire.key):
+                    generation = session.generation
+                    if not session.online:
+                        continue
+                    if wire.confirmed(generation):
+                        return
+                    want = wire.want
+                    wire.served = wire.subscriptions
+                    try:
+                        wire.granted = await self._backend.subscribe(want)
+                    except NotConnected:
+                        # Lost just now. The session engine notices in its own time.
+                        await asyncio.sleep(0.001)
+                        continue
+                    wire.generation, wire.asked = generation, want
+
+        await self._deadline(confirmed, f"subscribing to {filter!r}")
+
+    def _lock(self, key: tuple[str, str | None]) -> asyncio.Lock:
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = self._locks[key] = asyncio.Lock()
+        return lock
+
+    async def _within(self, call: Callable[[], Awaitable[Any]], what: str) -> None:
+        if self._session.online:
+            await self._deadline(call, what)
+
+    async def _deadline(self, call: Callable[[], Awaitable[Any]], what: str) -> None:
+        seconds = self._options.timeout
+        try:
+            async with asyncio.timeout(seconds):
+                await call()
+        except TimeoutError as error:
+            if isinstance(error, PubSubError):
+                raise
+            raise OperationTimeout(
+                f"{what}: no answer within {seconds:g} s",
+                hint="look at bus.status, or raise the bus's timeout",
+                backend=self._backend.context.info.name,
+            ) from error
+
+    # --- a new session -----------------------------------------------------------------
+
+    async def restore(self, facts: SessionFacts, generation: int, lost_at: float | None) -> None:
+        """Bring the subscriptions back; mark and fill the hole since *lost_at*."""
+        history = self._owner.can(Cap.HISTORY)
+        self.router.track_ids = history
+        if generation == 1 and facts.resumed:
+            self._orphans = deque(maxlen=_ORPHANS)
+        wires = self.router.wires
+        await asyncio.gather(*(self._renew(wire, generation, facts.resumed) for wire in wires))
+        if lost_at is not None and generation > 1:
+            await self._bridge(lost_at, facts.resumed, history)
+        if self._pausing:
+            self._backend.pause()
+
+    async def _renew(self, wire: Wire, generation: int, resumed: bool) -> None:
+        if resumed and wire.generation == generation - 1 and wire.asked == wire.want:
+            wire.generation = generation
+            return
+        want = wire.want
+        wire.served = wire.subscriptions
+        for subscription in wire.subscriptions:
+            subscription.renewed()
+        try:
+            await self._deadline(
+                lambda: self._backend.subscribe(want), f"subscribing to {want.filter!r} again"
+            )
+        except SubscribeFailed as error:
+            logger.warning("the broker no longer accepts %r: %s", want.filter, error)
+            self._owner.note(SubscriptionRefused(want.filter, error))
+            for subscription in wire.subscriptions:
+                subscription.fail(error)
+        else:
+            wire.generation, wire.asked = generation, want
+
+    async def _bridge(self, since: float, resumed: bool, history: bool) -> None:
+        recovered = resumed or history
+        lost = 0 if recovered else None
+        gap = Gap(GapReason.DISCONNECTED, lost, recovered, since, self._clock.time())
+        if not recovered:
+            self._stats.gaps += 1
+        self.router.gap(gap)
+        self._owner.note(gap)
+        if resumed or not history:
+            return
+        backend = cast("HasHistory", self._backend)
+        for wire in self.router.wires:
+            if wire.want.group is not None:
+                continue  # other members of the group have had them
+            query = HistoryQuery(since=since - _SLACK)
+            async for frame in backend.history(wire.want.filter, query):
+                if not wire.seen(frame):
+                    for subscription in wire.subscriptions:
+                        subscription.put(frame, None)
+
+    def _adopt_orphans(self) -> None:
+        if not self._orphans:
+            return
+        waiting, self._orphans = self._orphans, deque(maxlen=_ORPHANS)
+        for frame in waiting:
+            if self.router.wanted(frame):
+                self.router.route(frame)
+            else:
+                self._orphans.append(frame)
+
+    # --- pressure ------------------------------------------------------------------------
+
+    def pause(self, subscription: Subscription[Any]) -> None:
+        """Hold the broker back until *subscription* has room."""
+        if not self._pausing:
+            self._backend.pause()
+        self._pausing.add(subscription)
+
+    def unpause(self, subscription: Subscription[Any]) -> None:
+        """Say that *subscription* has room again."""
+        if subscription in self._pausing:
+            self._pausing.discard(subscription)
+            if not self._pausing:
+                self._backend.resume()
