@@ -1,0 +1,35 @@
+"""What a backend's author tests with: the conformance suite, a fault proxy, a virtual clock.
+
+    from pubsub_core.testing import Harness, suite
+
+    class TestAcme(suite("acme")):
+        harness = Harness(url="acme://127.0.0.1:{port}", server="pubsub_acme.dev:Server")
+
+Needs pytest; nothing else of the product imports this package. See ``docs/conformance.md``.
+"""
+
+from __future__ import annotations
+
+from .case import Case, Mode, Need, case, needs
+from .clock import VirtualClock
+from .harness import Harness, Link, MemoryLink, NativeError, Trial
+from .proxy import Direction, FaultProxy
+from .suite import Suite, suite
+
+__all__ = [
+    "Case",
+    "Direction",
+    "FaultProxy",
+    "Harness",
+    "Link",
+    "MemoryLink",
+    "Mode",
+    "NativeError",
+    "Need",
+    "Suite",
+    "Trial",
+    "VirtualClock",
+    "case",
+    "needs",
+    "suite",
+]

@@ -1,0 +1,26 @@
+"""The whole contract, in memory."""
+
+from __future__ import annotations
+
+from pubsub_core.memory import Space
+from pubsub_core.testing import Harness, MemoryLink, Trial, suite
+
+
+def _prepare(trial: Trial) -> None:
+    space = Space.named(trial.word)
+    space.allow("tester", "right")
+    space.allow("guest", "right", publish=[f"{trial.word}/#"], subscribe=[f"{trial.word}/#"])
+    trial.stack.callback(Space.forget, trial.word)
+
+
+class TestMemory(suite("memory")):  # type: ignore[misc]  # the base is made at run time
+    harness = Harness(
+        url="memory://{unique}",
+        options={"username": "tester", "password": "right"},
+        second_identity={"username": "guest"},
+        unprivileged_identity={"username": "guest"},
+        wrong_identity={"password": "wrong"},
+        native_type="pubsub_core.memory:MemoryBackend",
+        link=MemoryLink,
+        prepare=_prepare,
+    )
