@@ -8,7 +8,7 @@ faster than dataclasses: one is made per message.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -214,6 +214,18 @@ class OutFrame(msgspec.Struct, frozen=True, kw_only=True):
     parts: tuple[Part, ...] = ()
 
 
+class _Done:
+    """An awaitable that has nothing to wait for."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return
+        yield
+
+
+_DONE = _Done()
+
 Settle: TypeAlias = Callable[[Verdict], None]
 
 
@@ -293,29 +305,33 @@ class Message(msgspec.Struct, Generic[T_co], frozen=True):
         """The client library's own object, or None."""
         return self.frame.native
 
-    async def ack(self) -> None:
-        """Say that the message is handled. Twice is harmless; so is it where nothing waits."""
-        self._decide(Verdict.ACK)
+    # The three take effect when called; awaiting them is for uniformity. So plain handlers
+    # and the synchronous API use the very same messages.
 
-    async def nack(self) -> None:
+    def ack(self) -> Awaitable[None]:
+        """Say that the message is handled. Twice is harmless; so is it where nothing waits."""
+        return self._decide(Verdict.ACK)
+
+    def nack(self) -> Awaitable[None]:
         """Give the message back for another delivery.
 
         Raises:
             NotSupported: The backend cannot deliver it again (capability ``nack``).
         """
-        self._decide(Verdict.NACK)
+        return self._decide(Verdict.NACK)
 
-    async def reject(self) -> None:
+    def reject(self) -> Awaitable[None]:
         """Say that the message was not handled and shall not come again.
 
         Raises:
             NotSupported: The backend has no acknowledgement.
         """
-        self._decide(Verdict.REJECT)
+        return self._decide(Verdict.REJECT)
 
-    def _decide(self, verdict: Verdict) -> None:
+    def _decide(self, verdict: Verdict) -> Awaitable[None]:
         if self._settle is not None:
             self._settle(verdict)
+        return _DONE
 
     def __repr__(self) -> str:
         # The payload may be personal or secret, and repr ends up in logs.
