@@ -39,7 +39,7 @@ import msgspec
 
 from .errors import BadOption, PubSubError
 from .interfaces import Address
-from .secrets import Secret, looks_secret, mask_url
+from .secrets import Secret, looks_secret, mask_url, redact
 from .settings import BusOptions
 
 __all__ = [
@@ -361,15 +361,26 @@ class _Builder:
                     hint=f"give {describe_type(known[field.name])}",
                     backend=self._backend,
                 )
-        problem = ""
+        problem, hint, place = "", "", where
         try:
             return cls(**arguments)
+        except BadOption as exc:
+            # The class knows its field, not where that stands.
+            key = exc.option.partition(".")[0]
+            place = _place(key, where, places) if key in known else where
+            problem, hint = exc.message, exc.hint
         except PubSubError:
             raise
         except (TypeError, ValueError) as exc:
             problem = str(exc)
         # Raised here, so that no frame with the arguments hangs on to it.
-        raise BadOption(f"{where or cls.__name__}: {problem}", option=where, backend=self._backend)
+        secrets = [value for value in arguments.values() if isinstance(value, Secret)]
+        raise BadOption(
+            f"{place or cls.__name__}: {redact(problem, secrets)}",
+            option=place,
+            hint=redact(hint, secrets),
+            backend=self._backend,
+        )
 
     def value(self, value: Any, wanted: Any, place: str, *, hidden: bool = False) -> Any:
         """Convert one value, or raise; *hidden* keeps it out of the error."""
