@@ -1,0 +1,875 @@
+"""The bus without ``async``: the same names and arguments, safe from any thread.
+
+::
+
+    from pubsub_core import sync
+
+    with sync.connect("memory://") as bus, bus.subscribe("lab/#", float) as readings:
+        bus.publish("lab/oven/temp", 81.5)
+        print(readings.get(timeout=1).payload)
+
+What async code awaits or enters is ready when the call returns: `connect` gives an open bus,
+`SyncBus.subscribe` a subscription that the broker has confirmed. Everything runs on one
+event loop in a daemon thread that all buses share; it starts with the first and ends with
+the last one. A call blocks its own thread only, ends at once on Ctrl-C, and may come from
+any thread, plain handlers included.
+
+Calls that can only hang raise `WrongLoop` instead: from inside a running event loop, and in
+a child process that was forked while the bus was open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from concurrent.futures import CancelledError
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar, overload
+
+from . import bus as _bus
+from .bus import Bus
+from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
+from .clock import Clock
+from .config import Config
+from .errors import BusClosed, PubSubError, WrongLoop
+from .events import BusEvent, InterestEvent, Status
+from .eventstream import EventStream
+from .interest import InterestView, Notifications, Presence
+from .interfaces import BackendInfo, HistoryQuery
+from .message import Member, Message, Part, Receipt
+from .middleware import Middleware
+from .settings import OverflowPolicy
+from .stats import BusStats
+from .subscription import DecodePolicy, Handler, Subscription, SubscriptionStats
+
+__all__ = [
+    "SyncBus",
+    "SyncEventStream",
+    "SyncNotifications",
+    "SyncPresence",
+    "SyncSubscription",
+    "connect",
+    "wrap",
+]
+
+T = TypeVar("T")
+N = TypeVar("N")
+R = TypeVar("R")
+V = TypeVar("V", bound=InterestView)
+
+_EXIT_DRAIN = 2.0
+_EXIT_LIMIT = 4.0
+# An async handler that blocks its loop must not block whoever closes the bus as well.
+_STOP_LIMIT = 5.0
+_JOIN_LIMIT = 1.0
+
+
+def connect(
+    where: str,
+    /,
+    *,
+    require: Iterable[Cap] = (),
+    clock: Clock | None = None,
+    config: Config | None = None,
+    **options: Any,
+) -> SyncBus:
+    """Return an open bus; ``with`` it, or call `SyncBus.close` when done.
+
+    Arguments and errors are those of `pubsub_core.connect` and `Bus.open`.
+
+    Raises:
+        WrongLoop: Called inside a running event loop.
+
+    Example:
+        >>> with connect("memory://") as bus:
+        ...     readings = bus.subscribe("lab/+/temp", float)
+        ...     receipt = bus.publish("lab/oven/temp", 81.5)
+        ...     readings.get(timeout=1).payload
+        81.5
+    """
+    _refuse_running_loop(
+        "sync.connect()", "`async with connect(...)` or `await connect(...)` of pubsub_core"
+    )
+    portal = _Portal.acquire()
+    try:
+
+        async def opened() -> Bus:
+            bus = _bus.connect(where, require=require, clock=clock, config=config, **options)
+            await bus.open()
+            return bus
+
+        bus = portal.call(opened, "connect")
+    except BaseException:
+        portal.release()
+        raise
+    portal.buses.add(bus)
+    return SyncBus(bus, portal)
+
+
+def wrap(bus: Bus) -> SyncBus:
+    """Return a view of an async bus for other threads; call it on the bus's own loop.
+
+    Closing either closes the bus.
+    """
+    return SyncBus(bus, _Caller(asyncio.get_running_loop()))
+
+
+class _Synchronous:
+    """Something that lives on another thread's event loop."""
+
+    def __init__(self, caller: _Caller) -> None:
+        self._caller = caller
+
+    def _call(self, function: Callable[[], Awaitable[R]], name: str) -> R:
+        return self._caller.call(function, name)
+
+
+class SyncBus(_Synchronous):
+    """A `Bus` for code without an event loop. Made by `connect`; safe from any thread."""
+
+    def __init__(self, bus: Bus, caller: _Caller) -> None:
+        super().__init__(caller)
+        self._bus = bus
+
+    # --- life --------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<SyncBus {self.name!r} {self.status.value}>"
+
+    def open(self) -> None:
+        """Connect; `connect` has done so already."""
+        self._call(self._bus.open, "open")
+
+    def close(self, *, drain: float | None = None) -> None:
+        """End the bus; see `Bus.close`. Does nothing in a forked child: it is not its bus."""
+        if self._caller.forked:
+            return
+        caller = self._caller
+        try:
+            with contextlib.suppress(BusClosed):  # its loop has ended, and it with that
+                self._call(lambda: self._bus.close(drain=drain), "close")
+        finally:
+            if isinstance(caller, _Portal) and self._bus.status is Status.CLOSED:
+                caller.forget(self._bus)
+
+    # --- what it is --------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Name in the configuration; for a URL its scheme, host and port."""
+        return self._bus.name
+
+    @property
+    def info(self) -> BackendInfo:
+        """What the backend announces."""
+        return self._bus.info
+
+    @property
+    def status(self) -> Status:
+        """Where the bus is in its life."""
+        return self._bus.status
+
+    @property
+    def error(self) -> PubSubError | None:
+        """Why the bus is reconnecting or failed, if it is."""
+        return self._bus.error
+
+    @property
+    def capabilities(self) -> Mapping[Cap, Support]:
+        """What this broker can do: declared, and lowered by what the session found."""
+        return self._bus.capabilities
+
+    @property
+    def guarantees(self) -> Guarantees:
+        """What this broker promises."""
+        return self._bus.guarantees
+
+    @property
+    def limits(self) -> Limits:
+        """Sizes and rates that are kept here, before anything is sent."""
+        return self._bus.limits
+
+    @property
+    def stats(self) -> BusStats:
+        """Counters of the bus."""
+        return self._bus.stats
+
+    @property
+    def clock(self) -> Clock:
+        """The clock that the bus goes by."""
+        return self._bus.clock
+
+    def supports(self, cap: Cap) -> Support:
+        """Return whether this broker can do *cap*, and why not; true when it can."""
+        return self._bus.supports(cap)
+
+    def native(self, cls: type[N]) -> N:
+        """Return the backend's own client; see `Bus.native`.
+
+        It belongs to the bus's event loop: use it through `call`.
+        """
+        return self._bus.native(cls)
+
+    def call(self, function: Callable[..., Awaitable[R]], /, *args: Any, **kwargs: Any) -> R:
+        """Call an async *function* on the bus's event loop and return its result."""
+        return self._call(lambda: function(*args, **kwargs), "call")
+
+    # --- publishing --------------------------------------------------------------------
+
+    def publish(
+        self,
+        topic: str,
+        payload: Any = b"",
+        *,
+        qos: int | None = None,
+        retain: bool | None = None,
+        ttl: float | None = None,
+        headers: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
+        content_type: str | None = None,
+        codec: str | None = None,
+        confirm: ConfirmedBy | str | None = None,
+        timeout: float | None = None,
+        parts: Sequence[Part] | None = None,
+    ) -> Receipt:
+        """Publish one message and return what is known about it; see `Bus.publish`."""
+        return self._call(
+            lambda: self._bus.publish(
+                topic,
+                payload,
+                qos=qos,
+                retain=retain,
+                ttl=ttl,
+                headers=headers,
+                content_type=content_type,
+                codec=codec,
+                confirm=confirm,
+                timeout=timeout,
+                parts=parts,
+            ),
+            "publish",
+        )
+
+    def publish_many(
+        self, items: Iterable[tuple[str, Any]], **options: Any
+    ) -> list[Receipt | PubSubError]:
+        """Publish several messages at once; see `Bus.publish_many`."""
+        # *items* may be a generator of the caller's, so it runs in the caller's thread.
+        listed = list(items)
+        return self._call(lambda: self._bus.publish_many(listed, **options), "publish_many")
+
+    def send_to(
+        self,
+        member: Member | str,
+        topic: str,
+        payload: Any = b"",
+        *,
+        qos: int | None = None,
+        headers: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
+        content_type: str | None = None,
+        codec: str | None = None,
+        timeout: float | None = None,
+        parts: Sequence[Part] | None = None,
+    ) -> Receipt:
+        """Send to one member; see `Bus.send_to`."""
+        return self._call(
+            lambda: self._bus.send_to(
+                member,
+                topic,
+                payload,
+                qos=qos,
+                headers=headers,
+                content_type=content_type,
+                codec=codec,
+                timeout=timeout,
+                parts=parts,
+            ),
+            "send_to",
+        )
+
+    def clear(self, topic: str) -> Receipt:
+        """Forget the retained value of *topic* (capability ``retained``)."""
+        return self._call(lambda: self._bus.clear(topic), "clear")
+
+    # --- subscribing -------------------------------------------------------------------
+
+    @overload
+    def subscribe(
+        self,
+        filter: str,
+        *,
+        handler: Handler | None = None,
+        group: str | None = None,
+        qos: int | None = None,
+        buffer: int | None = None,
+        buffer_bytes: int | None = None,
+        overflow: OverflowPolicy | None = None,
+        ack: Literal["auto", "manual"] = "auto",
+        replay: int | HistoryQuery | None = None,
+        gaps: bool = False,
+        codec: str | None = None,
+        on_decode_error: DecodePolicy = "raise",
+        dead_letter: str | None = None,
+    ) -> SyncSubscription[bytes]: ...
+
+    @overload
+    def subscribe(
+        self,
+        filter: str,
+        type: type[T],
+        *,
+        handler: Handler | None = None,
+        group: str | None = None,
+        qos: int | None = None,
+        buffer: int | None = None,
+        buffer_bytes: int | None = None,
+        overflow: OverflowPolicy | None = None,
+        ack: Literal["auto", "manual"] = "auto",
+        replay: int | HistoryQuery | None = None,
+        gaps: bool = False,
+        codec: str | None = None,
+        on_decode_error: DecodePolicy = "raise",
+        dead_letter: str | None = None,
+    ) -> SyncSubscription[T]: ...
+
+    def subscribe(
+        self,
+        filter: str,
+        type: Any = bytes,
+        *,
+        handler: Handler | None = None,
+        group: str | None = None,
+        qos: int | None = None,
+        buffer: int | None = None,
+        buffer_bytes: int | None = None,
+        overflow: OverflowPolicy | None = None,
+        ack: Literal["auto", "manual"] = "auto",
+        replay: int | HistoryQuery | None = None,
+        gaps: bool = False,
+        codec: str | None = None,
+        on_decode_error: DecodePolicy = "raise",
+        dead_letter: str | None = None,
+    ) -> SyncSubscription[Any]:
+        """Subscribe and return once the broker confirmed; arguments as `Bus.subscribe`.
+
+        Iterate the result in any thread, or give a *handler*, which runs in one of its own.
+        """
+
+        async def subscribed() -> Subscription[Any]:
+            return await self._bus.subscribe(
+                filter,
+                type,
+                handler=handler,
+                group=group,
+                qos=qos,
+                buffer=buffer,
+                buffer_bytes=buffer_bytes,
+                overflow=overflow,
+                ack=ack,
+                replay=replay,
+                gaps=gaps,
+                codec=codec,
+                on_decode_error=on_decode_error,
+                dead_letter=dead_letter,
+            )
+
+        return SyncSubscription(self._call(subscribed, "subscribe"), self._caller)
+
+    # --- stored messages ---------------------------------------------------------------
+
+    @overload
+    def history(
+        self,
+        filter: str,
+        *,
+        last: int | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        codec: str | None = None,
+    ) -> Iterator[Message[bytes]]: ...
+
+    @overload
+    def history(
+        self,
+        filter: str,
+        type: type[T],
+        *,
+        last: int | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        codec: str | None = None,
+    ) -> Iterator[Message[T]]: ...
+
+    def history(
+        self,
+        filter: str,
+        type: Any = bytes,
+        *,
+        last: int | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        codec: str | None = None,
+    ) -> Iterator[Message[Any]]:
+        """Yield stored messages, oldest first; see `Bus.history`."""
+
+        async def found() -> AsyncIterator[Message[Any]]:
+            return self._bus.history(filter, type, last=last, since=since, until=until, codec=codec)
+
+        return self._pull(self._call(found, "history"))
+
+    def _pull(self, messages: AsyncIterator[R]) -> Generator[R, None, None]:
+        try:
+            while (item := self._call(lambda: _step(messages), "history")) is not None:
+                yield item
+        finally:
+            close = getattr(messages, "aclose", None)
+            if close is not None and not self._caller.ended:
+                self._call(close, "history")
+
+    @overload
+    def last(self, topic: str, *, codec: str | None = None) -> Message[bytes] | None: ...
+
+    @overload
+    def last(self, topic: str, type: type[T], *, codec: str | None = None) -> Message[T] | None: ...
+
+    def last(
+        self, topic: str, type: Any = bytes, *, codec: str | None = None
+    ) -> Message[Any] | None:
+        """Return the retained value of *topic*, or None; see `Bus.last`."""
+        return self._call(lambda: self._bus.last(topic, type, codec=codec), "last")
+
+    # --- interest ----------------------------------------------------------------------
+
+    def presence(self, topic: str) -> SyncPresence:
+        """Return who is subscribed to *topic*, kept up to date; see `Bus.presence`."""
+
+        async def entered() -> Presence:
+            return await self._bus.presence(topic)
+
+        return SyncPresence(self._call(entered, "presence"), self._caller)
+
+    def members(self, topic: str) -> list[Member]:
+        """Return who is subscribed to *topic* now (capability ``presence``)."""
+        return self._call(lambda: self._bus.members(topic), "members")
+
+    def notifications(self, filter: str) -> SyncNotifications:
+        """Return who subscribes to what matches *filter*; see `Bus.notifications`."""
+
+        async def entered() -> Notifications:
+            return await self._bus.notifications(filter)
+
+        return SyncNotifications(self._call(entered, "notifications"), self._caller)
+
+    # --- status, events, middleware ------------------------------------------------------
+
+    def events(self) -> SyncEventStream:
+        """Return what happens to the bus from now on, beginning with its status."""
+
+        async def made() -> EventStream:
+            return self._bus.events()
+
+        return SyncEventStream(self._call(made, "events"), self._caller)
+
+    def wait_for(self, *statuses: Status, timeout: float | None = None) -> Status:
+        """Return when the status is one of *statuses*; see `Bus.wait_for`."""
+        return self._call(lambda: self._bus.wait_for(*statuses, timeout=timeout), "wait_for")
+
+    def ping(self) -> float:
+        """Return the seconds of a round trip to the broker (capability ``ping``)."""
+        return self._call(self._bus.ping, "ping")
+
+    def use(self, *middleware: Middleware) -> None:
+        """Add middleware, which stays async and runs on the bus's loop; see `Bus.use`."""
+
+        async def added() -> None:
+            self._bus.use(*middleware)
+
+        self._call(added, "use")
+
+
+class SyncSubscription(_Synchronous, Generic[T]):
+    """A `Subscription` to be iterated by any thread. Made by `SyncBus.subscribe`."""
+
+    def __init__(self, subscription: Subscription[T], caller: _Caller) -> None:
+        super().__init__(caller)
+        self._subscription = subscription
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<SyncSubscription {self.filter!r} buffered={self.stats.buffered}>"
+
+    @property
+    def filter(self) -> str:
+        """The filter as it was given, captures included."""
+        return self._subscription.filter
+
+    @property
+    def stats(self) -> SubscriptionStats:
+        """Counters of the subscription."""
+        return self._subscription.stats
+
+    @property
+    def active(self) -> bool:
+        """Whether it is in place and can still receive."""
+        return self._subscription.active
+
+    def close(self) -> None:
+        """End the subscription; whoever iterates it stops. Idempotent."""
+        if not self._caller.ended:
+            self._call(self._subscription.close, "close")
+
+    def __iter__(self) -> Iterator[Message[T]]:
+        return self
+
+    def __next__(self) -> Message[T]:
+        message = self._call(lambda: _step(self._subscription), "__next__")
+        if message is None:
+            raise StopIteration
+        return message
+
+    def get(self, timeout: float | None = None) -> Message[T]:
+        """Return the next message, waiting at most *timeout* seconds.
+
+        Raises:
+            TimeoutError: Nothing came in time; nothing is lost.
+            BusClosed: The subscription has ended.
+        """
+        return self._call(lambda: self._subscription.get(timeout), "get")
+
+
+class _SyncView(_Synchronous, Generic[V]):
+    def __init__(self, view: V, caller: _Caller) -> None:
+        super().__init__(caller)
+        self._view = view
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def synced(self) -> bool:
+        """Whether everything that existed before has been told."""
+        return self._view.synced
+
+    def close(self) -> None:
+        """End the view. Idempotent."""
+        if not self._caller.ended:
+            self._call(self._view.close, "close")
+
+    def __iter__(self) -> Iterator[InterestEvent]:
+        return self
+
+    def __next__(self) -> InterestEvent:
+        event = self._call(lambda: _step(self._view), "__next__")
+        if event is None:
+            raise StopIteration
+        return event
+
+    def get(self, timeout: float | None = None) -> InterestEvent:
+        """Return the next change, waiting at most *timeout* seconds.
+
+        Raises:
+            TimeoutError: Nothing changed in time.
+            BusClosed: The view has ended.
+        """
+        return self._call(lambda: self._view.get(timeout), "get")
+
+
+class SyncPresence(_SyncView[Presence]):
+    """Who is subscribed to one topic; see `Presence`. Made by `SyncBus.presence`."""
+
+    @property
+    def topic(self) -> str:
+        """The topic looked at."""
+        return self._view.topic
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Who is there now, in the order they were seen."""
+        return self._view.members
+
+    @property
+    def count(self) -> int:
+        """How many are there now."""
+        return self._view.count
+
+
+class SyncNotifications(_SyncView[Notifications]):
+    """Who subscribes to what; see `Notifications`. Made by `SyncBus.notifications`."""
+
+    @property
+    def filter(self) -> str:
+        """The filter looked at."""
+        return self._view.filter
+
+    @property
+    def interest(self) -> dict[str, tuple[Member, ...]]:
+        """Who is subscribed now, by topic or filter."""
+
+        async def looked() -> dict[str, tuple[Member, ...]]:
+            return self._view.interest
+
+        return self._call(looked, "interest")
+
+
+class SyncEventStream(_Synchronous):
+    """What happens to a bus; see `EventStream`. Made by `SyncBus.events`."""
+
+    def __init__(self, stream: EventStream, caller: _Caller) -> None:
+        super().__init__(caller)
+        self._stream = stream
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take no more events; what was collected can still be read."""
+
+        async def closed() -> None:
+            self._stream.close()
+
+        if not self._caller.ended:
+            self._call(closed, "close")
+
+    def __iter__(self) -> Iterator[BusEvent]:
+        return self
+
+    def __next__(self) -> BusEvent:
+        event = self._call(lambda: _step(self._stream), "__next__")
+        if event is None:
+            raise StopIteration
+        return event
+
+
+async def _step(iterator: AsyncIterator[R] | Any) -> R | None:
+    try:
+        item: R = await iterator.__anext__()
+    except StopAsyncIteration:
+        return None
+    return item
+
+
+# --- the loop in its thread ---------------------------------------------------------------
+
+
+def _refuse_running_loop(what: str, instead: str) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise WrongLoop(
+        f"{what} was called inside a running event loop, which it would block",
+        hint=f"use {instead}",
+    )
+
+
+class _Caller:
+    """Runs coroutines on an event loop of another thread, for callers that block."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._pid = os.getpid()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that the loop runs in."""
+        return os.getpid() != self._pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing on that loop can be reached, or has to be cleaned up, from here."""
+        return self._loop.is_closed() or self.forked
+
+    def call(self, function: Callable[[], Awaitable[R]], name: str) -> R:
+        """Run *function* on the loop and return its result.
+
+        Raises:
+            WrongLoop: Waiting here could never end.
+            BusClosed: The loop has ended, or ends while waiting.
+        """
+        if self.forked:
+            raise WrongLoop(
+                f"{name}() was called in process {os.getpid()} on a bus that belongs to "
+                f"process {self._pid}; a connection cannot be shared after a fork",
+                hint="call sync.connect() again in this process",
+            )
+        _refuse_running_loop(
+            f"sync {name}()",
+            f"the async bus there: `await bus.{name}(...)` of `pubsub_core.connect`",
+        )
+        work = _run(function)
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            work.close()
+            raise _closed(name) from None
+        try:
+            return future.result()
+        except CancelledError:
+            raise _closed(name) from None
+        finally:
+            # Ctrl-C, or anything else that ends the wait, ends what is waited for. Done
+            # futures ignore it.
+            future.cancel()
+            del future  # it may hold an exception, and that this frame
+
+
+def _closed(name: str) -> BusClosed:
+    return BusClosed(f"the bus was closed before {name}() ended", hint="open a new one")
+
+
+async def _run(function: Callable[[], Awaitable[R]]) -> R:
+    return await function()
+
+
+class _Portal(_Caller):
+    """The shared loop and its daemon thread; there while any bus needs it."""
+
+    _lock = threading.Lock()
+    _current: _Portal | None = None
+    # What a forked child inherits is kept, not collected: closing a copy of the loop would
+    # unregister sockets from the parent's epoll instance, which both share.
+    _inherited: list[_Portal] = []  # noqa: RUF012 - one for the process, as intended
+
+    def __init__(self) -> None:
+        super().__init__(asyncio.new_event_loop())
+        self.buses: set[Bus] = set()
+        self._users = 0
+        self._thread = threading.Thread(target=self._serve, name="pubsub-sync", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls) -> _Portal:
+        """Return the portal, started if need be; each call is paired with `release`."""
+        with cls._lock:
+            portal = cls._current
+            if portal is None:
+                portal = cls._current = _Portal()
+            portal._users += 1
+            return portal
+
+    def forget(self, bus: Bus) -> None:
+        """Release what *bus* held, once."""
+        with self._lock:
+            if bus not in self.buses:
+                return
+            self.buses.discard(bus)
+        self.release()
+
+    def release(self) -> None:
+        """End the thread when nobody needs it any more."""
+        with self._lock:
+            self._users -= 1
+            if self._users > 0:
+                return
+            if _Portal._current is self:
+                _Portal._current = None
+        self._stop(_STOP_LIMIT)
+
+    def _stop(self, timeout: float) -> None:
+        with contextlib.suppress(RuntimeError):  # closed already
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _serve(self) -> None:
+        loop = self._loop
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+            tasks = asyncio.all_tasks(loop)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                # Whoever waits for one of them is told that the bus was closed.
+                loop.run_until_complete(asyncio.wait(tasks))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+
+    @classmethod
+    def after_fork(cls) -> None:
+        """Begin anew in a child process; the parent's loop and buses are its own."""
+        cls._lock = threading.Lock()
+        if cls._current is not None:
+            cls._inherited.append(cls._current)
+            cls._current = None
+
+    @classmethod
+    def at_exit(cls) -> None:
+        """Close what was left open, within a few seconds."""
+        with cls._lock:
+            portal, cls._current = cls._current, None
+        if portal is not None:
+            portal.abandon()
+
+    def abandon(self) -> None:
+        """Close every bus and end the thread, however they behave, within a few seconds."""
+
+        async def close() -> None:
+            await asyncio.gather(
+                *(bus.close(drain=_EXIT_DRAIN) for bus in self.buses), return_exceptions=True
+            )
+
+        work = close()
+        try:
+            asyncio.run_coroutine_threadsafe(work, self._loop).result(_EXIT_LIMIT)
+        except RuntimeError:  # the loop has ended
+            work.close()
+        except (TimeoutError, CancelledError):
+            pass
+        self._stop(_JOIN_LIMIT)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Portal.after_fork)
+atexit.register(_Portal.at_exit)
