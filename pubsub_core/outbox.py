@@ -57,6 +57,11 @@ class Outbox:
         return self._bytes
 
     @property
+    def flushing(self) -> bool:
+        """Whether somebody sends what waits; whoever comes meanwhile need not."""
+        return self._flushing
+
+    @property
     def busy(self) -> bool:
         """Whether a publish must queue up here to keep the order."""
         return bool(self._queue) or self._flushing

@@ -243,7 +243,8 @@ class Publisher:
 
     async def _flush(self) -> None:
         session = self._session
-        while session.online and len(self._outbox):
+        # Without the last condition a second flush would spin and never let the first go on.
+        while session.online and len(self._outbox) and not self._outbox.flushing:
             await self._outbox.flush(self._backend.publish, lambda: session.online)
         self._stats.offline = len(self._outbox)
 
