@@ -21,6 +21,7 @@ from collections.abc import (
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
+from .buffer import DecodePolicy, SubscriptionSettings
 from .capabilities import Cap, ConfirmedBy, Guarantees, Level, Limits, Support, effective
 from .clock import Clock, SystemClock
 from .codecs import CodecSet
@@ -59,7 +60,7 @@ from .publisher import Publisher
 from .session import Session
 from .settings import BusOptions, OverflowPolicy
 from .stats import BusStats
-from .subscription import DecodePolicy, Handler, Subscription, SubscriptionSettings
+from .subscription import Handler, Subscription
 from .threads import in_thread
 from .topics import parse_filter, validate_topic
 from .wiring import Wiring
@@ -248,7 +249,7 @@ class Bus:
             if subscription.handler_task is None:
                 subscription.end()
             else:
-                subscription.finish()
+                subscription.buffer.finish()
         if handlers:
             await asyncio.wait(handlers, timeout=drain)
         self._accepting = False
@@ -645,8 +646,6 @@ class Bus:
             raise ValueError(f"qos={qos!r}; pass 0, 1 or 2")
         if dead_letter is not None:
             validate_topic(dead_letter)
-        if on_decode_error == "dead_letter" and dead_letter is None:
-            raise ValueError("on_decode_error='dead_letter' needs dead_letter='a/topic'")
         options = self._options
         settings = SubscriptionSettings(
             buffer=options.buffer if buffer is None else buffer,
@@ -963,7 +962,7 @@ class Bus:
         if event.status is Status.FAILED and event.error is not None:
             self._publisher.give_up(event.error)
             for subscription in self._wiring.router.subscriptions():
-                subscription.fail(event.error)
+                subscription.buffer.fail(event.error)
             self._views.fail(event.error)
         self.note(event)
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import msgspec
 
+from .buffer import Delivery
 from .events import Gap
 from .interfaces import HasAcknowledgement, WireSub
 from .message import InFrame, Origin, Verdict
-from .subscription import Delivery, Subscription
+from .subscription import Subscription
 from .trie import HandlerTrie
 
 __all__ = ["Inbox", "Router", "Wire"]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import queue
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["in_thread"]
+__all__ = ["HandlerThread", "in_thread", "is_async"]
 
 T = TypeVar("T")
+
+# An idle thread ends within microseconds; the bound is for a machine that stands still.
+_IDLE_JOIN = 1.0
 
 
 async def in_thread(function: Callable[[], T], *, name: str = "pubsub") -> T:
@@ -49,3 +54,68 @@ async def in_thread(function: Callable[[], T], *, name: str = "pubsub") -> T:
     finally:
         if future.done() and not future.cancelled():
             thread.join()
+
+
+def is_async(handler: Callable[[Any], Any]) -> bool:
+    """Whether calling *handler* gives an awaitable."""
+    call = handler if inspect.isroutine(handler) else getattr(handler, "func", handler)
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
+        getattr(call, "__call__", None)  # noqa: B004 - an instance with an async __call__
+    )
+
+
+class HandlerThread:
+    """One daemon thread that runs a plain handler's calls in order.
+
+    A daemon, because a handler that never returns must not keep the process alive.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._calls: queue.SimpleQueue[
+            tuple[asyncio.AbstractEventLoop, asyncio.Future[Any], Callable[[Any], Any], Any] | None
+        ] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._busy = False
+
+    def call(self, handler: Callable[[Any], Any], argument: Any) -> asyncio.Future[Any]:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._calls.put((loop, future, handler, argument))
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the call at hand; wait for it only if it is idle."""
+        if self._thread is not None:
+            self._calls.put(None)
+            if not self._busy:
+                self._thread.join(_IDLE_JOIN)
+
+    def _run(self) -> None:
+        while True:
+            self._busy = False
+            call = self._calls.get()
+            if call is None:
+                return
+            self._busy = True
+            loop, future, handler, argument = call
+            try:
+                result, error = handler(argument), None
+            except Exception as exc:  # noqa: BLE001 - handed to whoever awaits the future
+                result, error = None, exc
+            try:
+                loop.call_soon_threadsafe(_resolve, future, result, error)
+            except RuntimeError:  # the loop was closed while the handler ran
+                return
+
+
+def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)

@@ -89,7 +89,7 @@ class Wiring:
     async def attach(self, subscription: Subscription[Any], replay: HistoryQuery | None) -> None:
         """Bring *subscription* to life; return when the broker has confirmed it."""
         if replay is not None:
-            subscription.hold()
+            subscription.buffer.hold()
         wire = self.router.attach(subscription, echo=self._options.echo)
         try:
             await self._confirm(wire)
@@ -106,7 +106,7 @@ class Wiring:
             if replay is not None:
                 backend = cast("HasHistory", self._backend)
                 frames = backend.history(subscription.topic_filter.filter, replay)
-                subscription.replay([frame async for frame in frames])
+                subscription.buffer.replay([frame async for frame in frames])
         except BaseException:
             subscription.end()
             self._owner.spawn(self.detach(subscription), "detach")
@@ -215,7 +215,7 @@ class Wiring:
             logger.warning("the broker no longer accepts %r: %s", want.filter, error)
             self._owner.note(SubscriptionRefused(want.filter, error))
             for subscription in wire.subscriptions:
-                subscription.fail(error)
+                subscription.buffer.fail(error)
         else:
             wire.generation, wire.asked = generation, want
 
