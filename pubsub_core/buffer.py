@@ -1,0 +1,352 @@
+"""The one queue between a backend and the consumer of a subscription.
+
+It is bounded in messages and in bytes. Putting never waits; what happens when it is full is
+the overflow policy's decision, every loss is counted, and is a `Gap` at its very place in the
+stream for who asked for gaps. Taking is safe to cancel: an item leaves the queue only in the
+step that returns it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .errors import PubSubError, SubscriptionOverflow
+from .events import Gap, GapReason
+from .message import InFrame, Verdict
+from .settings import OverflowPolicy
+
+__all__ = ["Buffer", "DecodePolicy", "Delivery", "Item", "SubscriptionSettings"]
+
+DecodePolicy = Literal["raise", "skip", "dead_letter"]
+
+
+class Delivery:
+    """A frame that waits for a decision of every subscription that received it."""
+
+    __slots__ = ("_remaining", "_settle", "_tag", "_verdict")
+
+    def __init__(
+        self, tag: object, receivers: int, settle: Callable[[object, Verdict], None]
+    ) -> None:
+        self._tag = tag
+        self._remaining = receivers
+        self._settle = settle
+        self._verdict = Verdict.ACK
+
+    def decide(self, verdict: Verdict) -> None:
+        """Note one receiver's decision; the last one settles the frame with the worst."""
+        if verdict is Verdict.NACK or self._verdict is Verdict.ACK:
+            self._verdict = verdict
+        self._remaining -= 1
+        if self._remaining == 0:
+            self._settle(self._tag, self._verdict)
+
+
+Item = tuple[InFrame, Delivery | None]
+
+
+class _Entry:
+    """A waiting message that a newer one of its topic may replace."""
+
+    __slots__ = ("delivery", "frame")
+
+    def __init__(self, frame: InFrame, delivery: Delivery | None) -> None:
+        self.frame = frame
+        self.delivery = delivery
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubscriptionSettings:
+    """What a caller of `Bus.subscribe` asked for, checked and complete."""
+
+    buffer: int
+    buffer_bytes: int
+    overflow: OverflowPolicy
+    ack: Literal["auto", "manual"] = "auto"
+    gaps: bool = False
+    on_decode_error: DecodePolicy = "raise"
+    dead_letter: str | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for a value that makes no sense."""
+        if self.buffer < 1 or self.buffer_bytes < 1:
+            raise ValueError("buffer and buffer_bytes are 1 or more; a queue is never unbounded")
+        if self.overflow not in get_args(OverflowPolicy):
+            raise ValueError(
+                f"overflow={self.overflow!r}; pass one of {', '.join(get_args(OverflowPolicy))}"
+            )
+        if self.on_decode_error not in get_args(DecodePolicy):
+            raise ValueError(
+                f"on_decode_error={self.on_decode_error!r}; "
+                f"pass one of {', '.join(get_args(DecodePolicy))}"
+            )
+        if self.on_decode_error == "dead_letter" and self.dead_letter is None:
+            raise ValueError("on_decode_error='dead_letter' needs dead_letter='a/topic'")
+
+
+class Buffer:
+    """What waits for one subscription's consumer.
+
+    Attributes:
+        received: Messages put in, dropped ones included.
+        dropped: Messages the overflow policy dropped.
+        dropped_bytes: Payload bytes of these.
+        bytes: Payload bytes waiting now.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: SubscriptionSettings,
+        *,
+        now: Callable[[], float],
+        pause: Callable[[], None],
+        unpause: Callable[[], None],
+    ) -> None:
+        self._name = name
+        self._settings = settings
+        self._most = settings.buffer
+        self._most_bytes = settings.buffer_bytes
+        self._now = now
+        self._pause = pause
+        self._unpause = unpause
+        self._items: deque[Item | _Entry | Gap] = deque()
+        self._gaps = 0
+        # With overflow="latest": the one waiting entry of each topic.
+        self._newest: dict[str, _Entry] | None = {} if settings.overflow == "latest" else None
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._held: list[Item] | None = None
+        self._ended = False
+        self._failure: PubSubError | None = None
+        # Whether `put` must look at any of the four above.
+        self._special = self._newest is not None
+        self._paused = False
+        self.received = 0
+        self.dropped = 0
+        self.dropped_bytes = 0
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._items) - self._gaps
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is anything to take without waiting."""
+        return bool(self._items)
+
+    @property
+    def open(self) -> bool:
+        """Whether it still takes messages."""
+        return not self._ended and self._failure is None
+
+    # --- putting -----------------------------------------------------------------------
+
+    def put(self, frame: InFrame, delivery: Delivery | None) -> None:
+        """Take one frame; never waits. Applies the overflow policy."""
+        if self._special and not self._put_specially(frame, delivery):
+            return
+        self.received += 1
+        size = len(frame.payload)
+        if (
+            len(self._items) - self._gaps >= self._most or self.bytes + size > self._most_bytes
+        ) and not self._make_room(frame, delivery, size):
+            return
+        if self._newest is None:
+            self._items.append((frame, delivery))
+        else:
+            self._newest[frame.topic] = entry = _Entry(frame, delivery)
+            self._items.append(entry)
+        self.bytes += size
+        if self._waiters:
+            self._wake()
+
+    def put_gap(self, gap: Gap) -> None:
+        """Mark a hole at this place of the stream, for those who asked for gaps."""
+        if self._settings.gaps and self.open:
+            self._items.append(gap)
+            self._gaps += 1
+            self._wake()
+
+    def hold(self) -> None:
+        """Keep what arrives aside until `replay`."""
+        self._held = []
+        self._special = True
+
+    def replay(self, frames: Iterable[InFrame]) -> None:
+        """Take stored *frames*, then what arrived meanwhile, each message once."""
+        held, self._held = self._held or [], None
+        seen: set[tuple[str, str]] = set()
+        for frame in frames:
+            if frame.id is not None:
+                seen.add((frame.topic, frame.id))
+            self.put(frame, None)
+        for frame, delivery in held:
+            if frame.id is None or (frame.topic, frame.id) not in seen:
+                self.put(frame, delivery)
+            elif delivery is not None:
+                delivery.decide(Verdict.ACK)
+
+    def end(self, verdict: Verdict) -> None:
+        """Take and give nothing more; what waits is settled with *verdict*."""
+        if not self._ended:
+            self.finish()
+        for _, delivery in self._held or ():
+            if delivery is not None:
+                delivery.decide(verdict)
+        self._held = None
+        while self._items:
+            item = self.pop()
+            if not isinstance(item, Gap) and item[1] is not None:
+                item[1].decide(verdict)
+
+    def finish(self) -> None:
+        """Take nothing more; what waits can still be taken."""
+        self._ended = self._special = True
+        self._wake_all()
+
+    def fail(self, error: PubSubError) -> None:
+        """Take nothing more; let the consumer raise *error* after what waits."""
+        if self.open:
+            self._failure = error
+            self._special = True
+            self._wake_all()
+
+    def _put_specially(self, frame: InFrame, delivery: Delivery | None) -> bool:
+        """Return whether `put` shall go on."""
+        if not self.open:
+            if delivery is not None:
+                delivery.decide(Verdict.ACK)
+            return False
+        if self._held is not None:
+            self._held.append((frame, delivery))
+            if len(self._held) > self._most:
+                self.received += 1
+                self._drop(*self._held.pop(0))
+            return False
+        if self._newest is not None and (older := self._newest.get(frame.topic)) is not None:
+            # The newer message takes the older one's place in the queue, so that a busy
+            # topic cannot push a quiet one back for ever.
+            self.received += 1
+            self._drop(older.frame, older.delivery)
+            self.bytes += len(frame.payload) - len(older.frame.payload)
+            older.frame, older.delivery = frame, delivery
+            return False
+        return True
+
+    # --- overflow ----------------------------------------------------------------------
+
+    def _make_room(self, frame: InFrame, delivery: Delivery | None, size: int) -> bool:
+        policy = self._settings.overflow
+        if policy == "block":
+            # The backend stops; what it had already read is kept rather than lost.
+            if not self._paused:
+                self._paused = True
+                self._pause()
+            return True
+        if policy == "error":
+            self.fail(
+                SubscriptionOverflow(
+                    f"the subscription to {self._name!r} fell behind with {len(self)} "
+                    "messages waiting",
+                    buffered=len(self),
+                    hint="consume faster, raise buffer=, or choose another overflow policy",
+                    topic=self._name,
+                )
+            )
+            self._drop(frame, delivery)
+            return False
+        if policy == "drop_newest" or size > self._most_bytes:
+            self._drop(frame, delivery)
+            self._gap_at_end()
+            return False
+        while len(self) >= self._most or self.bytes + size > self._most_bytes:
+            self._drop_oldest()
+        return True
+
+    def _drop(self, frame: InFrame, delivery: Delivery | None) -> None:
+        self.dropped += 1
+        self.dropped_bytes += len(frame.payload)
+        if delivery is not None:
+            delivery.decide(Verdict.REJECT)
+
+    def _drop_oldest(self) -> None:
+        before: list[Gap] = []
+        while isinstance(item := self.pop(), Gap):
+            before.append(item)
+        self._drop(*item)
+        if self._settings.gaps:
+            if before and before[-1].reason is GapReason.OVERFLOW:
+                before[-1] = self._gap((before[-1].lost or 0) + 1, before[-1].since)
+            else:
+                before.append(self._gap(1))
+        self._items.extendleft(reversed(before))
+        self._gaps += len(before)
+
+    def _gap_at_end(self) -> None:
+        if not self._settings.gaps:
+            return
+        last = self._items[-1] if self._items else None
+        if isinstance(last, Gap) and last.reason is GapReason.OVERFLOW:
+            self._items[-1] = self._gap((last.lost or 0) + 1, last.since)
+        else:
+            self._items.append(self._gap(1))
+            self._gaps += 1
+            self._wake()
+
+    def _gap(self, lost: int, since: float | None = None) -> Gap:
+        now = self._now()
+        return Gap(GapReason.OVERFLOW, lost, False, since or now, now, self._name)
+
+    # --- taking ------------------------------------------------------------------------
+
+    def pop(self) -> Item | Gap:
+        """Take the next item; only when `ready`."""
+        item = self._items.popleft()
+        if isinstance(item, Gap):
+            self._gaps -= 1
+            return item
+        if isinstance(item, _Entry):
+            if self._newest is not None:
+                del self._newest[item.frame.topic]
+            item = (item.frame, item.delivery)
+        self.bytes -= len(item[0].payload)
+        if self._paused and len(self) * 2 <= self._most and self.bytes * 2 <= self._most_bytes:
+            self._paused = False
+            self._unpause()
+        return item
+
+    async def take(self) -> Item | Gap | None:
+        """Return the next item, waiting for it; None when there will be none.
+
+        Raises:
+            PubSubError: Why there will be none, after everything that waited was taken.
+        """
+        while not self._items:
+            if self._failure is not None:
+                raise self._failure
+            if self._ended:
+                return None
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            except BaseException:
+                if waiter.done() and not waiter.cancelled():
+                    self._wake()  # this wake-up was meant for somebody who still waits
+                raise
+        return self.pop()
+
+    def _wake(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    def _wake_all(self) -> None:
+        while self._waiters:
+            self._wake()
