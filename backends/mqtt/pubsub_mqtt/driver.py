@@ -1,0 +1,891 @@
+"""Two ways to drive a `Connection`: an asyncio event loop, or paho-mqtt's own blocking loops.
+
+`AsyncioDriver` serves the backends and asyncio clients: it dials without ever blocking the
+loop (names are resolved and certificates loaded in a thread), watches the socket with the
+selector, reads and writes once per turn, and turns the connection's callbacks into awaits.
+
+`BlockingDriver` serves native clients that are not asynchronous: `loop`, `loop_start` and
+`loop_forever` are paho's, over the same connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import select
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+from pubsub_core.errors import ConnectError, ConnectTimeout, NotConnected
+
+from .connection import (
+    Connection,
+    Outgoing,
+    PahoClient,
+    Request,
+    Session,
+    SessionSettings,
+    Subscribe,
+)
+from .errors import dial_error
+from .packets import NO_PROPERTIES, Incoming
+from .transport import BufferedSocket, Endpoint, dial_blocking
+
+__all__ = ["AsyncioDriver", "BlockingDriver", "dial"]
+
+logger = logging.getLogger("pubsub_mqtt")
+
+T = TypeVar("T")
+
+_HIGH_WATER: Final = 262_144
+_STAGGER: Final = 0.25
+_LINGER: Final = 0.5
+_AT_ONCE: Final = 32
+
+
+# --- dialling -------------------------------------------------------------------------
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    """Run *function* in a thread of its own, which nothing has to wait for.
+
+    The loop's executor would keep its threads, and its shutdown waits for a name server
+    that never answers.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def report(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type] # None only beside an error
+
+    def work() -> None:
+        result: T | None = None
+        error: BaseException | None = None
+        try:
+            result = function()
+        except BaseException as exc:  # noqa: BLE001 # it is raised where somebody waits
+            error = exc
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and so is who waited
+            loop.call_soon_threadsafe(report, result, error)
+
+    threading.Thread(target=work, name="pubsub-mqtt-dial", daemon=True).start()
+    return await future
+
+
+async def _ready(sock: socket.socket | BufferedSocket, *, write: bool) -> None:
+    """Wait until *sock* can be read or written."""
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+    descriptor = sock.fileno()
+
+    def ready() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    if write:
+        loop.add_writer(descriptor, ready)
+    else:
+        loop.add_reader(descriptor, ready)
+    try:
+        await waiter
+    finally:
+        if write:
+            loop.remove_writer(descriptor)
+        else:
+            loop.remove_reader(descriptor)
+
+
+async def _connect(family: int, address: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _race(addresses: Sequence[tuple[int, Any]]) -> socket.socket:
+    """Connect to the first address that answers, each starting a little after the last.
+
+    A simple form of RFC 8305 (Happy Eyeballs): a broken IPv6 route costs 250 ms.
+    """
+    tasks: list[asyncio.Task[socket.socket]] = []
+    won: socket.socket | None = None
+    error: OSError | None = None
+    try:
+        waiting = deque(addresses)
+        pending: set[asyncio.Task[socket.socket]] = set()
+        while won is None and (waiting or pending):
+            if waiting:
+                family, address = waiting.popleft()
+                task = asyncio.ensure_future(_connect(family, address))
+                tasks.append(task)
+                pending.add(task)
+            done, pending = await asyncio.wait(
+                pending,
+                timeout=_STAGGER if waiting else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for task in done:
+                failure = task.exception()
+                if failure is None and won is None:
+                    won = task.result()
+                elif isinstance(failure, OSError):
+                    error = error or failure
+                elif failure is not None:
+                    raise failure
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled() and task.exception() is None and task.result() is not won:
+                task.result().close()
+    if won is None:
+        raise error or OSError("the name has no address")
+    return won
+
+
+async def _addresses(endpoint: Endpoint) -> list[tuple[int, Any]]:
+    flags = socket.AI_NUMERICHOST if endpoint.literal else 0
+
+    def resolve() -> list[tuple[int, Any]]:
+        found = socket.getaddrinfo(
+            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=flags
+        )
+        return [(int(family), address) for family, _, _, _, address in found]
+
+    return resolve() if endpoint.literal else await _in_thread(resolve)
+
+
+async def _start_tls(endpoint: Endpoint, sock: socket.socket, tls: ssl.SSLContext) -> ssl.SSLSocket:
+    secured = tls.wrap_socket(
+        sock, server_hostname=endpoint.host or None, do_handshake_on_connect=False
+    )
+    try:
+        while True:
+            try:
+                secured.do_handshake()
+            except ssl.SSLWantReadError:
+                await _ready(secured, write=False)
+            except ssl.SSLWantWriteError:
+                await _ready(secured, write=True)
+            else:
+                return secured
+    except BaseException:
+        secured.close()
+        raise
+
+
+async def dial(endpoint: Endpoint) -> BufferedSocket:
+    """Connect, with TLS and WebSocket handshake. Cancelling it closes what was opened.
+
+    Raises:
+        OSError: As the operating system says.
+        ConnectError: TLS settings or the WebSocket handshake are at fault.
+    """
+    if endpoint.unix_path:
+        sock = await _connect(socket.AF_UNIX, endpoint.unix_path)
+    else:
+        tls = endpoint.tls
+        context = None if tls is None else await _in_thread(tls.build)
+        sock = await _race(await _addresses(endpoint))
+        try:
+            endpoint.prepare(sock)
+            if context is not None:
+                sock = await _start_tls(endpoint, sock, context)
+        except BaseException:
+            sock.close()
+            raise
+    framing = endpoint.upgrade()
+    if framing is None:
+        return BufferedSocket(sock)
+    plain = BufferedSocket(sock)
+    try:
+        plain.write(framing.request())
+        while not plain.flush():
+            await _ready(plain, write=True)
+        early = b""
+        while not framing.open:
+            await _ready(plain, write=False)
+            chunk = plain.fill()
+            if chunk:
+                early, _ = framing.receive(chunk)
+    except BaseException:
+        plain.close()
+        raise
+    return BufferedSocket(sock, framing=framing, early=early)
+
+
+# --- asyncio --------------------------------------------------------------------------
+
+
+class AsyncioDriver:
+    """Drives one `Connection` in the running event loop; one session at a time.
+
+    Set `on_lost`, and `Connection.on_message` and `Connection.on_notice`, before `open`.
+    The order of a session: `open`, subscribe what is wanted, `Connection.release` to let
+    publishes go, and in the end `close`. After `on_lost` the same driver can `open` again;
+    publishes above QoS 0 that had no answer go out again after `release`.
+
+    Attributes:
+        on_lost: Called once when a session that `open` returned has ended by itself.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.on_lost: Callable[[ConnectError], None] = lambda error: None
+        connection.wake = self._wake
+        connection.on_close = self._detach
+        connection.on_lost = self._lost
+        connection.on_session = self._accepted
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opening: asyncio.Future[Session] | None = None
+        self._descriptor = -1
+        self._reading = False
+        self._writing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._drained: deque[asyncio.Future[None]] = deque()
+        self._idle: asyncio.Future[None] | None = None
+        self._at_once = 0
+
+    # --- sessions ---------------------------------------------------------------------
+
+    async def open(self, endpoint: Endpoint, *, timeout: float | None = None) -> Session:
+        """Make one session; try an older protocol version where the settings allow.
+
+        *timeout* is seconds for all of it, from the name to CONNACK.
+
+        Raises:
+            ConnectError: Typed by what went wrong; nothing is left open.
+        """
+        connection = self.connection
+        self._loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    try:
+                        return await self._attempt(endpoint)
+                    except ConnectError as error:
+                        if not connection.try_older(error):
+                            raise
+        except ConnectError:
+            connection.first_version()
+            raise
+        except TimeoutError as exc:
+            connection.end()
+            connection.first_version()
+            raise ConnectTimeout(
+                f"no session with {endpoint} within {timeout:g} s",
+                hint="check host and port, or raise the timeout",
+                backend="mqtt",
+            ) from exc
+        except BaseException:
+            connection.end()
+            connection.first_version()
+            raise
+
+    async def _attempt(self, endpoint: Endpoint) -> Session:
+        try:
+            sock = await dial(endpoint)
+        except ConnectError:
+            raise
+        except (OSError, ValueError) as exc:
+            raise dial_error(exc, str(endpoint)) from exc
+        loop = asyncio.get_running_loop()
+        self._loop = loop
+        self._opening = loop.create_future()
+        try:
+            self.connection.begin(sock, where=str(endpoint))
+        except BaseException:
+            sock.close()
+            raise
+        self._descriptor = sock.fileno()
+        self._writing = False
+        self._watch()
+        if sock.pending():
+            loop.call_soon(self._readable)
+        try:
+            return await self._opening
+        finally:
+            self._opening = None
+
+    async def close(self, *, drain: float = 0.0, reason: int = 0) -> None:
+        """End the session in good order; legal in any state.
+
+        Waits up to *drain* seconds for publishes that have no answer yet, then says
+        DISCONNECT. Publishes still unfinished fail, with outcome unknown where they were
+        sent. *reason* is the reason code of the DISCONNECT (MQTT 5).
+        """
+        connection = self.connection
+        loop = asyncio.get_running_loop()
+        try:
+            if connection.connected:
+                deadline = loop.time() + drain
+                if drain > 0:
+                    connection.release()
+                    await self._finished(drain)
+                if connection.connected:
+                    connection.disconnect(reason)
+                    await self._goodbye(max(deadline - loop.time(), 0.0))
+        finally:
+            connection.end()
+            connection.fail_pending()
+
+    async def _finished(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        if not self.connection.unfinished:
+            return
+        self._idle = loop.create_future()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle
+        except TimeoutError:
+            pass
+        finally:
+            self._idle = None
+
+    async def _goodbye(self, seconds: float) -> None:
+        """Send what waits and the end of the stream; let the broker close first.
+
+        Closing a socket with unread input resets the connection, and the broker could
+        miss the DISCONNECT and publish the will.
+        """
+        connection = self.connection
+        sock = connection.socket
+        if sock is None:
+            return
+        try:
+            async with asyncio.timeout(max(seconds, _LINGER)):
+                await self.drain(0)
+                if connection.socket is not sock:
+                    return
+                self._detach(sock)
+                sock.finish()
+                while not sock.ended():
+                    await _ready(sock, write=False)
+        except (TimeoutError, OSError, NotConnected):
+            pass
+
+    def abort(self) -> None:
+        """End the session without DISCONNECT, as if the link had broken; `on_lost` is not called.
+
+        Publishes above QoS 0 are kept for the next session.
+        """
+        self.connection.end()
+
+    def _accepted(self, session: Session) -> None:
+        if self._opening is not None and not self._opening.done():
+            self._opening.set_result(session)
+        self._tick()
+
+    def _lost(self, error: ConnectError) -> None:
+        if self._opening is not None:
+            # Also when CONNACK and the end came in one read: nobody has the session yet.
+            if self._opening.done():
+                opened, self._opening = self._opening, None
+                if not opened.cancelled():
+                    self.on_lost(error)
+            else:
+                self._opening.set_exception(error)
+            return
+        logger.debug("the session was lost: %s", error)
+        self.on_lost(error)
+
+    def _detach(self, sock: BufferedSocket) -> None:
+        loop, descriptor = self._loop, self._descriptor
+        if loop is None or descriptor < 0:
+            return
+        self._descriptor = -1
+        if not loop.is_closed():
+            loop.remove_reader(descriptor)
+            loop.remove_writer(descriptor)
+        self._reading = self._writing = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._drained:
+            waiter = self._drained.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    # --- the selector -----------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Read the socket, unless the connection has enough."""
+        loop = self._loop
+        if loop is None or self._descriptor < 0:
+            return
+        wanted = self.connection.reading
+        if wanted and not self._reading:
+            loop.add_reader(self._descriptor, self._readable)
+        elif not wanted and self._reading:
+            loop.remove_reader(self._descriptor)
+        self._reading = wanted
+
+    def _readable(self) -> None:
+        connection = self.connection
+        connection.feed()
+        sock = connection.socket
+        if sock is None or self._loop is None:
+            return
+        if not connection.reading:
+            self._watch()
+        elif sock.pending():
+            self._loop.call_soon(self._readable)
+        if self._idle is not None and not connection.unfinished and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _wake(self) -> None:
+        if self._loop is not None and not self._writing:
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        connection = self.connection
+        empty = connection.flush()
+        loop, descriptor = self._loop, self._descriptor
+        if loop is None or descriptor < 0:
+            return
+        if empty:
+            if self._writing:
+                self._writing = False
+                loop.remove_writer(descriptor)
+        elif not self._writing:
+            self._writing = True
+            loop.add_writer(descriptor, self._flush)
+        if self._drained and connection.unsent <= _HIGH_WATER // 4:
+            while self._drained:
+                waiter = self._drained.popleft()
+                if not waiter.done():
+                    waiter.set_result(None)
+        if self._idle is not None and not connection.unfinished and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _tick(self) -> None:
+        self._timer = None
+        due = self.connection.tick()
+        if due is not None and self._loop is not None:
+            self._timer = self._loop.call_later(due, self._tick)
+
+    # --- what users of the driver do ----------------------------------------------------
+
+    async def drain(self, below: int = _HIGH_WATER) -> None:
+        """Wait until at most *below* bytes wait for the operating system.
+
+        Raises:
+            NotConnected: The session ended meanwhile.
+        """
+        connection = self.connection
+        generation = connection.generation
+        while connection.unsent > below or (below == 0 and connection.wants_write):
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._drained.append(waiter)
+            await waiter
+            if connection.socket is None or connection.generation != generation:
+                raise NotConnected("the session ended meanwhile", backend="mqtt")
+
+    def try_publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, properties: bytes = NO_PROPERTIES
+    ) -> bool | None:
+        """Hand a QoS 0 message to the operating system at once, if nothing waits before it.
+
+        Returns:
+            True when all of it went, False when some of it waits in the buffer, None when
+            nothing was done: it has to wait, or it is time to let the loop read.
+
+        Raises:
+            NotConnected, PublishFailed: As `Connection.publish`.
+        """
+        connection = self.connection
+        sock = connection.socket
+        if sock is not None and not sock.idle:
+            return None
+        self._at_once += 1
+        if self._at_once >= _AT_ONCE:
+            self._at_once = 0
+            return None
+        if not connection.publish_now(topic, payload, retain=retain, properties=properties):
+            return None
+        self._flush()
+        return not self._writing
+
+    async def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        properties: bytes = NO_PROPERTIES,
+        on_sent: Callable[[Outgoing], None] | None = None,
+    ) -> Outgoing:
+        """Publish, and return when the outcome is known.
+
+        At QoS 0 that is when the operating system has it, above when the broker answered,
+        in this session or a later one. Cancelling it gives up waiting; see
+        `Connection.abandon`.
+
+        *on_sent* is called when the message is under way or queued, before the answer; its
+        `Outgoing.packet_id` is 0 while it is queued.
+
+        Raises:
+            NotConnected: There is no session.
+            PublishFailed: With its outcome.
+        """
+        connection = self.connection
+        out = connection.publish(
+            topic,
+            payload,
+            qos=qos,
+            retain=retain,
+            properties=properties,
+            on_done=_wake_publisher,
+        )
+        if on_sent is not None:
+            on_sent(out)
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        out.tag = waiter
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            connection.abandon(out)
+            raise
+        if out.error is not None:
+            raise out.error
+        return out
+
+    async def subscribe(self, *wants: Subscribe) -> Request:
+        """Send one SUBSCRIBE and return when the broker answered; see `Connection.refusal`.
+
+        Raises:
+            NotConnected: There is no session, or it ended before the answer.
+            SubscribeFailed: A filter that cannot be sent.
+        """
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        request = self.connection.subscribe(wants, lambda done: _resolve(waiter))
+        await waiter
+        if request.error is not None:
+            raise request.error
+        return request
+
+    async def unsubscribe(self, *filters: str) -> Request:
+        """Send one UNSUBSCRIBE and return when the broker answered."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        request = self.connection.unsubscribe(filters, lambda done: _resolve(waiter))
+        await waiter
+        if request.error is not None:
+            raise request.error
+        return request
+
+    async def ping(self) -> float:
+        """Return the seconds from PINGREQ to PINGRESP."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[ConnectError | None] = loop.create_future()
+
+        def answered(error: ConnectError | None) -> None:
+            if not waiter.done():
+                waiter.set_result(error)
+
+        began = loop.time()
+        self.connection.ping(answered)
+        error = await waiter
+        if error is not None:
+            raise NotConnected(
+                "the session ended before the broker answered", backend="mqtt"
+            ) from error
+        return loop.time() - began
+
+    def pause(self) -> None:
+        """Deliver no more messages; see `Connection.pause`."""
+        self.connection.pause()
+
+    def resume(self) -> None:
+        """Deliver again."""
+        self.connection.resume()
+        if not self._reading:
+            self._watch()
+            if self._loop is not None and self._descriptor >= 0:
+                self._loop.call_soon(self._readable_again)
+
+    def _readable_again(self) -> None:
+        # Input that TLS holds back does not wake the selector.
+        if self._descriptor >= 0 and self._reading:
+            self._readable()
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _wake_publisher(out: Outgoing) -> None:
+    waiter = out.tag
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
+
+
+# --- blocking -------------------------------------------------------------------------
+
+
+class _SharedConnection(Connection):
+    """A `Connection` for several threads: one lock, and callbacks only after it is free."""
+
+    def __init__(self, settings: SessionSettings) -> None:
+        super().__init__(settings)
+        self.lock = threading.RLock()
+        self.events: deque[Callable[[], None]] = deque()
+
+    def feed(self) -> None:
+        with self.lock:
+            super().feed()
+        self.dispatch()
+
+    def flush(self) -> bool:
+        with self.lock:
+            empty = super().flush()
+        self.dispatch()
+        return empty
+
+    def tick(self) -> float | None:
+        with self.lock:
+            due = super().tick()
+        self.dispatch()
+        return due
+
+    def dispatch(self) -> None:
+        while True:
+            try:
+                event = self.events.popleft()
+            except IndexError:
+                return
+            try:
+                event()
+            except Exception:
+                logger.exception("a callback failed")
+
+
+class BlockingDriver:
+    """Drives a `Connection` with paho-mqtt's loops, for programs without an event loop.
+
+    `loop`, `loop_start`, `loop_stop` and `loop_forever` are paho's, and reconnect as paho
+    does: after 1, 2, 4 … up to 120 s, but not after refused credentials. Every method may be called
+    from any thread. The callbacks are called in the thread that runs the loop and hold no
+    lock, so they may call everything here; what they raise is logged.
+
+    Attributes:
+        on_session: A session began; subscribe here. Publishes are released afterwards.
+        on_message: A message arrived; it is acknowledged when this returns.
+        on_lost: The session, or an attempt at one, ended.
+    """
+
+    def __init__(
+        self, settings: SessionSettings, endpoint: Endpoint, *, timeout: float = 10.0
+    ) -> None:
+        self.connection = _SharedConnection(settings)
+        self.endpoint = endpoint
+        self.timeout = timeout
+        self.on_session: Callable[[Session], None] = _ignore
+        self.on_message: Callable[[Incoming], None] = _ignore
+        self.on_lost: Callable[[ConnectError], None] = _ignore
+        self._failure: ConnectError | None = None
+        connection = self.connection
+        connection.dial = self._dial
+        connection.wake = self._wake
+        connection.on_session = self._accepted
+        connection.on_message = self._received
+        connection.on_lost = self._lost
+
+    def connect(self) -> Session:
+        """Make the first session; call one of the loops afterwards.
+
+        Raises:
+            ConnectError: Typed by what went wrong; nothing is left open.
+        """
+        connection = self.connection
+        while True:
+            try:
+                return self._connect()
+            except ConnectError as error:
+                if not connection.try_older(error):
+                    connection.first_version()
+                    raise
+
+    def _connect(self) -> Session:
+        connection = self.connection
+        try:
+            sock = dial_blocking(self.endpoint, self.timeout)
+        except (OSError, ValueError, ConnectError) as exc:
+            raise dial_error(exc, str(self.endpoint)) from exc
+        self._failure = None
+        with connection.lock:
+            connection.begin(sock, where=str(self.endpoint))
+        deadline = time.monotonic() + self.timeout
+        while connection.connecting:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                connection.end()
+                raise ConnectTimeout(
+                    f"no session with {self.endpoint} within {self.timeout:g} s",
+                    hint="check host and port, or raise the timeout",
+                    backend="mqtt",
+                )
+            self.paho.loop(min(left, 0.1))
+        session = connection.session
+        if session is not None and connection.connected:
+            return session
+        if self._failure is not None:
+            raise self._failure
+        raise ConnectError(f"no session with {self.endpoint}", backend="mqtt")
+
+    @property
+    def paho(self) -> PahoClient:
+        """Paho's client of the session at hand, for its loops."""
+        client = self.connection.client
+        if client is None:
+            raise NotConnected("connect first", backend="mqtt")
+        return client
+
+    def loop(self, timeout: float = 1.0) -> int:
+        """Do what is due, waiting up to *timeout* seconds for it; return paho's error code."""
+        return int(self.paho.loop(timeout))
+
+    def loop_start(self) -> None:
+        """Run the loop in a thread until `loop_stop`."""
+        self.paho.loop_start()
+
+    def loop_stop(self) -> None:
+        """Stop the thread; the session stays."""
+        self.paho.loop_stop()
+
+    def loop_forever(self) -> None:
+        """Run the loop here until `disconnect` is called."""
+        self.paho.loop_forever()
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        properties: bytes = NO_PROPERTIES,
+        on_done: Callable[[Outgoing], None] | None = None,
+    ) -> Outgoing:
+        """Send a message; *on_done* is called in the loop's thread. See `Connection.publish`."""
+        events = self.connection.events
+
+        def done(out: Outgoing) -> None:
+            if on_done is not None:
+                events.append(lambda: on_done(out))
+
+        with self.connection.lock:
+            return self.connection.publish(
+                topic, payload, qos=qos, retain=retain, properties=properties, on_done=done
+            )
+
+    def subscribe(
+        self, *wants: Subscribe, on_done: Callable[[Request], None] | None = None
+    ) -> Request:
+        """Send one SUBSCRIBE; see `Connection.subscribe`."""
+        with self.connection.lock:
+            return self.connection.subscribe(wants, self._later(on_done))
+
+    def unsubscribe(
+        self, *filters: str, on_done: Callable[[Request], None] | None = None
+    ) -> Request:
+        """Send one UNSUBSCRIBE; see `Connection.unsubscribe`."""
+        with self.connection.lock:
+            return self.connection.unsubscribe(filters, self._later(on_done))
+
+    def _later(self, on_done: Callable[[Request], None] | None) -> Callable[[Request], None]:
+        events = self.connection.events
+
+        def done(request: Request) -> None:
+            if on_done is not None:
+                events.append(lambda: on_done(request))
+
+        return done
+
+    def disconnect(self) -> None:
+        """Say DISCONNECT and end the session; the loops return. Legal in any state."""
+        connection = self.connection
+        with connection.lock:
+            client = connection.client
+            if client is None:
+                return
+            if connection.connected:
+                client.disconnect()
+                deadline = time.monotonic() + 1.0
+                while not connection.flush() and time.monotonic() < deadline:
+                    sock = connection.socket
+                    if sock is None:
+                        break
+                    select.select([], [sock], [], 0.05)
+            connection.end()
+            connection.fail_pending()
+            client.disconnect()
+        connection.dispatch()
+
+    # --- callbacks --------------------------------------------------------------------
+
+    def _dial(self) -> BufferedSocket:
+        # paho's loops retry after OSError and die of anything else.
+        try:
+            return dial_blocking(self.endpoint, self.timeout)
+        except (OSError, ValueError, ConnectError) as exc:
+            error = dial_error(exc, str(self.endpoint))
+            self._lost(error)
+            self.connection.dispatch()
+            raise ConnectionError(str(error)) from exc
+
+    def _wake(self) -> None:
+        client = self.connection.client
+        if client is not None:
+            client.wake()
+
+    def _accepted(self, session: Session) -> None:
+        def announce() -> None:
+            try:
+                self.on_session(session)
+            finally:
+                with self.connection.lock:
+                    self.connection.release()
+
+        self.connection.events.append(announce)
+
+    def _received(self, message: Incoming) -> None:
+        def hand_over() -> None:
+            try:
+                self.on_message(message)
+            finally:
+                if message.serial:
+                    with self.connection.lock:
+                        self.connection.settle(message.serial)
+
+        self.connection.events.append(hand_over)
+
+    def _lost(self, error: ConnectError) -> None:
+        self._failure = error
+        if error.retryable is False and self.connection.client is not None:
+            self.connection.client.disconnect()  # ends paho's loops, which would retry
+        self.connection.events.append(lambda: self.on_lost(error))
+
+
+def _ignore(_: object) -> None:
+    """Take what happens while nobody listens."""

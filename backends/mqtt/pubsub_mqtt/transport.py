@@ -1,0 +1,528 @@
+"""Where the bytes go: an address, TLS, WebSocket framing, and a socket that buffers both ways.
+
+paho-mqtt reads a packet byte by byte and writes packet by packet, a system call each. A
+`BufferedSocket` takes all of that in memory and touches the operating system once per
+turn of whatever loop drives it. Nothing here knows MQTT; of waiting it knows only
+`dial_blocking`, for the drivers without an event loop.
+
+Sources: RFC 6455 (WebSocket), MQTT 5.0 section 6 (MQTT over WebSocket).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import secrets
+import socket
+import ssl
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pubsub_core.errors import AuthenticationFailed, ConnectError, ServerRefused, TLSProblem
+from pubsub_core.secrets import Secret
+
+from .errors import printable
+
+__all__ = [
+    "BufferedSocket",
+    "Endpoint",
+    "PeerClosed",
+    "TLSSettings",
+    "WebSocket",
+    "WebSocketTarget",
+    "dial_blocking",
+    "random_client_id",
+]
+
+logger = logging.getLogger("pubsub_mqtt")
+
+_READ = 65536
+_JOIN_LIMIT = 262_144
+_TLS_READS = 16
+
+_warned_insecure = False
+
+
+class PeerClosed(ConnectionError):  # noqa: N818 # an event more than an error
+    """The peer ended the stream in good order."""
+
+
+@dataclass(frozen=True, slots=True)
+class TLSSettings:
+    """How the broker's certificate is checked and which one is ours.
+
+    Attributes:
+        context: Used as it is; everything else is then ignored.
+    """
+
+    ca_file: str | None = None
+    ca_path: str | None = None
+    ca_data: str | None = field(default=None, repr=False)
+    cert_file: str | None = None
+    key_file: str | None = None
+    key_password: Secret | None = None
+    insecure_skip_verify: bool = False
+    min_version: str = "1.2"
+    context: ssl.SSLContext | None = None
+
+    def build(self) -> ssl.SSLContext:
+        """Return the context. Reads files, so call it off the event loop.
+
+        Raises:
+            TLSProblem: A file is missing or does not hold what its option says.
+        """
+        if self.context is not None:
+            return self.context
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and host name
+        context.minimum_version = (
+            ssl.TLSVersion.TLSv1_3 if self.min_version == "1.3" else ssl.TLSVersion.TLSv1_2
+        )
+        self._trust(context)
+        if self.cert_file is not None:
+            # Without a password OpenSSL would ask for one at the terminal.
+            password = self.key_password.reveal() if self.key_password else ""
+            try:
+                context.load_cert_chain(self.cert_file, self.key_file, password)
+            except (OSError, ValueError) as exc:
+                raise TLSProblem(
+                    f"our certificate cannot be used: {printable(str(exc))}",
+                    hint="check cert_file, key_file and key_password",
+                    backend="mqtt",
+                ) from exc
+        if self.insecure_skip_verify:
+            global _warned_insecure
+            if not _warned_insecure:
+                _warned_insecure = True
+                logger.warning(
+                    "insecure_skip_verify is on: certificates are not checked, so anybody on "
+                    "the way can read and change everything"
+                )
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+    def _trust(self, context: ssl.SSLContext) -> None:
+        if not (self.ca_file or self.ca_path or self.ca_data):
+            context.load_default_certs()
+            return
+        if self.ca_path and not Path(self.ca_path).is_dir():
+            # OpenSSL looks into the folder at the first handshake and says nothing before.
+            raise TLSProblem(
+                f"ca_path {self.ca_path!r} is not a folder",
+                hint="name a folder of CA files hashed with `openssl rehash`",
+                backend="mqtt",
+            )
+        try:
+            context.load_verify_locations(self.ca_file, self.ca_path, self.ca_data)
+        except (OSError, ValueError) as exc:
+            raise TLSProblem(
+                f"the trusted CAs cannot be read: {printable(str(exc))}",
+                hint="check ca_file, ca_path and ca_data",
+                backend="mqtt",
+            ) from exc
+
+
+@dataclass(frozen=True, slots=True)
+class WebSocketTarget:
+    """What the WebSocket request asks for."""
+
+    path: str = "/mqtt"
+    headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a broker listens and how to talk to it.
+
+    Attributes:
+        host: Name or address; ignored when *unix_path* is set.
+        unix_path: Path of a unix socket, or ``""``.
+    """
+
+    host: str = ""
+    port: int = 1883
+    unix_path: str = ""
+    tls: TLSSettings | None = None
+    websocket: WebSocketTarget | None = None
+    nodelay: bool = True
+
+    def __str__(self) -> str:
+        if self.unix_path:
+            return self.unix_path
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @property
+    def literal(self) -> bool:
+        """Whether the host is an address, so that nothing needs resolving."""
+        try:
+            ipaddress.ip_address(self.host.partition("%")[0])
+        except ValueError:
+            return False
+        return True
+
+    def prepare(self, sock: socket.socket) -> None:
+        """Set the options of a new TCP socket."""
+        if self.nodelay:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def upgrade(self) -> WebSocket | None:
+        """Return the framing of a new connection, or None where there is none."""
+        if self.websocket is None:
+            return None
+        return WebSocket(self.websocket, self.host, self.port, secure=self.tls is not None)
+
+
+class WebSocket:
+    """WebSocket framing of the client's side, with no socket in it.
+
+    paho-mqtt has its own, but masks in a Python loop byte by byte (seconds for a payload of
+    16 MiB), answers a ping unmasked, and its handshake blocks.
+    """
+
+    def __init__(self, target: WebSocketTarget, host: str, port: int, *, secure: bool) -> None:
+        from wsproto import ConnectionType, WSConnection  # noqa: PLC0415 # only here, only then
+
+        self._target = target
+        shown = f"[{host}]" if ":" in host else host
+        self._host = shown if port == (443 if secure else 80) else f"{shown}:{port}"
+        self._machine = WSConnection(ConnectionType.CLIENT)
+        self.open = False
+        self._status = 0
+
+    def request(self) -> bytes:
+        """Return the bytes that ask for the upgrade."""
+        from wsproto.events import Request  # noqa: PLC0415
+
+        headers = [(name.encode(), value.encode()) for name, value in self._target.headers.items()]
+        return self._machine.send(
+            Request(
+                host=self._host,
+                target=self._target.path,
+                subprotocols=["mqtt"],
+                extra_headers=headers,
+            )
+        )
+
+    def receive(self, data: bytes | None) -> tuple[bytes, bytes]:
+        """Take what arrived (None: end of stream); return payload, and what to send back.
+
+        Raises:
+            ConnectError: The upgrade was refused, or the peer broke the protocol.
+            PeerClosed: The peer closed the WebSocket.
+        """
+        from wsproto import events  # noqa: PLC0415
+        from wsproto.utilities import RemoteProtocolError  # noqa: PLC0415
+
+        payload: list[bytes] = []
+        reply: list[bytes] = []
+        try:
+            self._machine.receive_data(data)
+            for event in self._machine.events():
+                match event:
+                    case events.BytesMessage():
+                        payload.append(bytes(event.data))
+                    case events.Ping():
+                        reply.append(self._machine.send(event.response()))
+                    case events.AcceptConnection():
+                        if event.subprotocol not in (None, "mqtt"):
+                            raise self._broken(f"subprotocol {printable(event.subprotocol)}")
+                        self.open = True
+                    case events.RejectConnection():
+                        raise self._rejected(event.status_code)
+                    case events.TextMessage():
+                        raise self._broken("a text frame; MQTT uses binary frames")
+                    case events.CloseConnection():
+                        if payload:  # the packets before the close still count
+                            break
+                        raise PeerClosed(f"closed the WebSocket with code {event.code}")
+                    case _:
+                        pass
+        except RemoteProtocolError as exc:
+            raise self._broken(printable(str(exc))) from exc
+        return b"".join(payload), b"".join(reply)
+
+    def frame(self, data: bytes) -> bytes:
+        """Return *data* as one binary frame."""
+        from wsproto.events import BytesMessage  # noqa: PLC0415
+
+        return self._machine.send(BytesMessage(data=data))
+
+    @staticmethod
+    def _broken(what: str) -> ConnectError:
+        return ConnectError(
+            f"the peer broke the WebSocket protocol: {what}",
+            hint="check that the address leads to MQTT over WebSocket",
+            backend="mqtt",
+        )
+
+    def _rejected(self, status: int) -> ConnectError:
+        text = f"the server refused the WebSocket {self._target.path!r} with HTTP status {status}"
+        if status in (401, 403):
+            return AuthenticationFailed(
+                text, hint="check ws_headers and credentials", backend="mqtt"
+            )
+        return ServerRefused(
+            text,
+            reason=status,
+            hint="check ws_path",
+            backend="mqtt",
+            retryable=status >= 500 or status == 429,
+        )
+
+
+class BufferedSocket:
+    """A connected, non-blocking stream socket that reads and writes in large pieces.
+
+    `write` only stores; `flush` hands everything to the operating system at once; `fill`
+    returns everything that arrived. What became of each byte written is known from
+    `written`, `begun` and `done`, three counters that only grow.
+
+    Attributes:
+        written: Bytes given to `write` so far.
+        begun: Bytes that were offered to the operating system; beyond it nothing left us.
+        done: Bytes that the operating system accepted.
+    """
+
+    def __init__(
+        self, sock: socket.socket, *, framing: WebSocket | None = None, early: bytes = b""
+    ) -> None:
+        """Wrap *sock*, which is connected and has any TLS and WebSocket handshake behind it.
+
+        *early* is payload that arrived together with the end of the handshake.
+        """
+        sock.setblocking(False)
+        self._sock = sock
+        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._framing = framing
+        self._early = early
+        self._out: deque[bytes | memoryview] = deque()
+        self._control: list[bytes] = []
+        self._frame: memoryview | None = None
+        self._frame_payload = 0
+        self._more = False
+        self.written = 0
+        self.begun = 0
+        self.done = 0
+
+    # --- reading -----------------------------------------------------------------------
+
+    def fill(self) -> bytes:
+        """Return what arrived, or ``b""`` when nothing did.
+
+        Raises:
+            PeerClosed: The stream ended.
+            OSError: The link broke.
+            ConnectError: The framing was broken.
+        """
+        if self._early:
+            data, self._early = self._early, b""
+            return data
+        raw = self._read()
+        if self._framing is None or not raw:
+            return raw
+        payload, reply = self._framing.receive(raw)
+        if reply:
+            self._control.append(reply)
+        return payload
+
+    def _read(self) -> bytes:
+        if not self._tls:
+            try:
+                data = self._sock.recv(_READ)
+            except (BlockingIOError, InterruptedError):
+                return b""
+            if not data:
+                raise PeerClosed("the peer closed the connection")
+            return data
+        # A TLS record that is already decrypted does not wake the selector again.
+        parts: list[bytes] = []
+        self._more = False
+        for _ in range(_TLS_READS):
+            try:
+                data = self._sock.recv(_READ)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                break
+            except ssl.SSLEOFError as exc:
+                raise PeerClosed("the peer closed the connection") from exc
+            if not data:
+                if parts:
+                    break  # the end comes again with the next read
+                raise PeerClosed("the peer closed the connection")
+            parts.append(data)
+        else:
+            self._more = True
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def pending(self) -> int:
+        """Return how many bytes can be read although the selector does not say so."""
+        if self._early:
+            return len(self._early)
+        return 1 if self._more else 0
+
+    # --- writing -----------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """Store *data* for the next `flush`."""
+        self._out.append(data)
+        self.written += len(data)
+
+    @property
+    def unsent(self) -> int:
+        """How many bytes wait here."""
+        return self.written - self.done
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits to be sent."""
+        return self.written == self.done and self._frame is None and not self._control
+
+    def flush(self) -> bool:
+        """Hand over what waits; return whether all of it went.
+
+        Raises:
+            OSError: The link broke.
+        """
+        if self._framing is not None:
+            return self._flush_frames(self._framing)
+        out = self._out
+        while out:
+            if len(out) > 1:
+                self._join()
+            chunk = out[0]
+            size = len(chunk)
+            sent = self._send(chunk)
+            self.begun = max(self.begun, self.done + (size if self._tls else sent))
+            self.done += sent
+            if sent == size:
+                out.popleft()
+                continue
+            if sent:
+                out[0] = memoryview(chunk)[sent:]
+            else:
+                return False
+        return True
+
+    def _join(self) -> None:
+        """Make one chunk of the small ones at the head; leave large payloads uncopied."""
+        out = self._out
+        total = 0
+        count = 0
+        for chunk in out:
+            if total + len(chunk) > _JOIN_LIMIT:
+                break
+            total += len(chunk)
+            count += 1
+        if count > 1:
+            if count == len(out):
+                joined = b"".join(out)
+                out.clear()
+            else:
+                joined = b"".join([out.popleft() for _ in range(count)])
+            out.appendleft(joined)
+
+    def _flush_frames(self, framing: WebSocket) -> bool:
+        while True:
+            if self._frame is None:
+                if self._control:
+                    data, self._frame_payload = b"".join(self._control), 0
+                    self._control.clear()
+                elif self._out:
+                    joined = b"".join(self._out)
+                    self._out.clear()
+                    data, self._frame_payload = framing.frame(joined), len(joined)
+                else:
+                    return True
+                self._frame = memoryview(data)
+            self.begun = max(self.begun, self.done + self._frame_payload)
+            sent = self._send(self._frame)
+            if sent < len(self._frame):
+                self._frame = self._frame[sent:]
+                if not sent:
+                    return False
+                continue
+            self._frame = None
+            self.done += self._frame_payload
+
+    def _send(self, data: bytes | memoryview) -> int:
+        try:
+            return self._sock.send(data)
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+
+    # --- the rest of what a socket does ------------------------------------------------
+
+    def fileno(self) -> int:
+        """Return the descriptor, for selectors."""
+        return self._sock.fileno()
+
+    def setblocking(self, flag: bool) -> None:
+        """Do nothing: the socket never blocks. paho-mqtt calls this."""
+
+    def finish(self) -> None:
+        """Say that nothing more will be written; what the peer still sends can be read."""
+        with contextlib.suppress(OSError):  # the link may be dead already
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+
+    def ended(self) -> bool:
+        """Throw away what arrived; return whether the peer is through as well."""
+        try:
+            while self._sock.recv(_READ):
+                pass
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False
+        except OSError:
+            return True
+        return True
+
+    def close(self) -> None:
+        """Close at once; what waits is lost. Idempotent."""
+        self._sock.close()
+
+
+def dial_blocking(endpoint: Endpoint, timeout: float) -> BufferedSocket:
+    """Connect, with TLS and WebSocket handshake, in the calling thread.
+
+    Raises:
+        OSError: As the operating system says.
+        ConnectError: TLS settings or the WebSocket handshake are at fault.
+    """
+    deadline = time.monotonic() + timeout
+    if endpoint.unix_path:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(timeout)
+        try:
+            sock.connect(endpoint.unix_path)
+        except BaseException:
+            sock.close()
+            raise
+    else:
+        sock = socket.create_connection((endpoint.host, endpoint.port), timeout)
+    try:
+        if not endpoint.unix_path:
+            endpoint.prepare(sock)
+        if endpoint.tls is not None:
+            context = endpoint.tls.build()
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            sock = context.wrap_socket(sock, server_hostname=endpoint.host)
+        framing = endpoint.upgrade()
+        early = b""
+        if framing is not None:
+            sock.sendall(framing.request())
+            while not framing.open:
+                sock.settimeout(max(deadline - time.monotonic(), 0.001))
+                early, _ = framing.receive(sock.recv(_READ) or None)
+        return BufferedSocket(sock, framing=framing, early=early)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def random_client_id() -> str:
+    """Return an identifier nobody else has: 19 characters, as short as old brokers want it."""
+    return f"pubsub-{secrets.token_hex(6)}"
