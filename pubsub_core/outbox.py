@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from .errors import Overflow, PublishFailed, PubSubError
+from .errors import NotConnected, Overflow, PublishFailed, PubSubError
 from .message import OutFrame, Receipt
 from .settings import OfflineOverflow
 
@@ -23,9 +24,10 @@ class Waiting:
         sent: Whether it was handed to the backend.
     """
 
-    __slots__ = ("frame", "future", "sent")
+    __slots__ = ("frame", "future", "number", "sent")
 
-    def __init__(self, frame: OutFrame, future: asyncio.Future[Receipt]) -> None:
+    def __init__(self, number: int, frame: OutFrame, future: asyncio.Future[Receipt]) -> None:
+        self.number = number
         self.frame = frame
         self.future = future
         self.sent = False
@@ -46,6 +48,8 @@ class Outbox:
         self._bytes = 0
         self._room: deque[asyncio.Future[None]] = deque()
         self._flushing = False
+        self._numbers = itertools.count()
+        self._ended = False
         self.dropped = 0
 
     def __len__(self) -> int:
@@ -93,7 +97,7 @@ class Outbox:
                 topic=frame.topic,
             )
         future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
-        waiting = Waiting(frame, future)
+        waiting = Waiting(next(self._numbers), frame, future)
         self._queue.append(waiting)
         self._bytes += size
         return waiting
@@ -111,7 +115,7 @@ class Outbox:
                 waiting = self._take()
                 if waiting.future.done():
                     continue
-                pending.add(asyncio.ensure_future(_send(waiting, send)))
+                pending.add(asyncio.ensure_future(self._send(waiting, send)))
                 if len(pending) >= _AT_ONCE:
                     _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 else:
@@ -125,6 +129,7 @@ class Outbox:
 
     def fail(self, error: Callable[[OutFrame], PubSubError]) -> None:
         """End every wait: there will be no session."""
+        self._ended = True
         while self._queue:
             waiting = self._take()
             if not waiting.future.done():
@@ -163,23 +168,40 @@ class Outbox:
             )
             waiting.future.exception()
 
+    async def _send(
+        self, waiting: Waiting, send: Callable[[OutFrame], Awaitable[Receipt]]
+    ) -> None:
+        future = waiting.future
+        waiting.sent = True
+        try:
+            receipt = await send(waiting.frame)
+        except NotConnected as error:
+            # Not sent: the session was lost and the engine has not noticed yet. It waits
+            # for the next one, in its old place.
+            waiting.sent = False
+            if not self._ended:
+                self._put_back(waiting)
+            elif not future.done():
+                future.set_exception(error)
+                future.exception()
+        except PubSubError as error:
+            if not future.done():
+                future.set_exception(error)
+                future.exception()
+        except asyncio.CancelledError:
+            if not future.done():
+                future.set_exception(
+                    PublishFailed("the bus was closed meanwhile", topic=waiting.frame.topic)
+                )
+                future.exception()
+            raise
+        else:
+            if not future.done():
+                future.set_result(receipt)
 
-async def _send(waiting: Waiting, send: Callable[[OutFrame], Awaitable[Receipt]]) -> None:
-    future = waiting.future
-    waiting.sent = True
-    try:
-        receipt = await send(waiting.frame)
-    except PubSubError as error:
-        if not future.done():
-            future.set_exception(error)
-            future.exception()
-    except asyncio.CancelledError:
-        if not future.done():
-            future.set_exception(
-                PublishFailed("the bus was closed meanwhile", topic=waiting.frame.topic)
-            )
-            future.exception()
-        raise
-    else:
-        if not future.done():
-            future.set_result(receipt)
+    def _put_back(self, waiting: Waiting) -> None:
+        place = 0
+        while place < len(self._queue) and self._queue[place].number < waiting.number:
+            place += 1
+        self._queue.insert(place, waiting)
+        self._bytes += len(waiting.frame.payload)

@@ -7,6 +7,7 @@ is no session, the offline policy decides: raise, buffer within bounds, or drop 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -166,7 +167,9 @@ class Publisher:
         try:
             receipt = None
             if self._session.online and not self._outbox.busy and self._rate is None:
-                receipt = self._backend.try_publish(out)
+                # Lost just now, and the engine has not noticed: what follows does.
+                with contextlib.suppress(NotConnected):
+                    receipt = self._backend.try_publish(out)
             if receipt is None:
                 receipt = await self._send_waiting(out, timeout, confirm)
         except PubSubError:

@@ -66,7 +66,8 @@ class Wire:
 
     def seen(self, frame: InFrame) -> bool:
         """Note *frame*; return whether it came before."""
-        if self.recent is None or frame.id is None:
+        # A retained message is repeated on purpose, for a subscription that came later.
+        if self.recent is None or frame.id is None or frame.origin is Origin.RETAINED:
             return False
         key = (frame.topic, frame.id)
         if key in self.recent:

@@ -8,7 +8,8 @@ from pubsub_core.testing import Harness, MemoryLink, Trial, suite
 
 def _prepare(trial: Trial) -> None:
     space = Space.named(trial.word)
-    space.allow("tester", "right")
+    everything = ["#", "$conformance/#"]
+    space.allow("tester", "right", publish=everything, subscribe=everything)
     space.allow("guest", "right", publish=[f"{trial.word}/#"], subscribe=[f"{trial.word}/#"])
     trial.stack.callback(Space.forget, trial.word)
 

