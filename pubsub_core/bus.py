@@ -7,6 +7,7 @@ connected, the router brings messages to subscriptions, codecs and middleware sh
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 from collections.abc import (
@@ -164,7 +165,7 @@ class Bus:
         self._lost_at: float | None = None
         self._failure_listeners: list[Callable[[HandlerFailed], None]] = []
         self.can_nack = False
-        self.stats = BusStats()
+        self._stats = BusStats()
 
     # --- life --------------------------------------------------------------------------
 
@@ -316,13 +317,13 @@ class Bus:
             options,
             self._codecs,
             self.clock,
-            self.stats,
+            self._stats,
             self._need,
             self.spawn,
         )
         self._publisher_object.capabilities = self._capabilities
         self._wiring_object = Wiring(
-            self._backend_object, self._session, options, self.clock, self.stats, self
+            self._backend_object, self._session, options, self.clock, self._stats, self
         )
         self._views_object = Views(self._backend_object)
 
@@ -387,6 +388,16 @@ class Bus:
     def limits(self) -> Limits:
         """Sizes and rates that are kept here, before anything is sent."""
         return self.info.limits if self._publisher_object is None else self._publisher.limits
+
+    @property
+    def stats(self) -> BusStats:
+        """The counters, as they are now."""
+        router = None if self._wiring_object is None else self._wiring_object.router
+        return dataclasses.replace(
+            self._stats,
+            received=0 if router is None else router.received,
+            unrouted=0 if router is None else router.unrouted,
+        )
 
     def supports(self, cap: Cap) -> Support:
         """Return whether this broker can do *cap*, and why not; true when it can."""
@@ -907,7 +918,7 @@ class Bus:
 
     def dead_letter(self, topic: str, frame: InFrame, error: BaseException) -> None:
         """Publish a message that nobody could handle to *topic*."""
-        self.stats.dead_letters += 1
+        self._stats.dead_letters += 1
         options: dict[str, Any] = {}
         if self._capabilities[Cap.HEADERS]:
             options["headers"] = dead_letter_headers(frame.topic, error, headers=frame.headers)
@@ -924,7 +935,7 @@ class Bus:
 
     def handler_failed(self, error: HandlerFailed) -> None:
         """Count a failure; with ``strict`` applications it ends the program."""
-        self.stats.handler_failures += 1
+        self._stats.handler_failures += 1
         for listener in self._failure_listeners:
             listener(error)
 
@@ -934,9 +945,10 @@ class Bus:
 
     # --- what the session engine asks of its owner ---------------------------------------
 
-    def route(self, frame: InFrame) -> None:
-        """Route one frame."""
-        self._wiring.route(frame)
+    @property
+    def route(self) -> Callable[[InFrame], None]:
+        """What routes one frame."""
+        return self._wiring.router.route
 
     def interest(self, event: InterestEvent) -> None:
         """Bring a change of interest to the views it is for."""
@@ -956,7 +968,7 @@ class Bus:
             self._lost_at = self.clock.time()
             self._views.stale()
         if event.status is Status.ONLINE:
-            self.stats.sessions += 1
+            self._stats.sessions += 1
             self._lost_at = None
             self._publisher.online()
         if event.status is Status.FAILED and event.error is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -23,7 +23,7 @@ from .trie import HandlerTrie
 
 __all__ = ["Inbox", "Router", "Wire"]
 
-_RECENT = 4096
+_ORPHANS = 4096
 
 
 class Wire:
@@ -41,8 +41,8 @@ class Wire:
         self.generation = 0
         self.asked: WireSub | None = None
         self.granted = 0
-        # Ids of the last messages, to tell what a history repeats; None where unused.
-        self.recent: dict[tuple[str, str], None] | None = None
+        # The newest message it received, to find the place in a history.
+        self.last: InFrame | None = None
         self._turn = 0
         # Who was there when the broker was asked, and so gets what it retained.
         self.served: list[Subscription[Any]] = []
@@ -64,19 +64,6 @@ class Wire:
         self._turn = (self._turn + 1) % len(subscriptions)
         return [subscriptions[self._turn]]
 
-    def seen(self, frame: InFrame) -> bool:
-        """Note *frame*; return whether it came before."""
-        # A retained message is repeated on purpose, for a subscription that came later.
-        if self.recent is None or frame.id is None or frame.origin is Origin.RETAINED:
-            return False
-        key = (frame.topic, frame.id)
-        if key in self.recent:
-            return True
-        self.recent[key] = None
-        if len(self.recent) > _RECENT:
-            del self.recent[next(iter(self.recent))]
-        return False
-
 
 class Router:
     """Routes frames to subscriptions; lives on the bus's event loop."""
@@ -87,7 +74,9 @@ class Router:
         self._trie: HandlerTrie[Wire] = HandlerTrie("mqtt")
         self._ids = itertools.count(1)
         self._settle: Callable[[object, Verdict], None] | None = None
-        self.track_ids = False
+        self.orphans: deque[InFrame] | None = None
+        self.received = 0
+        self.unrouted = 0
 
     def bind(self, backend: object) -> None:
         """Take over the backend's way to settle frames."""
@@ -121,8 +110,6 @@ class Router:
                 manual_ack=subscription.settings.ack == "manual",
             )
             wire = Wire(want)
-            if self.track_ids:
-                wire.recent = {}
             self._wires[wire.key] = wire
             self._by_id[want.id] = wire
             self._trie.add(filter, wire)
@@ -148,51 +135,63 @@ class Router:
         self._trie.remove(wire.want.filter, wire)
         return wire
 
-    def wanted(self, frame: InFrame) -> bool:
-        """Whether any subscription is there for *frame*."""
-        if frame.subscriptions is not None:
-            return any(each in self._by_id for each in frame.subscriptions)
-        return bool(self._trie.match(frame.topic))
+    def keep_orphans(self) -> None:
+        """Keep what nobody wants yet, for subscriptions to come.
 
-    def route(self, frame: InFrame) -> bool:
-        """Put *frame* into the buffer of every subscription it is for; False if none is."""
+        A session that was resumed from an earlier run delivers before anybody could
+        subscribe.
+        """
+        self.orphans = deque(maxlen=_ORPHANS)
+
+    def adopt_orphans(self) -> None:
+        """Route what was kept and is wanted now."""
+        if not self.orphans:
+            return
+        waiting = list(self.orphans)
+        self.orphans.clear()
+        for frame in waiting:
+            self.received -= 1
+            self.route(frame)
+
+    def route(self, frame: InFrame) -> None:
+        """Put *frame* into the buffer of every subscription it is for."""
+        self.received += 1
         ids = frame.subscriptions
+        wires: Sequence[Wire]
         if ids is None:
-            wires: Any = self._trie.match(frame.topic)
+            wires = self._trie.match(frame.topic)
         elif len(ids) == 1:
             wire = self._by_id.get(ids[0])
             wires = () if wire is None else (wire,)
         else:
-            wires = [wire for each in ids if (wire := self._by_id.get(each)) is not None]
+            wires = [each for i in ids if (each := self._by_id.get(i)) is not None]
         if len(wires) == 1:
             wire = wires[0]
-            if wire.recent is not None and wire.seen(frame) and not frame.redelivered:
-                return self._discard(frame)
+            wire.last = frame
             targets = wire.targets()
         else:
-            targets = [
-                each
-                for wire in wires
-                if wire.recent is None or not wire.seen(frame) or frame.redelivered
-                for each in wire.targets()
-            ]
-        if not targets:
-            return self._discard(frame)
+            targets = []
+            for wire in wires:
+                wire.last = frame
+                targets += wire.targets()
         if frame.origin is Origin.RETAINED:
             targets = [each for each in targets if each.first_retained(frame.topic)]
-            if not targets:
-                return self._discard(frame)
+        if not targets:
+            self._discard(frame)
+            return
         delivery = None
         if frame.tag is not None and self._settle is not None:
             delivery = Delivery(frame.tag, len(targets), self._settle)
         for subscription in targets:
             subscription.put(frame, delivery)
-        return True
 
-    def _discard(self, frame: InFrame) -> bool:
+    def _discard(self, frame: InFrame) -> None:
+        if self.orphans is not None and frame.origin is not Origin.RETAINED:
+            self.orphans.append(frame)
+            return
+        self.unrouted += 1
         if frame.tag is not None and self._settle is not None:
             self._settle(frame.tag, Verdict.ACK)
-        return False
 
     def gap(self, gap: Gap) -> None:
         """Mark a hole in every stream."""
@@ -217,20 +216,22 @@ class Inbox:
         self._scheduled = False
         self._held = True
         self._deaf = False
+        # Whether an item of the loop's own thread may pass at once.
+        self._direct = False
 
     def frame(self, frame: InFrame) -> None:
         """Take a frame."""
-        if self._held or self._queue or threading.get_ident() != self._thread:
-            self._enqueue(frame)
-        elif not self._deaf:
+        if self._direct and threading.get_ident() == self._thread:
             self._route(frame)
+        else:
+            self._enqueue(frame)
 
     def call(self, action: Callable[[], None]) -> None:
         """Take anything else, in order with the frames."""
-        if self._held or self._queue or threading.get_ident() != self._thread:
-            self._enqueue(action)
-        elif not self._deaf:
+        if self._direct and threading.get_ident() == self._thread:
             action()
+        else:
+            self._enqueue(action)
 
     def release(self) -> None:
         """Let what was held while the session was restored go its way."""
@@ -240,11 +241,13 @@ class Inbox:
     def close(self) -> None:
         """Take nothing more; late frames of a dead session stop here."""
         self._deaf = True
+        self._direct = False
         self._queue.clear()
 
     def _enqueue(self, item: Callable[[], None] | InFrame) -> None:
         if self._deaf:
             return
+        self._direct = False
         self._queue.append(item)
         if not self._held and not self._scheduled:
             self._scheduled = True
@@ -261,3 +264,6 @@ class Inbox:
                 self._route(item)
             else:
                 item()
+        # An item may have been added by another thread since the loop looked; it has
+        # scheduled another drain, and until then nothing may pass it.
+        self._direct = not (self._deaf or self._held or self._queue)

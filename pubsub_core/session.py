@@ -67,8 +67,9 @@ class Backoff:
 class SessionOwner(Protocol):
     """What the engine asks of the bus."""
 
-    def route(self, frame: InFrame) -> None:
-        """Route one frame."""
+    @property
+    def route(self) -> Callable[[InFrame], None]:
+        """What routes one frame."""
         ...
 
     def interest(self, event: InterestEvent) -> None:

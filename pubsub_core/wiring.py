@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, cast
 
@@ -29,7 +28,6 @@ __all__ = ["Wiring"]
 
 logger = logging.getLogger("pubsub_core")
 
-_ORPHANS = 4096
 # Clocks of two machines differ, and so do the times a broker gives its messages.
 _SLACK = 1.0
 
@@ -69,20 +67,9 @@ class Wiring:
         self._stats = stats
         self._owner = owner
         self._locks: dict[tuple[str, str | None], asyncio.Lock] = {}
-        self._orphans: deque[InFrame] | None = None
         self._pausing: set[Subscription[Any]] = set()
         self.router = Router()
         self.router.bind(backend)
-
-    def route(self, frame: InFrame) -> None:
-        """Route one frame to the subscriptions it is for."""
-        self._stats.received += 1
-        if self._orphans is not None and not self.router.wanted(frame):
-            # A session that was resumed from an earlier run delivers before anybody could
-            # subscribe; these messages wait for their subscription.
-            self._orphans.append(frame)
-        elif not self.router.route(frame):
-            self._stats.unrouted += 1
 
     # --- subscribing -------------------------------------------------------------------
 
@@ -112,7 +99,7 @@ class Wiring:
             self._owner.spawn(self.detach(subscription), "detach")
             raise
         subscription.start()
-        self._adopt_orphans()
+        self.router.adopt_orphans()
 
     async def detach(self, subscription: Subscription[Any]) -> None:
         """Take *subscription* away; return when the broker has confirmed, if it must know."""
@@ -189,9 +176,8 @@ class Wiring:
     async def restore(self, facts: SessionFacts, generation: int, lost_at: float | None) -> None:
         """Bring the subscriptions back; mark and fill the hole since *lost_at*."""
         history = self._owner.can(Cap.HISTORY)
-        self.router.track_ids = history
         if generation == 1 and facts.resumed:
-            self._orphans = deque(maxlen=_ORPHANS)
+            self.router.keep_orphans()
         wires = self.router.wires
         await asyncio.gather(*(self._renew(wire, generation, facts.resumed) for wire in wires))
         if lost_at is not None and generation > 1:
@@ -234,20 +220,11 @@ class Wiring:
             if wire.want.group is not None:
                 continue  # other members of the group have had them
             query = HistoryQuery(since=since - _SLACK)
-            async for frame in backend.history(wire.want.filter, query):
-                if not wire.seen(frame):
-                    for subscription in wire.subscriptions:
-                        subscription.put(frame, None)
-
-    def _adopt_orphans(self) -> None:
-        if not self._orphans:
-            return
-        waiting, self._orphans = self._orphans, deque(maxlen=_ORPHANS)
-        for frame in waiting:
-            if self.router.wanted(frame):
-                self.router.route(frame)
-            else:
-                self._orphans.append(frame)
+            missed = [frame async for frame in backend.history(wire.want.filter, query)]
+            for frame in _after(missed, wire.last, since):
+                wire.last = frame
+                for subscription in wire.subscriptions:
+                    subscription.put(frame, None)
 
     # --- pressure ------------------------------------------------------------------------
 
@@ -263,3 +240,12 @@ class Wiring:
             self._pausing.discard(subscription)
             if not self._pausing:
                 self._backend.resume()
+
+
+def _after(stored: list[InFrame], last: InFrame | None, since: float) -> list[InFrame]:
+    """Return what was stored after *last*, the newest message that had arrived."""
+    if last is not None and last.id is not None:
+        for index in range(len(stored) - 1, -1, -1):
+            if stored[index].id == last.id and stored[index].topic == last.topic:
+                return stored[index + 1 :]
+    return [frame for frame in stored if frame.time >= since]

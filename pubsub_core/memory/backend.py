@@ -1,0 +1,290 @@
+"""One client of a space, as the core sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from typing import cast
+
+import msgspec
+
+from pubsub_core.errors import NotConnected
+from pubsub_core.events import InterestEvent
+from pubsub_core.interfaces import (
+    Backend,
+    BackendContext,
+    HistoryQuery,
+    SessionFacts,
+    Sink,
+    Watch,
+    WireSub,
+)
+from pubsub_core.message import InFrame, Member, OutFrame, Receipt, Verdict
+
+from .options import MemoryOptions
+from .space import Group, LocalSub, Space
+
+__all__ = ["MemoryBackend"]
+
+_MOST_KEPT = 10_000
+
+
+class MemoryBackend(Backend):
+    """One client of a space."""
+
+    def __init__(self, context: BackendContext) -> None:
+        super().__init__(context)
+        options: MemoryOptions = context.options
+        self.options = options
+        self.clock = context.clock
+        self.space = Space.named(context.address.host, history=options.history)
+        identity = options.client_id or f"memory-{secrets.token_hex(6)}"
+        self.member = Member(identity, options.username, socket.gethostname())
+        self.sink: Sink | None = None
+        self.subscriptions: dict[int, LocalSub] = {}
+        self.paused = False
+        self._unpaused = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tags = itertools.count(1)
+        # What waits for an acknowledgement: subscription, group, frame, deadline.
+        self._unsettled: dict[int, tuple[LocalSub, Group | None, InFrame, float]] = {}
+        self._returned: list[tuple[int, InFrame]] = []
+        self._kept: deque[InFrame] = deque(maxlen=_MOST_KEPT)
+        self._timer: asyncio.Task[None] | None = None
+        self._opened = False
+
+    # --- Backend -------------------------------------------------------------------------
+
+    async def open(self, sink: Sink) -> SessionFacts:
+        """Enter the space."""
+        self._loop = asyncio.get_running_loop()
+        resumed = self.space.enter(self) and self._opened
+        self._opened = True
+        with self.space.lock:
+            self.sink = sink
+            while self._kept:
+                sink.deliver(self._kept.popleft())
+        return SessionFacts(
+            resumed=resumed, client_id=self.member.id, server=f"memory space {self.space.name!r}"
+        )
+
+    async def restored(self) -> None:
+        """Deliver again what was not acknowledged before the session was lost."""
+        returned, self._returned = self._returned, []
+        for identity, frame in returned:
+            subscription = self.subscriptions.get(identity)
+            if subscription is not None:
+                self.space.redeliver(subscription, None, frame)
+
+    async def drop(self) -> None:
+        """End the session as if it had been lost."""
+        self._end("lost")
+
+    async def close(self, *, drain: float) -> None:
+        """Leave the space."""
+        self._end("closed")
+        self.space.leave(self, "closed")
+        self._opened = False
+        if self._timer is not None:
+            self._timer.cancel()
+            await asyncio.wait([self._timer])
+            self._timer = None
+
+    def try_publish(self, out: OutFrame) -> Receipt | None:
+        """Publish, unless a receiver asked the flow to stop."""
+        if self.sink is None:
+            raise self._not_connected()
+        space = self.space
+        if space.paused and space.blocked(self, out) is not None:
+            return None
+        return space.publish(self, out)
+
+    async def publish(self, out: OutFrame) -> Receipt:
+        """Publish; wait while a receiver with ``overflow="block"`` is full."""
+        while (receiver := self.space.blocked(self, out)) is not None:
+            await receiver.unpaused()
+        if self.sink is None:
+            raise self._not_connected()
+        return self.space.publish(self, out)
+
+    async def send_to(self, member: str, out: OutFrame) -> Receipt:
+        """Send to one member."""
+        if self.sink is None:
+            raise self._not_connected()
+        return self.space.send_to(self, member, out)
+
+    async def subscribe(self, want: WireSub) -> int:
+        """Subscribe in the space."""
+        if self.sink is None:
+            raise self._not_connected()
+        self.space.subscribe(self, want)
+        return want.qos
+
+    async def unsubscribe(self, want: WireSub) -> None:
+        """Unsubscribe in the space."""
+        self.space.unsubscribe(self, want, "unsubscribed")
+
+    async def repeat_retained(self, want: WireSub) -> None:
+        """Deliver what is retained once more."""
+        subscription = self.subscriptions.get(want.id)
+        if subscription is not None:
+            self.space.give_retained(subscription)
+
+    async def ping(self) -> float:
+        """Return 0: there is no way to go."""
+        return 0.0
+
+    def pause(self) -> bool:
+        """Let publishers wait."""
+        self.paused = True
+        self.space.paused.add(self.member.id)
+        self._unpaused.clear()
+        return True
+
+    def resume(self) -> None:
+        """Let publishers go on."""
+        self.paused = False
+        self.space.paused.discard(self.member.id)
+        self._unpaused.set()
+
+    async def unpaused(self) -> None:
+        """Return when the flow may go on; callable from another loop's publisher."""
+        if self._loop is asyncio.get_running_loop():
+            await self._unpaused.wait()
+        else:
+            # Another loop owns the event; looking again soon is simpler than a bridge.
+            await asyncio.sleep(0.001)
+
+    # --- optional powers -------------------------------------------------------------------
+
+    async def watch_presence(self, watch: Watch) -> Sequence[Member]:
+        """Begin to report who is subscribed."""
+        return self.space.watch(self, watch)
+
+    async def unwatch_presence(self, watch: Watch) -> None:
+        """Stop reporting."""
+        self.space.unwatch(self, watch)
+
+    async def members(self, topic: str) -> Sequence[Member]:
+        """Return who is subscribed now."""
+        return self.space.members(topic)
+
+    async def watch_notifications(self, watch: Watch) -> None:
+        """Begin to report who wants what."""
+        self.space.watch(self, watch)
+
+    async def unwatch_notifications(self, watch: Watch) -> None:
+        """Stop reporting."""
+        self.space.unwatch(self, watch)
+
+    async def history(self, filter: str, query: HistoryQuery) -> AsyncIterator[InFrame]:
+        """Yield stored messages."""
+        for frame in self.space.stored(filter, query, self.clock):
+            yield frame
+
+    async def last(self, topic: str) -> InFrame | None:
+        """Return the retained value."""
+        return self.space.last(topic, self.clock)
+
+    def settle(self, tag: object, verdict: Verdict) -> None:
+        """Forget a message, or deliver it again."""
+        waiting = self._unsettled.pop(cast("int", tag), None)
+        if waiting is None or verdict is not Verdict.NACK:
+            return
+        subscription, group, frame, _ = waiting
+        if subscription.want.id in self.subscriptions or group is not None:
+            self.space.redeliver(subscription, group, frame)
+
+    # --- what the space calls ----------------------------------------------------------------
+
+    def take(self, frame: InFrame, group: Group | None = None, *, manual: bool = False) -> None:
+        """Receive one message; a *manual* one waits for an acknowledgement."""
+        if manual:
+            frame = self._await_settling(frame, group)
+        sink = self.sink
+        if sink is not None:
+            sink.deliver(frame)
+        elif self.options.persistent:
+            self._kept.append(frame)
+
+    def _await_settling(self, frame: InFrame, group: Group | None) -> InFrame:
+        identities = frame.subscriptions or ()
+        tag = next(self._tags)
+        deadline = self.clock.monotonic() + self.options.ack_timeout
+        subscription = self.subscriptions[identities[0]]
+        self._unsettled[tag] = (subscription, group, frame, deadline)
+        self._watch_deadlines()
+        return msgspec.structs.replace(frame, tag=tag)
+
+    def tell(self, event: InterestEvent) -> None:
+        """Receive one change of interest."""
+        if self.sink is not None:
+            self.sink.interest(event)
+
+    def cut(self, error: BaseException) -> None:
+        """Lose the session; callable from any thread."""
+        sink = self.sink
+        if sink is not None:
+            self._end("lost")
+            sink.lost(error)
+
+    # --- helpers -----------------------------------------------------------------------------
+
+    def _end(self, reason: str) -> None:
+        if self.sink is None:
+            return
+        self.sink = None
+        will = self.options.will
+        for subscription, group, frame, _ in self._unsettled.values():
+            if group is not None and len(group.members) > 1:
+                group.members.remove(subscription)
+                self.space.redeliver(subscription, group, frame)
+                group.members.append(subscription)
+            elif reason == "lost":
+                self._returned.append((subscription.want.id, frame))
+        self._unsettled.clear()
+        if reason == "lost":
+            if will is not None:
+                self.space.publish(
+                    self,
+                    OutFrame(topic=will.topic, payload=will.payload.encode(), retain=will.retain),
+                )
+            if not self.options.persistent:
+                self.space.leave(self, "lost")
+
+    def _watch_deadlines(self) -> None:
+        loop = self._loop
+        if loop is None or (self._timer is not None and not self._timer.done()):
+            return
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is loop:
+            self._start_timer()
+        else:
+            loop.call_soon_threadsafe(self._start_timer)
+
+    def _start_timer(self) -> None:
+        if self._timer is None or self._timer.done():
+            self._timer = asyncio.create_task(self._expire(), name="pubsub memory redelivery")
+
+    async def _expire(self) -> None:
+        while self._unsettled:
+            first = min(deadline for _, _, _, deadline in self._unsettled.values())
+            await self.clock.sleep(max(0.001, first - self.clock.monotonic()))
+            now = self.clock.monotonic()
+            for tag, waiting in tuple(self._unsettled.items()):
+                if waiting[3] <= now:
+                    self.settle(tag, Verdict.NACK)
+
+    def _not_connected(self) -> NotConnected:
+        return NotConnected(
+            f"no session with {self.context.address}",
+            hint="wait until the bus is online",
+            backend="memory",
+        )

@@ -1,0 +1,522 @@
+"""What buses of one name share: subscriptions, stored messages, who is there."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import threading
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import msgspec
+
+from pubsub_core.capabilities import ConfirmedBy
+from pubsub_core.clock import Clock
+from pubsub_core.errors import (
+    AuthenticationFailed,
+    ConnectError,
+    Outcome,
+    PublishFailed,
+    PublishNotAuthorized,
+    SubscribeNotAuthorized,
+)
+from pubsub_core.events import InterestEvent, InterestKind
+from pubsub_core.interfaces import HistoryQuery, Watch, WatchKind, WireSub
+from pubsub_core.message import InFrame, Member, Origin, OutFrame, Receipt
+from pubsub_core.topics import overlap, parse_filter
+from pubsub_core.trie import HandlerTrie
+
+if TYPE_CHECKING:
+    from .backend import MemoryBackend
+
+__all__ = ["Group", "LocalSub", "Space"]
+
+_MOST_PLANS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class _User:
+    password: str
+    publish: tuple[str, ...]
+    subscribe: tuple[str, ...]
+
+
+class LocalSub:
+    """One wire subscription of one client."""
+
+    __slots__ = ("client", "filter", "want")
+
+    def __init__(self, client: MemoryBackend, want: WireSub) -> None:
+        self.client = client
+        self.want = want
+        self.filter = want.filter
+
+
+class Group:
+    """The members of one share group; each message goes to the next one that can take it."""
+
+    __slots__ = ("_turn", "members")
+
+    def __init__(self) -> None:
+        self.members: list[LocalSub] = []
+        self._turn = 0
+
+    def pick(self) -> LocalSub:
+        """Return the next member that has a session; a group never has no members."""
+        present = [member for member in self.members if member.client.sink is not None]
+        if not present:
+            return self.members[0]
+        self._turn = (self._turn + 1) % len(present)
+        return present[self._turn]
+
+
+class _Route(NamedTuple):
+    """Where a message of some topic goes: to a client's subscriptions, or to a group."""
+
+    client: MemoryBackend
+    ids: tuple[int, ...]
+    manual: bool
+    group: Group | None
+
+
+class Space:
+    """The broker of the in-process backend.
+
+    Thread-safe: buses of several event loops may share a space.
+    """
+
+    _named: ClassVar[dict[str, Space]] = {}
+    _names: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, name: str = "", *, history: int = 10_000) -> None:
+        self.name = name
+        self.lock = threading.RLock()
+        self._trie: HandlerTrie[LocalSub | Group] = HandlerTrie("mqtt")
+        self._groups: dict[tuple[str, str], Group] = {}
+        self._clients: dict[str, MemoryBackend] = {}
+        self._retained: dict[str, tuple[InFrame, float | None]] = {}
+        self._history: deque[tuple[InFrame, float | None]] = deque(maxlen=history)
+        self._watches: dict[tuple[str, int], tuple[MemoryBackend, Watch]] = {}
+        self._users: dict[str, _User] = {}
+        self._ids = itertools.count(1)
+        self._refusing = False
+        # Ids of the clients that asked to be spared for now.
+        self.paused: set[str] = set()
+        # Who receives a topic, worked out once and kept until a subscription changes.
+        self._plans: dict[str, tuple[_Route, ...]] = {}
+
+    @classmethod
+    def named(cls, name: str, *, history: int = 10_000) -> Space:
+        """Return the space of that name, made when first asked for; ``""`` is always new."""
+        if not name:
+            return cls(history=history)
+        with cls._names:
+            space = cls._named.get(name)
+            if space is None:
+                space = cls._named[name] = cls(name, history=history)
+            return space
+
+    @classmethod
+    def forget(cls, name: str) -> None:
+        """Let the next bus of that name start with an empty space."""
+        with cls._names:
+            cls._named.pop(name, None)
+
+    # --- misbehaviour, for tests ---------------------------------------------------------
+
+    def refuse(self, refusing: bool) -> None:
+        """Refuse new sessions, or accept them again."""
+        self._refusing = refusing
+
+    def disconnect_all(self) -> None:
+        """Cut every session, as a failing network would."""
+        with self.lock:
+            clients = [client for client in self._clients.values() if client.sink is not None]
+        for client in clients:
+            client.cut(ConnectionResetError("the space cut the session"))
+
+    def allow(
+        self,
+        username: str,
+        password: str = "",
+        *,
+        publish: Iterable[str] = ("#",),
+        subscribe: Iterable[str] = ("#",),
+    ) -> None:
+        """Let *username* in, with rights on these filters; anybody else is refused then."""
+        self._users[username] = _User(password, tuple(publish), tuple(subscribe))
+
+    # --- sessions ------------------------------------------------------------------------
+
+    def enter(self, client: MemoryBackend) -> bool:
+        """Begin a session; return whether an earlier one goes on."""
+        if self._refusing:
+            raise ConnectError(
+                f"{client.context.address} refuses sessions",
+                hint="call Space.refuse(False)",
+                backend="memory",
+            )
+        user = self._users.get(client.options.username)
+        if self._users:
+            given = "" if client.options.password is None else client.options.password.reveal()
+            if user is None or not secrets.compare_digest(given.encode(), user.password.encode()):
+                raise AuthenticationFailed(
+                    f"{client.context.address} does not know that user name and password",
+                    hint="check username and password",
+                    backend="memory",
+                )
+        with self.lock:
+            resumed = client.options.persistent and client.member.id in self._clients
+            self._clients[client.member.id] = client
+            return resumed
+
+    def leave(self, client: MemoryBackend, reason: str) -> None:
+        """End a session for good: subscriptions, watches and the wait for acks are gone."""
+        with self.lock:
+            if self._clients.pop(client.member.id, None) is None:
+                return
+            for subscription in tuple(client.subscriptions.values()):
+                self.unsubscribe(client, subscription.want, reason)
+            for key in [key for key in self._watches if key[0] == client.member.id]:
+                del self._watches[key]
+
+    def subscribe(self, client: MemoryBackend, want: WireSub) -> None:
+        """Add a subscription, deliver retained values, tell who watches."""
+        self._check(client, want.filter, "subscribe")
+        with self.lock:
+            old = client.subscriptions.get(want.id)
+            if old is not None:
+                old.want = want
+                self._plans.clear()
+                return
+            before = self._present(client, want.filter)
+            subscription = LocalSub(client, want)
+            client.subscriptions[want.id] = subscription
+            if want.group is None:
+                self._trie.add(want.filter, subscription)
+            else:
+                key = (want.group, want.filter)
+                group = self._groups.get(key)
+                if group is None:
+                    group = self._groups[key] = Group()
+                    self._trie.add(want.filter, group)
+                group.members.append(subscription)
+            self._plans.clear()
+            self._tell(client, want.filter, InterestKind.JOINED, "", before)
+            if want.group is None:
+                self.give_retained(subscription)
+
+    def unsubscribe(self, client: MemoryBackend, want: WireSub, reason: str) -> None:
+        """Drop a subscription, tell who watches."""
+        with self.lock:
+            subscription = client.subscriptions.pop(want.id, None)
+            if subscription is None:
+                return
+            if want.group is None:
+                self._trie.remove(want.filter, subscription)
+            else:
+                key = (want.group, want.filter)
+                group = self._groups[key]
+                group.members.remove(subscription)
+                if not group.members:
+                    del self._groups[key]
+                    self._trie.remove(want.filter, group)
+            self._plans.clear()
+            self._tell(
+                client,
+                want.filter,
+                InterestKind.LEFT,
+                reason,
+                self._present(client, want.filter),
+            )
+
+    # --- messages ------------------------------------------------------------------------
+
+    def publish(self, client: MemoryBackend, out: OutFrame) -> Receipt:
+        """Store and deliver one message."""
+        topic, payload, ttl = out.topic, out.payload, out.ttl
+        if self._users:
+            self._check(client, topic, "publish")
+        now = client.clock.time()
+        with self.lock:
+            identity = str(next(self._ids))
+            plan = self._plans.get(topic)
+            if plan is None:
+                plan = self._plan(topic)
+            frame: InFrame | None = None
+            count = 0
+            for route in plan:
+                receiver, ids, group = route.client, route.ids, route.group
+                manual = route.manual
+                if group is not None:
+                    member = group.pick()
+                    receiver, ids = member.client, (member.want.id,)
+                    manual = member.want.manual_ack
+                if receiver is client and not out.echo:
+                    continue
+                count += 1
+                frame = InFrame(
+                    topic=topic,
+                    payload=payload,
+                    qos=out.qos,
+                    time=now,
+                    headers=out.headers,
+                    content_type=out.content_type,
+                    expires_in=ttl,
+                    id=identity,
+                    source=client.member,
+                    parts=out.parts,
+                    subscriptions=ids,
+                )
+                receiver.take(frame, group if manual else None, manual=manual)
+            if frame is None:
+                frame = InFrame(
+                    topic=topic,
+                    payload=payload,
+                    qos=out.qos,
+                    time=now,
+                    headers=out.headers,
+                    content_type=out.content_type,
+                    id=identity,
+                    source=client.member,
+                    parts=out.parts,
+                )
+            stored = (frame, None if ttl is None else now + ttl)
+            if out.retain:
+                if payload:
+                    self._retained[topic] = stored
+                else:
+                    self._retained.pop(topic, None)
+            self._history.append(stored)
+            return Receipt(topic, ConfirmedBy.BROKER, identity, count)
+
+    def send_to(self, client: MemoryBackend, member: str, out: OutFrame) -> Receipt:
+        """Deliver to one client, if it is subscribed to the topic."""
+        self._check(client, out.topic, "publish")
+        with self.lock:
+            receiver = self._clients.get(member)
+            ids = (
+                ()
+                if receiver is None
+                else tuple(
+                    subscription.want.id
+                    for subscription in receiver.subscriptions.values()
+                    if parse_filter(subscription.filter).matches(out.topic)
+                )
+            )
+            if receiver is None or not ids:
+                raise PublishFailed(
+                    f"that member is not subscribed to {out.topic!r}",
+                    outcome=Outcome.REJECTED,
+                    hint="take members from presence or notifications",
+                    backend="memory",
+                    topic=out.topic,
+                    retryable=False,
+                )
+            identity = str(next(self._ids))
+            frame = InFrame(
+                topic=out.topic,
+                payload=out.payload,
+                origin=Origin.IMAGE,
+                qos=out.qos,
+                time=client.clock.time(),
+                headers=out.headers,
+                content_type=out.content_type,
+                id=identity,
+                source=client.member,
+                parts=out.parts,
+                subscriptions=ids,
+            )
+            receiver.take(frame)
+            return Receipt(out.topic, ConfirmedBy.BROKER, identity, 1)
+
+    def blocked(self, client: MemoryBackend, out: OutFrame) -> MemoryBackend | None:
+        """Return a receiver of *out* that asked to be spared for now, if there is one."""
+        with self.lock:
+            for route in self._plans.get(out.topic) or self._plan(out.topic):
+                if route.group is not None:
+                    members = route.group.members
+                    if all(member.client.paused for member in members):
+                        return members[0].client
+                elif route.client.paused and (out.echo or route.client is not client):
+                    return route.client
+        return None
+
+    def stored(self, filter: str, query: HistoryQuery, clock: Clock) -> list[InFrame]:
+        """Return stored messages, oldest first."""
+        matches = parse_filter(filter).matches
+        now = clock.time()
+        result: list[InFrame] = []
+        with self.lock:
+            for frame, expires in reversed(self._history):
+                if query.last is not None and len(result) >= query.last:
+                    break
+                if expires is not None and expires <= now:
+                    continue
+                if query.since is not None and frame.time < query.since:
+                    break
+                if query.until is not None and frame.time > query.until:
+                    continue
+                if matches(frame.topic):
+                    result.append(_stored(frame, expires, now, Origin.REPLAY))
+        result.reverse()
+        return result
+
+    def last(self, topic: str, clock: Clock) -> InFrame | None:
+        """Return the retained value of *topic*."""
+        now = clock.time()
+        with self.lock:
+            kept = self._retained.get(topic)
+            if kept is None or (kept[1] is not None and kept[1] <= now):
+                return None
+            return _stored(kept[0], kept[1], now, Origin.RETAINED)
+
+    def redeliver(self, subscription: LocalSub, group: Group | None, frame: InFrame) -> None:
+        """Deliver *frame* once more, in a share group to the next member."""
+        with self.lock:
+            if group is not None and group.members:
+                subscription = group.pick()
+            again = msgspec.structs.replace(
+                frame, redelivered=True, subscriptions=(subscription.want.id,)
+            )
+            subscription.client.take(again, group, manual=True)
+
+    def _plan(self, topic: str) -> tuple[_Route, ...]:
+        plain: dict[MemoryBackend, list[int]] = {}
+        rest: list[_Route] = []
+        for target in self._trie.match(topic):
+            if isinstance(target, Group):
+                rest.append(_Route(target.members[0].client, (), False, target))
+            elif target.want.manual_ack:
+                rest.append(_Route(target.client, (target.want.id,), True, None))
+            else:
+                plain.setdefault(target.client, []).append(target.want.id)
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        plan = self._plans[topic] = (
+            *(_Route(client, tuple(ids), False, None) for client, ids in plain.items()),
+            *rest,
+        )
+        return plan
+
+    def give_retained(self, subscription: LocalSub) -> None:
+        """Deliver what is retained for a subscription."""
+        matches = parse_filter(subscription.filter).matches
+        now = subscription.client.clock.time()
+        for topic, (frame, expires) in tuple(self._retained.items()):
+            if expires is not None and expires <= now:
+                del self._retained[topic]
+            elif matches(topic):
+                kept = _stored(frame, expires, now, Origin.RETAINED)
+                kept = msgspec.structs.replace(kept, subscriptions=(subscription.want.id,))
+                subscription.client.take(kept)
+
+    def _check(self, client: MemoryBackend, topic: str, action: str) -> None:
+        user = self._users.get(client.options.username)
+        if user is None:
+            return
+        if action == "publish":
+            if not any(parse_filter(each).matches(topic) for each in user.publish):
+                raise PublishNotAuthorized(
+                    f"{client.options.username!r} may not publish to {topic!r}",
+                    hint="ask for the right to publish there",
+                    backend="memory",
+                    topic=topic,
+                )
+        elif not any(_covers(each, topic) for each in user.subscribe):
+            raise SubscribeNotAuthorized(
+                f"{client.options.username!r} may not subscribe to {topic!r}",
+                hint="ask for the right to subscribe there",
+                backend="memory",
+                topic=topic,
+            )
+
+    # --- interest ------------------------------------------------------------------------
+
+    def watch(self, client: MemoryBackend, watch: Watch) -> list[Member]:
+        """Report interest to *client* from now on; return who is there."""
+        with self.lock:
+            self._watches[client.member.id, watch.id] = (client, watch)
+            if watch.kind is WatchKind.PRESENCE:
+                return self.members(watch.filter)
+            for other in self._clients.values():
+                for subscription in other.subscriptions.values():
+                    if overlap(watch.filter, subscription.filter):
+                        client.tell(
+                            InterestEvent(
+                                InterestKind.JOINED,
+                                subscription.filter,
+                                other.member,
+                                watches=(watch.id,),
+                            )
+                        )
+            client.tell(InterestEvent(InterestKind.SYNCED, watch.filter, watches=(watch.id,)))
+            return []
+
+    def unwatch(self, client: MemoryBackend, watch: Watch) -> None:
+        """Stop reporting."""
+        with self.lock:
+            self._watches.pop((client.member.id, watch.id), None)
+
+    def members(self, topic: str) -> list[Member]:
+        """Return who would receive a message published to *topic*."""
+        with self.lock:
+            return [
+                client.member
+                for client in self._clients.values()
+                if any(
+                    overlap(subscription.filter, topic)
+                    for subscription in client.subscriptions.values()
+                )
+            ]
+
+    def _present(self, client: MemoryBackend, filter: str) -> frozenset[tuple[str, int]]:
+        """Return the presence watches that see *client* without the subscription *filter*."""
+        return frozenset(
+            key
+            for key, (_, watch) in self._watches.items()
+            if watch.kind is WatchKind.PRESENCE
+            and overlap(watch.filter, filter)
+            and any(
+                overlap(watch.filter, subscription.filter)
+                for subscription in client.subscriptions.values()
+            )
+        )
+
+    def _tell(
+        self,
+        client: MemoryBackend,
+        filter: str,
+        kind: InterestKind,
+        reason: str,
+        present: frozenset[tuple[str, int]],
+    ) -> None:
+        for key, (watcher, watch) in tuple(self._watches.items()):
+            if key not in present and overlap(watch.filter, filter):
+                watcher.tell(
+                    InterestEvent(kind, filter, client.member, reason, watches=(watch.id,))
+                )
+
+
+def _stored(frame: InFrame, expires: float | None, now: float, origin: Origin) -> InFrame:
+    return msgspec.structs.replace(
+        frame,
+        origin=origin,
+        expires_in=None if expires is None else expires - now,
+        subscriptions=None,
+    )
+
+
+def _covers(granted: str, wanted: str) -> bool:
+    """Whether every topic that *wanted* can match is matched by *granted*."""
+    have, want = granted.split("/"), wanted.split("/")
+    for index, level in enumerate(have):
+        if level == "#":
+            return True
+        if index >= len(want) or want[index] == "#":
+            return False
+        if level != "+" and level != want[index]:
+            return False
+    return len(have) == len(want)
