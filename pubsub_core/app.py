@@ -46,6 +46,7 @@ from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_orig
 
 import msgspec
 
+from .buffer import DecodePolicy
 from .bus import Bus, connect
 from .config import Config
 from .errors import ConfigError, HandlerFailed, PubSubError, WrongLoop
@@ -54,8 +55,8 @@ from .interfaces import HistoryQuery
 from .message import Message
 from .middleware import Middleware
 from .settings import OverflowPolicy
-from .subscription import DecodePolicy, Subscription
-from .sync import SyncBus, wrap
+from .subscription import Subscription
+from .sync import SyncBus, is_async, marked, wrap
 from .threads import in_thread
 from .topics import TopicFilter, parse_filter
 
@@ -214,7 +215,7 @@ class App:
         return running.bus(name)
 
     def stop(self) -> None:
-        """Let the application stop as after a first signal; from its own loop."""
+        """Let the application stop as after a first signal; from any thread."""
         if self._declared.running is not None:
             self._declared.running.stop()
 
@@ -328,7 +329,10 @@ class _Declared:
 
     def targets(self, buses: Buses | None) -> dict[str, str]:
         """Return where each bus is: a URL, or its name in the configuration."""
-        given = dict(buses) if isinstance(buses, Mapping) else {name: name for name in buses or ()}
+        if isinstance(buses, Mapping):
+            given = dict(cast("Mapping[str, str]", buses))
+        else:
+            given = {name: name for name in buses or ()}
         names = [handler.bus for handler in self.handlers]
         names += [name for handler in self.handlers for name in handler.other_buses()]
         names += [bus for _, bus in self.middleware if bus is not None]
@@ -367,6 +371,7 @@ class Running:
         self._at_once = asyncio.Event()
         self._opening: asyncio.Task[None] | None = None
         self._finished = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     # --- what users call -----------------------------------------------------------------
 
@@ -391,7 +396,11 @@ class Running:
         return types.MappingProxyType(self._buses)
 
     def stop(self) -> None:
-        """Stop as after a first signal: take no more, finish, close."""
+        """Stop as after a first signal: take no more, finish, close. From any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
         self._stopping.set()
         if self._opening is not None:
             self._opening.cancel()
@@ -400,7 +409,7 @@ class Running:
         """Act as a signal does: the first call stops, a second one stops at once."""
         if not self._stopping.is_set():
             _log.info("stopping; interrupt again to stop at once")
-            self.stop()
+            self._stop()
         else:
             self._at_once.set()
 
@@ -413,6 +422,7 @@ class Running:
                 "the application runs already", hint="make a second App for a second run"
             )
         self._declared.running = self
+        self._loop = asyncio.get_running_loop()
         opening = self._opening = asyncio.create_task(self._start(), name="pubsub app start")
         try:
             await opening
@@ -502,14 +512,14 @@ class Running:
             if bus.status is Status.FAILED:
                 _log.error("bus %r ended for good: %s", name, bus.error)
                 self._failure = self._failure or bus.error
-            self.stop()
+            self._stop()
 
     def _handler_failed(self, error: HandlerFailed) -> None:
         self.errors.append(error)
         del self.errors[:-_KEPT_ERRORS]
         if self._strict:
             self._failure = self._failure or error
-            self.stop()
+            self._stop()
 
     # --- stopping --------------------------------------------------------------------------
 
@@ -518,7 +528,7 @@ class Running:
         seconds = self._seconds()
         deadline = loop.time() + seconds
         for subscription in self._subscriptions:
-            subscription.finish()
+            subscription.buffer.finish()
         handlers = {each.handler_task for each in self._subscriptions} - {None}
         if handlers:
             _, late = await asyncio.wait(cast("set[asyncio.Task[None]]", handlers), timeout=seconds)
@@ -563,7 +573,7 @@ class Running:
         return max((each.drain for each in options), default=0.0)
 
     async def _run_hook(self, hook: Callable[..., Any]) -> None:
-        plain = not _is_async(hook)
+        plain = not is_async(hook)
         arguments = _Arguments(_fillers(hook, None, plain=plain, namespace=None)[0], self, _MAIN)
         if plain:
             await in_thread(lambda: arguments.call(hook, None), name="pubsub-hook")
@@ -655,7 +665,7 @@ class _Handler:
             self.fillers, self.found_type = _fillers(
                 self.function,
                 self.filter,
-                plain=not _is_async(self.function),
+                plain=not is_async(self.function),
                 namespace=namespace,
                 gaps=self.options["gaps"],
                 given_type=self.type,
@@ -686,7 +696,7 @@ class _Handler:
     def _bound(self, fillers: tuple[_Filler, ...], running: Running) -> Callable[[Any], Any]:
         function = self.function
         if [each.kind for each in fillers] == ["message"] and not fillers[0].keyword:
-            return function
+            return marked(function, running.bus(self.bus))
         arguments = _Arguments(fillers, running, self.bus)
 
         # The bus tells the two kinds apart, and runs the plain one in a thread.
@@ -696,7 +706,7 @@ class _Handler:
         def handle_plainly(message: Any) -> None:
             arguments.call(function, message)
 
-        return handle if _is_async(function) else handle_plainly
+        return handle if is_async(function) else marked(handle_plainly, running.bus(self.bus))
 
 
 class _Arguments:
@@ -891,15 +901,6 @@ def _unfillable(function: Callable[..., Any], name: str, filter: TopicFilter | N
         f"{filter.text!r} captures: {captures}",
         hint="name it after a capture, `payload`, `message` or `bus`, annotate it with "
         "Message[...], or give it a default",
-    )
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    target: Any = function
-    while isinstance(target, functools.partial):
-        target = cast("Any", target).func
-    return inspect.iscoroutinefunction(target) or (
-        not inspect.isroutine(target) and inspect.iscoroutinefunction(type(target).__call__)
     )
 
 

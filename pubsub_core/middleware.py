@@ -442,7 +442,7 @@ def _clock(context: Context) -> Clock:
 
 
 def _manual(subscription: Any) -> bool:
-    return getattr(getattr(subscription, "settings", None), "ack", "auto") == "manual"
+    return getattr(subscription, "ack", "auto") == "manual"
 
 
 def _raised(error: BaseException) -> BaseException:

@@ -23,6 +23,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
+import inspect
 import os
 import threading
 from collections.abc import (
@@ -37,9 +39,10 @@ from collections.abc import (
 )
 from concurrent.futures import CancelledError
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, overload
+from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
 
 from . import bus as _bus
+from .buffer import DecodePolicy
 from .bus import Bus
 from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
 from .clock import Clock
@@ -53,7 +56,7 @@ from .message import Member, Message, Part, Receipt
 from .middleware import Middleware
 from .settings import OverflowPolicy
 from .stats import BusStats
-from .subscription import DecodePolicy, Handler, Subscription, SubscriptionStats
+from .subscription import Handler, Subscription, SubscriptionStats
 
 __all__ = [
     "SyncBus",
@@ -114,6 +117,7 @@ def connect(
         bus = portal.call(opened, "connect")
     except BaseException:
         portal.release()
+        portal.settle()
         raise
     portal.buses.add(bus)
     return SyncBus(bus, portal)
@@ -125,6 +129,34 @@ def wrap(bus: Bus) -> SyncBus:
     Closing either closes the bus.
     """
     return SyncBus(bus, _Caller(asyncio.get_running_loop()))
+
+
+_here = threading.local()
+
+
+def marked(handler: Handler, bus: Bus) -> Handler:
+    """Return *handler*, and if it is a plain one note in its thread whose it is."""
+    if is_async(handler):
+        return handler
+
+    def call(message: Any) -> Any:
+        _here.bus = bus
+        try:
+            return handler(message)
+        finally:
+            _here.bus = None
+
+    return call
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling *function* gives something to await; looks through partials."""
+    target: Any = function
+    while isinstance(target, functools.partial):
+        target = cast("Any", target).func
+    return inspect.iscoroutinefunction(target) or (
+        not inspect.isroutine(target) and inspect.iscoroutinefunction(type(target).__call__)
+    )
 
 
 class _Synchronous:
@@ -143,6 +175,7 @@ class SyncBus(_Synchronous):
     def __init__(self, bus: Bus, caller: _Caller) -> None:
         super().__init__(caller)
         self._bus = bus
+        self._closing: asyncio.Future[None] | None = None
 
     # --- life --------------------------------------------------------------------------
 
@@ -165,16 +198,30 @@ class SyncBus(_Synchronous):
         self._call(self._bus.open, "open")
 
     def close(self, *, drain: float | None = None) -> None:
-        """End the bus; see `Bus.close`. Does nothing in a forked child: it is not its bus."""
+        """End the bus; see `Bus.close`. Does nothing in a forked child: it is not its bus.
+
+        From a plain handler of this very bus, which the bus waits for, it returns at once;
+        the bus is closed when the handler has returned.
+        """
         if self._caller.forked:
             return
-        caller = self._caller
-        try:
-            with contextlib.suppress(BusClosed):  # its loop has ended, and it with that
-                self._call(lambda: self._bus.close(drain=drain), "close")
-        finally:
-            if isinstance(caller, _Portal) and self._bus.status is Status.CLOSED:
-                caller.forget(self._bus)
+
+        async def close() -> None:
+            try:
+                await self._bus.close(drain=drain)
+            finally:
+                if self._bus.status is Status.CLOSED:
+                    self._caller.forget(self._bus)
+
+        async def begin() -> None:
+            self._closing = asyncio.ensure_future(close())
+
+        with contextlib.suppress(BusClosed):  # its loop has ended, and it with that
+            if getattr(_here, "bus", None) is self._bus:
+                self._call(begin, "close")
+            else:
+                self._call(close, "close")
+        self._caller.settle()
 
     # --- what it is --------------------------------------------------------------------
 
@@ -382,7 +429,7 @@ class SyncBus(_Synchronous):
             return await self._bus.subscribe(
                 filter,
                 type,
-                handler=handler,
+                handler=None if handler is None else marked(handler, self._bus),
                 group=group,
                 qos=qos,
                 buffer=buffer,
@@ -728,6 +775,12 @@ class _Caller:
         """Whether nothing on that loop can be reached, or has to be cleaned up, from here."""
         return self._loop.is_closed() or self.forked
 
+    def forget(self, bus: Bus) -> None:
+        """Learn that *bus* is closed."""
+
+    def settle(self) -> None:
+        """Return when nothing of a loop that is no longer needed is left."""
+
     def call(self, function: Callable[[], Awaitable[R]], name: str) -> R:
         """Run *function* on the loop and return its result.
 
@@ -783,6 +836,7 @@ class _Portal(_Caller):
         super().__init__(asyncio.new_event_loop())
         self.buses: set[Bus] = set()
         self._users = 0
+        self._over = False
         self._thread = threading.Thread(target=self._serve, name="pubsub-sync", daemon=True)
         self._thread.start()
 
@@ -805,20 +859,24 @@ class _Portal(_Caller):
         self.release()
 
     def release(self) -> None:
-        """End the thread when nobody needs it any more."""
+        """End the loop when nobody needs it any more."""
         with self._lock:
             self._users -= 1
             if self._users > 0:
                 return
             if _Portal._current is self:
                 _Portal._current = None
-        self._stop(_STOP_LIMIT)
+            self._over = True
+        self._stop()
 
-    def _stop(self, timeout: float) -> None:
+    def settle(self) -> None:
+        """Wait for the thread, when it is about to end."""
+        if self._over and self._thread is not threading.current_thread():
+            self._thread.join(_STOP_LIMIT)
+
+    def _stop(self) -> None:
         with contextlib.suppress(RuntimeError):  # closed already
             self._loop.call_soon_threadsafe(self._loop.stop)
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout)
 
     def _serve(self) -> None:
         loop = self._loop
@@ -867,7 +925,8 @@ class _Portal(_Caller):
             work.close()
         except (TimeoutError, CancelledError):
             pass
-        self._stop(_JOIN_LIMIT)
+        self._stop()
+        self._thread.join(_JOIN_LIMIT)
 
 
 if hasattr(os, "register_at_fork"):

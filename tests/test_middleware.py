@@ -86,13 +86,11 @@ class FakeBus:
 class FakeSubscription:
     """Can be referenced weakly, as a real one."""
 
-    class settings:  # noqa: N801 - an attribute of the real one
-        ack = "auto"
+    ack = "auto"
 
 
 class ManualSubscription(FakeSubscription):
-    class settings:  # noqa: N801 - an attribute of the real one
-        ack = "manual"
+    ack = "manual"
 
 
 def incoming(
