@@ -92,6 +92,7 @@ __all__ = [
     "Session",
     "SessionSettings",
     "Subscribe",
+    "Version",
     "Will",
     "publish_properties",
 ]
@@ -1347,6 +1348,10 @@ class Connection:
             self.write(struct.pack("!BBHB", command, 3, packet_id, 0x83))
         else:
             self.write(struct.pack("!BBH", command, 2, packet_id))
+
+    def packet_id_of(self, serial: int) -> int | None:
+        """Return the packet identifier of a message that waits for `settle`."""
+        return self._unsettled[serial][0] if serial in self._unsettled else None
 
     # --- packets ----------------------------------------------------------------------
 

@@ -14,8 +14,10 @@ from collections.abc import Iterable
 from typing import Final
 
 import msgspec
-from paho.mqtt.properties import MQTTException  # type: ignore[attr-defined] # 2.1 defines it there
-from paho.mqtt.properties import Properties
+from paho.mqtt.properties import (  # type: ignore[attr-defined] # 2.1 defines the error here
+    MQTTException,
+    Properties,
+)
 
 from pubsub_core.errors import Outcome, PublishFailed
 

@@ -1,0 +1,675 @@
+"""MQTT as the core sees it: the one place where core words become MQTT's.
+
+A core topic is an MQTT topic as it is. A share group is ``$share/group/filter``, headers
+are user properties, a ttl is a message expiry, `WireSub.id` is the subscription identifier.
+
+Sources: MQTT 5.0 sections 3.3.2.3, 3.8.3.1 and 4.8.2; MQTT 3.1.1 sections 3.3.1.3, 3.3.5.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+
+from pubsub_core import interfaces
+from pubsub_core.capabilities import Cap, ConfirmedBy, Guarantees, Limits, Redelivery, Support
+from pubsub_core.errors import (
+    BadOption,
+    ConnectError,
+    InvalidFilter,
+    NotConnected,
+    NotSupported,
+    SubscribeFailed,
+)
+from pubsub_core.events import Notice
+from pubsub_core.interfaces import Address, Backend, BackendContext, SessionFacts, Sink, WireSub
+from pubsub_core.message import NO_HEADERS, Headers, InFrame, Origin, OutFrame, Receipt, Verdict
+from pubsub_core.topics import overlap
+from pubsub_core.trie import HandlerTrie
+
+from .connection import Connection, Session, SessionSettings, Subscribe, Version, Will
+from .driver import AsyncioDriver
+from .options import MQTTOptions, ProtocolName, TopicDefaults
+from .packets import NO_PROPERTIES, Incoming, publish_properties
+from .transport import Endpoint, TLSSettings, WebSocketTarget
+
+__all__ = ["MQTTBackend", "endpoint_of", "settings_of"]
+
+logger = logging.getLogger("pubsub_mqtt")
+
+_PORTS = {"mqtt": 1883, "tcp": 1883, "mqtts": 8883, "ssl": 8883, "ws": 80, "wss": 443}
+_TLS = frozenset({"mqtts", "ssl", "wss"})
+_WEBSOCKET = frozenset({"ws", "wss"})
+_VERSIONS: dict[ProtocolName, tuple[Version, ...]] = {"auto": (5, 4), "5": (5,), "3.1.1": (4,)}
+_MAX_IDENTIFIER = 268_435_455
+_CACHED_DEFAULTS = 1024
+
+
+def endpoint_of(address: Address, options: MQTTOptions) -> Endpoint:
+    """Return where to connect to, defaults filled in.
+
+    Raises:
+        BadOption: The address lacks something, or has something that means nothing.
+    """
+    scheme = address.scheme
+    if scheme == "mqtt+unix":
+        if address.host or address.port is not None:
+            raise BadOption(
+                f"{address} names a host",
+                hint="three slashes: mqtt+unix:///run/broker.sock",
+                backend="mqtt",
+            )
+        if address.path in ("", "/"):
+            raise BadOption(
+                "mqtt+unix:// without the path of a socket",
+                hint="mqtt+unix:///run/broker.sock",
+                backend="mqtt",
+            )
+        return Endpoint(unix_path=address.path)
+    if scheme not in _PORTS:
+        raise BadOption(
+            f"{scheme}:// is not an MQTT scheme", hint=f"use {', '.join(_PORTS)}", backend="mqtt"
+        )
+    if not address.host:
+        raise BadOption(f"{scheme}:// without a host", hint=f"{scheme}://localhost", backend="mqtt")
+    websocket = None
+    if scheme in _WEBSOCKET:
+        path = options.ws_path if options.ws_path is not None else address.path or "/mqtt"
+        if not path.startswith("/"):
+            path = f"/{path}"
+        websocket = WebSocketTarget(path, options.ws_headers)
+    elif address.path not in ("", "/"):
+        raise BadOption(
+            f"the path {address.path!r} means nothing for {scheme}://",
+            hint="leave it out; topics are arguments of publish and subscribe",
+            backend="mqtt",
+        )
+    tls = None
+    if scheme in _TLS:
+        tls = TLSSettings(
+            ca_file=options.ca_file,
+            ca_path=options.ca_path,
+            ca_data=options.ca_data,
+            cert_file=options.cert_file,
+            key_file=options.key_file,
+            key_password=options.key_password,
+            insecure_skip_verify=options.insecure_skip_verify,
+            min_version=options.tls_min_version,
+            context=options.ssl_context,
+        )
+    return Endpoint(
+        host=address.host,
+        port=_PORTS[scheme] if address.port is None else address.port,
+        tls=tls,
+        websocket=websocket,
+        nodelay=options.tcp_nodelay,
+    )
+
+
+def settings_of(address: Address, options: MQTTOptions) -> SessionSettings:
+    """Return what CONNECT will say; credentials of the options win over the address's."""
+    will = None
+    if options.will is not None:
+        will = Will(
+            options.will.topic,
+            options.will.data,
+            options.will.qos,
+            options.will.retain,
+            options.will.delay,
+        )
+    return SessionSettings(
+        client_id=options.client_id,
+        username=options.username if options.username is not None else address.username,
+        password=options.password if options.password is not None else address.password,
+        keepalive=options.keepalive,
+        versions=_VERSIONS[options.protocol],
+        clean_start=options.clean_start,
+        expiry=options.expiry,
+        receive_maximum=options.receive_maximum,
+        max_packet_size=options.max_packet_size,
+        max_inflight=options.max_inflight,
+        will=will,
+    )
+
+
+class _Turn:
+    """Whose turn it is with one wire filter."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
+class _Capture:
+    """Retained messages of one topic, caught for `MQTTBackend.last`."""
+
+    def __init__(self, identifier: int) -> None:
+        self.identifier = identifier
+        self.messages: list[Incoming] = []
+
+
+class MQTTBackend(Backend):
+    """One session with any MQTT broker.
+
+    It is also what `Bus.native` gives: `driver` and `connection` are open to those who need
+    MQTT's own words.
+
+    Attributes:
+        driver: Carries the session.
+        connection: Window, outcomes and counters; outlives sessions.
+    """
+
+    def __init__(self, context: BackendContext) -> None:
+        super().__init__(context)
+        options = context.options
+        if not isinstance(options, MQTTOptions):
+            raise TypeError(f"options are a {type(options).__name__}, not MQTTOptions")
+        self._options = options
+        self._name = context.info.name
+        self._endpoint = endpoint_of(context.address, options)
+        self._time = context.clock.time
+        self.connection = Connection(
+            settings_of(context.address, options), clock=context.clock.monotonic
+        )
+        self.driver = AsyncioDriver(self.connection)
+        self.connection.on_message = self._received
+        self.connection.on_notice = self._notice
+        self.driver.on_lost = self._lost
+        self._sink: Sink | None = None
+        self._v5 = False
+        self._identifiers = False
+        self._closed = False
+        # The broker may still hold subscriptions of an earlier process, whose identifiers
+        # must not be taken for ours: those begin where nobody else's do.
+        self._base = 0 if options.clean_start else (1 + secrets.randbelow(200_000)) * 1024
+        self._current: dict[int, WireSub] = {}
+        self._known: set[int] = set()
+        self._turns: dict[str, _Turn] = {}
+        self._captures: dict[str, _Capture] = {}
+        self._captured = 0
+        self._defaults: HandlerTrie[tuple[str, TopicDefaults]] | None = None
+        self._defaults_cache: dict[str, tuple[int | None, bool | None]] = {}
+        if options.topics:
+            self._defaults = HandlerTrie("mqtt")
+            for pattern, defaults in options.topics.items():
+                self._defaults.add(pattern, (pattern, defaults))
+
+    # --- sessions ---------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> interfaces.Endpoint:
+        """Where `open` connects to."""
+        where = self._endpoint
+        if where.unix_path:
+            return interfaces.Endpoint(where.unix_path, None)
+        return interfaces.Endpoint(where.host, where.port, where.tls is not None)
+
+    @property
+    def session(self) -> Session | None:
+        """What the broker's CONNACK said, or None without a session."""
+        return self.connection.session if self.connection.connected else None
+
+    async def open(self, sink: Sink) -> SessionFacts:
+        """Make one session; see `Backend.open`. The core sets the deadline."""
+        if self._closed:
+            raise ConnectError("the backend was closed", backend=self._name, retryable=False)
+        self._sink = sink
+        self._current.clear()
+        self._captures.clear()
+        session = await self.driver.open(self._endpoint)
+        self._v5 = session.version == 5
+        self._identifiers = session.identifiers
+        return SessionFacts(
+            resumed=session.present,
+            client_id=session.client_id,
+            server="MQTT 5" if self._v5 else "MQTT 3.1.1",
+        )
+
+    async def restored(self) -> None:
+        """Send what waited: first what the last session left unanswered, in its order."""
+        self.connection.release()
+
+    async def drop(self) -> None:
+        """End the session as if it had been lost; unanswered publishes wait for the next."""
+        self.driver.abort()
+
+    async def close(self, *, drain: float) -> None:
+        """Flush, say DISCONNECT, close; see `Backend.close`."""
+        self._closed = True
+        self._sink = None
+        self.driver.resume()
+        await self.driver.close(drain=drain)
+
+    def _lost(self, error: ConnectError) -> None:
+        if self._sink is not None:
+            self._sink.lost(error)
+
+    def _notice(self, kind: str, text: str, topic: str) -> None:
+        if self._sink is not None:
+            self._sink.notice(Notice(kind, text, topic))
+
+    async def ping(self) -> float:
+        """Return the seconds between PINGREQ and PINGRESP."""
+        return await self.driver.ping()
+
+    def pause(self) -> bool:
+        """Deliver nothing more; see `Connection.pause`."""
+        self.driver.pause()
+        return True
+
+    def resume(self) -> None:
+        """Deliver again."""
+        self.driver.resume()
+
+    async def probe(self) -> Mapping[Cap, Support]:
+        """Lower what the protocol version, the broker or the options do not allow."""
+        session = self.session
+        if session is None:
+            return {}
+        found: dict[Cap, Support] = {}
+        if session.version == 4:
+            remedy = "use a broker with MQTT 5 and protocol='auto'"
+            missing = {
+                Cap.TTL: "MQTT 3.1.1 has no message expiry",
+                Cap.HEADERS: "MQTT 3.1.1 has no user properties",
+                Cap.CONTENT_TYPE: "MQTT 3.1.1 has no content type",
+                Cap.ECHO_CONTROL: "MQTT 3.1.1 has no no-local subscriptions",
+                Cap.REFUSAL_VISIBLE: "an MQTT 3.1.1 broker cannot say that it refused a publish",
+            }
+            for cap, why in missing.items():
+                found[cap] = Support.none(why, remedy)
+            found[Cap.GROUPS] = self._shared_311()
+        else:
+            if session.shared is False:
+                found[Cap.GROUPS] = Support.none("the broker has no shared subscriptions")
+            if not session.wildcards:
+                found[Cap.WILDCARDS] = Support.none("the broker takes exact topics only")
+            if not session.retain:
+                found[Cap.RETAINED] = Support.none("the broker keeps no retained messages")
+        if not self._persistent:
+            why = "the session ends with the connection"
+            remedy = "set client_id and clean_start=false, or session_expiry with MQTT 5"
+            found[Cap.PERSISTENT_SESSION] = Support.none(why, remedy)
+            found[Cap.REDELIVERY] = Support.none(why, remedy)
+        return found
+
+    def _shared_311(self) -> Support:
+        match self._options.shared_subscriptions:
+            case True:
+                return Support.native("shared_subscriptions=true says so")
+            case False:
+                return Support.none("shared_subscriptions=false says so")
+            case None:
+                return Support.unknown(
+                    "an MQTT 3.1.1 broker does not tell; one without takes such a "
+                    "subscription and delivers nothing",
+                    "set shared_subscriptions, or use MQTT 5",
+                )
+
+    @property
+    def _persistent(self) -> bool:
+        session = self.session
+        if session is None or session.version == 4:
+            return not self._options.clean_start
+        return session.expiry > 0
+
+    @property
+    def limits(self) -> Limits:
+        """The declared limits, or less where the broker's longest packet is shorter."""
+        limits = self.context.info.limits
+        session = self.session
+        if session is None or limits.max_payload is None:
+            return limits
+        # Header, topic length, packet id, properties; the topic's length is checked later.
+        most = max(session.max_packet_size - 10, 0)
+        if most >= limits.max_payload:
+            return limits
+        return replace(limits, max_payload=most)
+
+    @property
+    def guarantees(self) -> Guarantees:
+        """The declared ones; a persistent session adds redelivery after a reconnect."""
+        guarantees = self.context.info.guarantees
+        if self._persistent:
+            return replace(guarantees, redelivery=Redelivery.AFTER_RECONNECT)
+        return guarantees
+
+    # --- publishing -------------------------------------------------------------------
+
+    def publish_defaults(self, topic: str) -> tuple[int | None, bool | None]:
+        """Return quality of service and retain flag that the options set for *topic*.
+
+        An exact topic wins over filters, among those the longest; None where the options
+        say nothing.
+        """
+        retain: bool | None = True if self._options.default_retain else None
+        if self._defaults is None:
+            return None, retain
+        cached = self._defaults_cache.get(topic)
+        if cached is None:
+            matching = sorted(
+                self._defaults.match(topic), key=lambda item: (item[0] == topic, len(item[0]))
+            )
+            qos: int | None = None
+            for _, defaults in matching:
+                qos = qos if defaults.qos is None else defaults.qos
+                retain = retain if defaults.retain is None else defaults.retain
+            cached = qos, retain
+            if len(self._defaults_cache) >= _CACHED_DEFAULTS:
+                self._defaults_cache.clear()
+            self._defaults_cache[topic] = cached
+        return cached
+
+    def _properties(self, out: OutFrame) -> bytes:
+        if out.ttl is None and out.content_type is None and not out.headers:
+            return NO_PROPERTIES
+        if not self._v5:
+            if out.headers or out.ttl is not None:
+                raise NotSupported(
+                    Cap.HEADERS if out.headers else Cap.TTL,
+                    why="MQTT 3.1.1 carries a topic and a payload and nothing else",
+                    backend=self._name,
+                    topic=out.topic,
+                )
+            return NO_PROPERTIES
+        return publish_properties(
+            expiry=out.ttl, content_type=out.content_type, user=out.headers.pairs
+        )
+
+    def try_publish(self, out: OutFrame) -> Receipt | None:
+        """Hand a QoS 0 message to the operating system without waiting, if that is possible."""
+        if out.qos:
+            return None
+        went = self.driver.try_publish(
+            out.topic, out.payload, retain=out.retain, properties=self._properties(out)
+        )
+        if went is None:
+            return None
+        return Receipt(out.topic, ConfirmedBy.TRANSPORT if went else ConfirmedBy.NOBODY)
+
+    async def publish(self, out: OutFrame) -> Receipt:
+        """Publish; above QoS 0 a lost session does not end the wait, closing does."""
+        sent = await self.driver.publish(
+            out.topic,
+            out.payload,
+            qos=out.qos,
+            retain=out.retain,
+            properties=self._properties(out),
+        )
+        if out.qos == 0:
+            return Receipt(out.topic, ConfirmedBy.TRANSPORT)
+        return Receipt(
+            out.topic, ConfirmedBy.BROKER, subscribers=0 if sent.reason == 0x10 else None
+        )
+
+    # --- subscribing ------------------------------------------------------------------
+
+    async def subscribe(self, want: WireSub) -> int:
+        """Subscribe; see `Backend.subscribe`.
+
+        Retained messages come with the first subscription of a filter and with one that
+        the broker had lost, not when only the quality of service changes.
+        """
+        wire = self._wire_filter(want)
+        async with self._lock(wire):
+            self._check_distinct(want)
+            before = self._current.get(want.id)
+            self._current[want.id] = want
+            try:
+                granted = await self._subscribe(want, retained=want.id not in self._known)
+            except BaseException:
+                if before is None:
+                    self._current.pop(want.id, None)
+                else:
+                    self._current[want.id] = before
+                raise
+            self._known.add(want.id)
+            return granted
+
+    async def repeat_retained(self, want: WireSub) -> None:
+        """Subscribe once more, which makes the broker send retained messages again."""
+        if want.group is not None:
+            return
+        async with self._lock(want.filter):
+            if want.id in self._current:
+                await self._subscribe(want, retained=True)
+
+    async def _subscribe(self, want: WireSub, *, retained: bool) -> int:
+        if not want.echo and not self._v5:
+            raise NotSupported(
+                Cap.ECHO_CONTROL,
+                why="MQTT 3.1.1 has no no-local subscriptions",
+                backend=self._name,
+                topic=want.filter,
+            )
+        request = await self.driver.subscribe(
+            Subscribe(
+                self._wire_filter(want),
+                want.qos,
+                # No-local is a protocol error for a shared subscription (3.8.3.1).
+                no_local=not want.echo and want.group is None,
+                retain_handling=0 if retained else 1,
+                identifier=self._base + want.id if self._identifiers else 0,
+            )
+        )
+        refused = self.connection.refusal(request)
+        if refused is not None:
+            refused.topic = want.filter
+            raise refused
+        return request.codes[0]
+
+    async def unsubscribe(self, want: WireSub) -> None:
+        """Drop a subscription; see `Backend.unsubscribe`."""
+        wire = self._wire_filter(want)
+        async with self._lock(wire):
+            self._known.discard(want.id)
+            self._current.pop(want.id, None)
+            await self.driver.unsubscribe(wire)
+
+    def _wire_filter(self, want: WireSub) -> str:
+        group = want.group
+        if group is None:
+            return want.filter
+        if not group or any(character in group for character in "/+#\0"):
+            raise InvalidFilter(
+                f"{group!r} cannot name a share group",
+                topic=want.filter,
+                reason="group",
+                hint="leave out / + # and NUL",
+                backend=self._name,
+            )
+        return f"$share/{group}/{want.filter}"
+
+    def _check_distinct(self, want: WireSub) -> None:
+        """Refuse what could not be told apart when messages arrive.
+
+        A message for a share group comes to the same connection as one for a plain
+        subscription and looks the same; only subscription identifiers (MQTT 5) tell.
+        """
+        if self._identifiers:
+            return
+        for other in self._current.values():
+            if other.group == want.group or other.id == want.id:
+                continue
+            if overlap(other.filter, want.filter):
+                theirs = f"group {other.group!r}" if other.group else "no group"
+                raise SubscribeFailed(
+                    f"{want.filter!r} overlaps {other.filter!r}, which is subscribed to with "
+                    f"{theirs}: without subscription identifiers their messages cannot be told "
+                    "apart",
+                    hint="use a broker with MQTT 5, or a second bus",
+                    backend=self._name,
+                    topic=want.filter,
+                    retryable=False,
+                )
+
+    @contextlib.asynccontextmanager
+    async def _lock(self, wire: str) -> AsyncIterator[None]:
+        """Keep operations on one wire filter apart."""
+        turn = self._turns.get(wire)
+        if turn is None:
+            turn = self._turns[wire] = _Turn()
+        turn.users += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.users -= 1
+            if not turn.users:
+                del self._turns[wire]
+
+    # --- receiving --------------------------------------------------------------------
+
+    def _received(self, message: Incoming) -> None:
+        sink = self._sink
+        if sink is None:
+            return
+        properties = message.properties
+        if properties is None:
+            if self._captures and message.retain and self._capture(message, ()):
+                return
+            sink.deliver(
+                InFrame(
+                    topic=message.topic,
+                    payload=message.payload,
+                    origin=Origin.RETAINED if message.retain else Origin.LIVE,
+                    qos=message.qos,
+                    time=self._time(),
+                    redelivered=message.duplicate,
+                    tag=message.serial or None,
+                    native=message,
+                )
+            )
+            return
+        identifiers = properties.subscriptions
+        if self._base:
+            identifiers = tuple(each - self._base for each in identifiers if each > self._base)
+        if self._captures and self._capture(message, properties.subscriptions):
+            return
+        sink.deliver(self._frame(message, identifiers))
+
+    def settle(self, tag: object, verdict: Verdict) -> None:
+        """Acknowledge a frame: PUBACK at QoS 1, PUBREC at QoS 2.
+
+        REJECT says so with a reason code under MQTT 5; the broker forgets it either way.
+        """
+        if isinstance(tag, int) and verdict is not Verdict.NACK:
+            self.connection.settle(tag, refuse=verdict is Verdict.REJECT)
+
+    # --- the retained message of a topic ------------------------------------------------
+
+    async def last(self, topic: str) -> InFrame | None:
+        """Return the retained message of *topic*, or None.
+
+        The broker gives it to a new subscription: one is made for the exact topic (or the
+        existing one is made again), and a ping behind it tells when everything that the
+        broker had to give has come. Other subscriptions notice nothing of it.
+
+        At a broker without subscription identifiers, a copy for a wildcard subscription
+        that is being made at the very same time cannot be told from ours; one of the two
+        is returned here and the other delivered.
+        """
+        async with self._lock(topic):
+            existing = next(
+                (
+                    sub
+                    for sub in self._current.values()
+                    if sub.group is None and sub.filter == topic
+                ),
+                None,
+            )
+            self._captured = self._captured % 1000 + 1
+            if not self._identifiers:
+                identifier = 0
+            elif existing is None:
+                identifier = _MAX_IDENTIFIER - self._captured
+            else:
+                identifier = self._base + existing.id
+            capture = self._captures[topic] = _Capture(identifier)
+            try:
+                if existing is not None:
+                    await self._subscribe(existing, retained=True)
+                    await self.driver.ping()
+                else:
+                    await self._ask_last(topic, identifier)
+            finally:
+                self._captures.pop(topic, None)
+                found = self._take_captured(capture)
+        if found is None:
+            return None
+        if found.serial:
+            self.connection.settle(found.serial)
+        return self._frame(found)
+
+    async def _ask_last(self, topic: str, identifier: int) -> None:
+        subscribed = False
+        try:
+            request = await self.driver.subscribe(Subscribe(topic, 0, identifier=identifier))
+            refused = self.connection.refusal(request)
+            if refused is not None:
+                raise refused
+            subscribed = True
+            await self.driver.ping()
+            subscribed = False
+            await self.driver.unsubscribe(topic)
+        except asyncio.CancelledError:
+            # Not waited for: whoever was cancelled must not wait, and must not leave it.
+            with contextlib.suppress(NotConnected):
+                self.connection.unsubscribe([topic], lambda request: None)
+            raise
+        except BaseException:
+            if subscribed:
+                with contextlib.suppress(NotConnected):
+                    self.connection.unsubscribe([topic], lambda request: None)
+            raise
+
+    def _capture(self, message: Incoming, identifiers: tuple[int, ...]) -> bool:
+        """Keep a message that is there because of `last`; return whether it is only that."""
+        capture = self._captures.get(message.topic)
+        if capture is None:
+            return False
+        if capture.identifier:
+            if capture.identifier not in identifiers:
+                return False
+            if not message.retain:
+                # A live copy for the subscription of `last`, if it is a separate one.
+                ours = capture.identifier > _MAX_IDENTIFIER - 1001
+                if ours and message.serial:
+                    self.connection.settle(message.serial)
+                return ours
+        elif not message.retain:
+            return False
+        capture.messages.append(message)
+        return True
+
+    def _take_captured(self, capture: _Capture) -> Incoming | None:
+        """Return the newest captured message; deliver the others, which were for others."""
+        if not capture.messages:
+            return None
+        *others, found = capture.messages
+        if self._sink is not None and not capture.identifier:
+            for message in others:
+                self._sink.deliver(self._frame(message))
+        return found
+
+    def _frame(self, message: Incoming, identifiers: tuple[int, ...] = ()) -> InFrame:
+        properties = message.properties
+        user = properties.user if properties is not None else ()
+        return InFrame(
+            topic=message.topic,
+            payload=message.payload,
+            origin=Origin.RETAINED if message.retain else Origin.LIVE,
+            qos=message.qos,
+            time=self._time(),
+            headers=Headers(user) if user else NO_HEADERS,
+            content_type=properties.content_type if properties is not None else None,
+            expires_in=properties.expiry if properties is not None else None,
+            redelivered=message.duplicate,
+            subscriptions=identifiers or None,
+            tag=message.serial or None,
+            native=message,
+        )
