@@ -7,7 +7,7 @@ import itertools
 import secrets
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import cast
 
 import msgspec
@@ -56,6 +56,7 @@ class MemoryBackend(Backend):
         self._kept: deque[InFrame] = deque(maxlen=_MOST_KEPT)
         self._timer: asyncio.Task[None] | None = None
         self._opened = False
+        self._blocked: set[asyncio.Future[None]] = set()
 
     # --- Backend -------------------------------------------------------------------------
 
@@ -106,7 +107,16 @@ class MemoryBackend(Backend):
     async def publish(self, out: OutFrame) -> Receipt:
         """Publish; wait while a receiver with ``overflow="block"`` is full."""
         while (receiver := self.space.blocked(self, out)) is not None:
-            await receiver.unpaused()
+            if self.sink is None:
+                break
+            # A task of its own, so that the end of this session can end the wait.
+            waiting = asyncio.ensure_future(receiver.unpaused())
+            self._blocked.add(waiting)
+            try:
+                await asyncio.wait([waiting])
+            finally:
+                self._blocked.discard(waiting)
+                waiting.cancel()
         if self.sink is None:
             raise self._not_connected()
         return self.space.publish(self, out)
@@ -171,7 +181,7 @@ class MemoryBackend(Backend):
 
     async def members(self, topic: str) -> Sequence[Member]:
         """Return who is subscribed now."""
-        return self.space.members(topic)
+        return self.space.look(self, topic)
 
     async def watch_notifications(self, watch: Watch) -> None:
         """Begin to report who wants what."""
@@ -238,6 +248,7 @@ class MemoryBackend(Backend):
         if self.sink is None:
             return
         self.sink = None
+        self._on_loop(self._let_go)
         will = self.options.will
         for subscription, group, frame, _ in self._unsettled.values():
             if group is not None and len(group.members) > 1:
@@ -257,17 +268,27 @@ class MemoryBackend(Backend):
                 self.space.leave(self, "lost")
 
     def _watch_deadlines(self) -> None:
+        if self._timer is None or self._timer.done():
+            self._on_loop(self._start_timer)
+
+    def _let_go(self) -> None:
+        """Let those go on who wait for this client to unpause, and end its own waits."""
+        self.resume()
+        for waiting in tuple(self._blocked):
+            waiting.cancel()
+
+    def _on_loop(self, function: Callable[[], None]) -> None:
         loop = self._loop
-        if loop is None or (self._timer is not None and not self._timer.done()):
+        if loop is None or loop.is_closed():
             return
         try:
             running = asyncio.get_running_loop()
         except RuntimeError:
             running = None
         if running is loop:
-            self._start_timer()
+            function()
         else:
-            loop.call_soon_threadsafe(self._start_timer)
+            loop.call_soon_threadsafe(function)
 
     def _start_timer(self) -> None:
         if self._timer is None or self._timer.done():

@@ -437,6 +437,8 @@ class Space:
 
     def watch(self, client: MemoryBackend, watch: Watch) -> list[Member]:
         """Report interest to *client* from now on; return who is there."""
+        # Who may not listen to a topic may not see who does.
+        self._check(client, watch.filter, "subscribe")
         with self.lock:
             self._watches[client.member.id, watch.id] = (client, watch)
             if watch.kind is WatchKind.PRESENCE:
@@ -459,6 +461,11 @@ class Space:
         """Stop reporting."""
         with self.lock:
             self._watches.pop((client.member.id, watch.id), None)
+
+    def look(self, client: MemoryBackend, topic: str) -> list[Member]:
+        """Return `members` to a client that may listen to *topic*."""
+        self._check(client, topic, "subscribe")
+        return self.members(topic)
 
     def members(self, topic: str) -> list[Member]:
         """Return who would receive a message published to *topic*."""

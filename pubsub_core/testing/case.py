@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
 
-from ..capabilities import Cap
+from pubsub_core.capabilities import Cap
 
 if TYPE_CHECKING:
     from .harness import Trial

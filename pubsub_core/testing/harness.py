@@ -34,19 +34,30 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
-from ..bus import Bus, connect
-from ..capabilities import Cap, Level, Support
-from ..errors import NotSupported, PubSubError
-from ..events import Status
-from ..interfaces import BackendInfo, DevServer, SessionFacts, Sink, WireSub
-from ..memory import MemoryBackend, Space
-from ..message import Message
-from ..plugins import registry
-from ..subscription import Subscription
+from pubsub_core.bus import Bus, connect
+from pubsub_core.capabilities import Cap, Level, Support
+from pubsub_core.errors import NotSupported, PubSubError
+from pubsub_core.events import Status
+from pubsub_core.interfaces import BackendInfo, DevServer, SessionFacts, Sink, WireSub
+from pubsub_core.memory import Space
+from pubsub_core.memory.backend import MemoryBackend
+from pubsub_core.message import Message
+from pubsub_core.plugins import registry
+from pubsub_core.subscription import Subscription
+
 from .case import Case, Mode, Need, mode
 from .proxy import FaultProxy
 
-__all__ = ["Harness", "Ledger", "Link", "MemoryLink", "NativeError", "Recorder", "ServerThread", "Trial"]
+__all__ = [
+    "Harness",
+    "Ledger",
+    "Link",
+    "MemoryLink",
+    "NativeError",
+    "Recorder",
+    "ServerThread",
+    "Trial",
+]
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
@@ -78,7 +89,9 @@ class Link(Protocol):
         """Port to connect to instead of the server's; None to use the server's."""
         ...
 
-    async def open(self) -> None: ...
+    async def open(self) -> None:
+        """Make it ready."""
+        ...
 
     def attach(self, bus: Bus) -> None:
         """Learn of a bus that goes through the link."""
@@ -92,7 +105,9 @@ class Link(Protocol):
         """End every session, and let none come up until `up`."""
         ...
 
-    async def up(self) -> None: ...
+    async def up(self) -> None:
+        """Let sessions come up again."""
+        ...
 
     async def freeze(self) -> None:
         """Pass nothing on in either direction, and close nothing."""
@@ -102,7 +117,9 @@ class Link(Protocol):
         """Pass everything on again; what was frozen is lost, the old connections with it."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Give it up."""
+        ...
 
 
 class ProxyLink:
@@ -150,33 +167,42 @@ class MemoryLink:
 
     @property
     def port(self) -> int | None:
+        """There is none."""
         return None
 
     async def open(self) -> None:
+        """Let sessions come up."""
         self._space.refuse(False)
 
     def attach(self, bus: Bus) -> None:
+        """Remember the bus: its session is what is cut."""
         self._buses.append(bus)
 
     async def cut(self) -> None:
+        """End the sessions."""
         for bus in self._buses:
             if bus.status is Status.ONLINE:
                 bus.native(MemoryBackend).cut(ConnectionResetError("the test cut the session"))
 
     async def down(self) -> None:
+        """End the sessions, and refuse new ones in the whole space."""
         self._space.refuse(True)
         await self.cut()
 
     async def up(self) -> None:
+        """Accept sessions again."""
         self._space.refuse(False)
 
     async def freeze(self) -> None:
+        """Refuse: there is nothing that could fall silent."""
         raise NotImplementedError(Need.WIRE.value)
 
     async def thaw(self) -> None:
+        """Refuse: there is nothing that could fall silent."""
         raise NotImplementedError(Need.WIRE.value)
 
     async def close(self) -> None:
+        """Accept sessions again."""
         self._space.refuse(False)
 
 
@@ -317,10 +343,12 @@ class ServerThread:
         )
 
     def start(self) -> None:
+        """Start thread and server; return once it listens."""
         self._thread.start()
         self._run(self.server.start())
 
     def stop(self) -> None:
+        """Stop both."""
         try:
             self._run(self.server.stop())
         finally:
@@ -579,6 +607,19 @@ class Trial:
 
         self.stack.push_async_callback(end)
         return task
+
+    def watch(self, bus: Bus, kind: type[T]) -> list[T]:
+        """Return a list that grows by every event of *bus* that is a *kind*."""
+        found: list[T] = []
+        stream = bus.events()
+
+        async def collect() -> None:
+            async for event in stream:
+                if isinstance(event, kind):
+                    found.append(event)  # noqa: PERF401 - it must grow one by one
+
+        self.spawn(collect())
+        return found
 
     # --- errors ------------------------------------------------------------------------
 

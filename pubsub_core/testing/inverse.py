@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from ..bus import Bus
-from ..capabilities import Cap, Level
-from ..errors import NotSupported
-from ..message import Part
+from pubsub_core.bus import Bus
+from pubsub_core.capabilities import Cap, Level
+from pubsub_core.errors import NotSupported
+from pubsub_core.message import Part
+
 from .harness import Trial
 
 __all__ = ["refused"]

@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ..capabilities import Cap
-from ..errors import NotSupported
+from pubsub_core.capabilities import Cap
+from pubsub_core.errors import NotSupported
+
 from .case import Case, Mode, mode
 from .contract import CASES
 from .harness import Harness, Ledger, ServerThread, Trial, is_missing, load, perform, run
@@ -112,7 +113,7 @@ def _run(cls: type[Suite], case: Case) -> None:
     seed = int(os.environ.get(SEED, "0")) or secrets.randbelow(2**31) + 1
     times = int(os.environ.get(STRESS_TIMES, "5")) if chosen is Mode.STRESS else 1
     # pytest shows this where the test fails.
-    print(f"{SEED}={seed} repeats this run of case {case.number}")  # noqa: T201
+    print(f"{SEED}={seed} repeats this run of case {case.number}")
     trials = [Trial(cls.harness, cls.ledger, case, seed + index) for index in range(times)]
 
     async def together() -> None:
@@ -144,4 +145,3 @@ async def _judged(t: Trial) -> None:
         await case.body(t)
     except NotSupported as error:
         t.check_refusal(error, guesses)
-

@@ -21,7 +21,7 @@ class TestMemory(suite("memory")):  # type: ignore[misc]  # the base is made at 
         second_identity={"username": "guest"},
         unprivileged_identity={"username": "guest"},
         wrong_identity={"password": "wrong"},
-        native_type="pubsub_core.memory:MemoryBackend",
+        native_type="pubsub_core.memory.backend:MemoryBackend",
         link=MemoryLink,
         prepare=_prepare,
     )

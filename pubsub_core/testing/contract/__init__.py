@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..case import Case, cases_of
+from pubsub_core.testing.case import Case, cases_of
+
 from . import (
     ack,
     delivery,

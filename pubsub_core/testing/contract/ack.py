@@ -6,8 +6,8 @@ import asyncio
 import time
 from typing import Any
 
-from ...capabilities import Cap, ConfirmedBy, Order
-from ...errors import (
+from pubsub_core.capabilities import Cap, ConfirmedBy, Order
+from pubsub_core.errors import (
     BusClosed,
     InvalidTopic,
     NotAuthorized,
@@ -19,11 +19,11 @@ from ...errors import (
     PublishTimeout,
     PubSubError,
 )
-from ...message import Message, Receipt
-from ...middleware import Retry
-from ..case import Need, case, needs
-from ..clock import VirtualClock
-from ..harness import Trial
+from pubsub_core.message import Message, Receipt
+from pubsub_core.middleware import Retry
+from pubsub_core.testing.case import Need, case, needs
+from pubsub_core.testing.clock import VirtualClock
+from pubsub_core.testing.harness import Trial
 
 __all__: list[str] = []
 

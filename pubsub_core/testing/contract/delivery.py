@@ -11,11 +11,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...capabilities import Cap, ConfirmedBy
-from ...errors import PayloadTooLarge
-from ...message import Message
-from ..case import Need, case, needs
-from ..harness import Recorder, Trial, resident_bytes
+from pubsub_core.capabilities import Cap, ConfirmedBy
+from pubsub_core.errors import PayloadTooLarge
+from pubsub_core.message import Message
+from pubsub_core.testing.case import Need, case, needs
+from pubsub_core.testing.harness import Recorder, Trial, resident_bytes
 
 __all__: list[str] = []
 
@@ -38,7 +38,7 @@ class _Reading:
 
 
 def _reading() -> _Reading:
-    return _Reading(81.5, "Zürich – 高", _Inner("o'ne\n", [0.1, -2.0]), {"a": 1}, None)
+    return _Reading(81.5, "Zürich, 高", _Inner("o'ne\n", [0.1, -2.0]), {"a": 1}, None)
 
 
 @case(26)
@@ -538,5 +538,3 @@ async def source_identity_present_when_declared(t: Trial) -> None:
     assert first.source.id
     assert first.source == third.source
     assert first.source.id != second.source.id
-
-

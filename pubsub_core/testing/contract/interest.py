@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ...bus import Bus
-from ...capabilities import Cap
-from ...errors import NotAuthorized
-from ...events import InterestEvent, InterestKind, Notice
-from ...message import Member
-from ..case import Need, case, needs
-from ..harness import Trial
+from pubsub_core.bus import Bus
+from pubsub_core.capabilities import Cap
+from pubsub_core.errors import NotAuthorized
+from pubsub_core.events import InterestEvent, InterestKind, Notice
+from pubsub_core.message import Member
+from pubsub_core.testing.case import Need, case, needs
+from pubsub_core.testing.harness import Trial
+
 from .outage import SOON
 
 __all__: list[str] = []
@@ -68,9 +69,7 @@ async def presence_snapshot_then_changes_no_race(t: Trial) -> None:
     """Members that join while a watch begins are seen once."""
     bus = await t.connect()
     others = await t.all(t.connect() for _ in range(10))
-    joining = [
-        asyncio.create_task(t.subscribed(other, t.topic())) for other in others[:5]
-    ]
+    joining = [asyncio.create_task(t.subscribed(other, t.topic())) for other in others[:5]]
     room = await _enter(t, bus.presence(t.topic()))
     first = {member.id for member in room.members}
     joining += [asyncio.create_task(t.subscribed(other, t.topic())) for other in others[5:]]
@@ -256,14 +255,7 @@ async def source_lost_when_publisher_dies(t: Trial) -> None:
     """A subscriber is told when the publisher of a topic vanishes."""
     link = await t.link()
     bus = await t.connect()
-    notices: list[Notice] = []
-
-    async def watch() -> None:
-        async for event in bus.events():
-            if isinstance(event, Notice):
-                notices.append(event)
-
-    t.spawn(watch())
+    notices = t.watch(bus, Notice)
     subscription = await t.subscribed(bus, t.topic())
     publisher = await t.connect(link=link, reconnect=False)
     await t.within(publisher.publish(t.topic(), b"x"))

@@ -7,11 +7,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ...capabilities import Cap
-from ...errors import DecodeFailed
-from ...message import Headers
-from ..case import case, needs
-from ..harness import Trial
+from pubsub_core.capabilities import Cap
+from pubsub_core.errors import DecodeFailed
+from pubsub_core.message import Headers
+from pubsub_core.testing.case import case, needs
+from pubsub_core.testing.harness import Trial
 
 __all__: list[str] = []
 
@@ -81,7 +81,9 @@ async def decode_failure_keeps_raw_and_follows_policy(t: Trial) -> None:
     raising = await t.subscribed(bus, t.topic(), _Point)
     skipping = await t.subscribed(bus, t.topic(), _Point, on_decode_error="skip")
     dead = await t.subscribed(bus, t.topic("dead"))
-    burying = await t.subscribed(bus, t.topic(), _Point, on_decode_error="dead_letter", dead_letter=t.topic("dead"))
+    burying = await t.subscribed(
+        bus, t.topic(), _Point, on_decode_error="dead_letter", dead_letter=t.topic("dead")
+    )
     bad = b'{"x": "one", "y": \xff'
     await t.within(bus.publish(t.topic(), bad))
     await t.within(bus.publish(t.topic(), _Point(1, 2)))

@@ -7,13 +7,19 @@ import time
 from collections import Counter
 from typing import Any
 
-from ...capabilities import Cap, Delivery, Order
-from ...errors import AuthenticationFailed, NotConnected, Overflow, PublishFailed, PubSubError
-from ...events import Gap, GapReason, Status, StatusChanged
-from ...message import InFrame, Message
-from ..case import Need, case, needs
-from ..clock import VirtualClock
-from ..harness import Recorder, Trial, resident_bytes, resources
+from pubsub_core.capabilities import Cap, Delivery, Order
+from pubsub_core.errors import (
+    AuthenticationFailed,
+    NotConnected,
+    Overflow,
+    PublishFailed,
+    PubSubError,
+)
+from pubsub_core.events import Gap, GapReason, Status, StatusChanged
+from pubsub_core.message import InFrame, Message
+from pubsub_core.testing.case import Need, case, needs
+from pubsub_core.testing.clock import VirtualClock
+from pubsub_core.testing.harness import Recorder, Trial, resident_bytes, resources
 
 __all__: list[str] = []
 
@@ -32,8 +38,7 @@ async def _online(t: Trial, bus: Any, seconds: float = 10) -> None:
 @case(100, outage=True, deadline=120)
 @needs(Need.CUT)
 async def restart_broker_during_traffic(t: Trial) -> None:
-    """Two outages in the middle of traffic lose nothing that was confirmed to a publisher
-    of a session that survives, and keep the order of first arrivals."""
+    """Two outages in the middle of traffic lose no publish, and keep the order of arrivals."""
     link = await t.link()
     publisher = await t.connect(link=link, offline="buffer", **SOON)
     count = t.count(600, 10_000)
@@ -93,13 +98,14 @@ async def restart_broker_during_traffic(t: Trial) -> None:
     if bus.guarantees.delivery is not Delivery.AT_MOST_ONCE:
         touched = set(away)
         untouched = missing - touched
-        # What was confirmed just before the broker died may have died with it.
-        assert len(untouched) <= 200, f"{len(untouched)} lost outside of the outages"
+        # What was confirmed just before the broker died may have died with it: fifty
+        # publishes at a time, two outages.
+        assert len(untouched) <= 100, f"{len(untouched)} lost outside of the outages"
     assert bus.stats.sessions == 3
     assert publisher.stats.sessions == 3
     if bus.guarantees.order is not Order.NONE:
         firsts = list(dict.fromkeys(handled))
-        assert firsts == sorted(set(handled) - {-1}) + [-1], "first arrivals lost their order"
+        assert firsts == [*sorted(set(handled) - {-1}), -1], "first arrivals lost their order"
 
 
 @case(101, outage=True, deadline=60)
@@ -111,7 +117,7 @@ async def all_subscriptions_restored(t: Trial) -> None:
     other = await t.connect(**({} if not t.harness.restart else SOON))
     recorder = Recorder(bus)
     filters = [t.topic(f"n{number}") for number in range(200)]
-    subscriptions = await t.all((t.subscribed(bus, filter) for filter in filters), 15)
+    subscriptions = await t.all((t.subscribed(bus, wanted) for wanted in filters), 15)
     before = len(recorder.subscribed)
     assert before == 200
     async with t.outage(link):
@@ -121,10 +127,10 @@ async def all_subscriptions_restored(t: Trial) -> None:
     restored = Counter(want.filter for want in recorder.subscribed[before:])
     assert set(restored.values()) <= {1}, "a filter was subscribed twice"
     assert set(restored) in (set(), set(filters)), "some filters were restored, some were not"
-    for filter in filters:
-        await t.within(other.publish(filter, filter.encode()))
-    for filter, subscription in zip(filters, subscriptions, strict=True):
-        assert (await t.get(subscription)).payload == filter.encode()
+    for wanted in filters:
+        await t.within(other.publish(wanted, wanted.encode()))
+    for wanted, subscription in zip(filters, subscriptions, strict=True):
+        assert (await t.get(subscription)).payload == wanted.encode()
     await t.within(other.publish(filters[0], b"last"))
     assert (await t.get(subscriptions[0])).payload == b"last"
     assert {subscription.stats.received for subscription in subscriptions[1:]} == {1}
@@ -216,14 +222,7 @@ async def gap_event_after_disconnect(t: Trial) -> None:
     """The first thing in the stream after an outage says that messages may be missing."""
     link = await t.link()
     bus = await t.connect(link=link, **SOON)
-    gaps: list[Gap] = []
-
-    async def watch() -> None:
-        async for event in bus.events():
-            if isinstance(event, Gap):
-                gaps.append(event)
-
-    t.spawn(watch())
+    gaps = t.watch(bus, Gap)
     telling = await t.subscribed(bus, t.topic(), gaps=True)
     silent = await t.subscribed(bus, t.topic())
     await t.within(bus.publish(t.topic(), b"before"))
@@ -331,28 +330,25 @@ async def backoff_is_jittered_and_capped(t: Trial) -> None:
     clock = VirtualClock(start=time.time())
     link = await t.link()
     bus = await t.connect(link=link, clock=clock, reconnect_first=0.5, reconnect_max=8.0)
-    delays: list[float] = []
+    changes = t.watch(bus, StatusChanged)
 
-    async def watch() -> None:
-        async for event in bus.events():
-            if isinstance(event, StatusChanged) and event.retry_in is not None:
-                delays.append(event.retry_in)
+    def delays() -> list[float]:
+        return [event.retry_in for event in changes if event.retry_in is not None]
 
-    t.spawn(watch())
-    await asyncio.sleep(0)
     recorder = Recorder(bus)
     await t.within(link.down())
     recorder.refuse = NotConnected("the network is away")
-    await t.eventually(lambda: len(delays) == 1, "the first delay")
-    while len(delays) < 40:
-        before = len(delays)
+    await t.eventually(lambda: len(delays()) == 1, "the first delay")
+    while len(delays()) < 40:
+        before = len(delays())
         # A backend's own watchdogs may sleep on the same clock.
         await t.within(clock.advance(min(clock.next_wake or 0.01, 8.0)))
-        await t.eventually(lambda b=before: len(delays) > b or clock.sleepers > 0, "an attempt")
-    assert delays[0] <= 0.5, "the first attempt comes within half a second"
-    assert max(delays) <= 8.0
-    assert max(delays) > 2.0, "the bound does not grow"
-    late = delays[15:]
+        await t.eventually(lambda b=before: len(delays()) > b or clock.sleepers > 0, "an attempt")
+    told = delays()
+    assert told[0] <= 0.5, "the first attempt comes within half a second"
+    assert max(told) <= 8.0
+    assert max(told) > 2.0, "the bound does not grow"
+    late = told[15:]
     assert len({round(delay, 6) for delay in late}) > 20, "the delays are not random"
     assert min(late) < 4.0, "half of the bound is never undercut: no full jitter"
     recorder.refuse = None

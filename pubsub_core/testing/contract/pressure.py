@@ -7,14 +7,14 @@ import threading
 import time
 from typing import Any
 
-from ...bus import Bus
-from ...capabilities import Cap, Order
-from ...errors import NotSupported, RateLimited, SubscriptionOverflow
-from ...events import Gap, GapReason
-from ...message import Message
-from ...subscription import Subscription
-from ..case import Need, case, needs
-from ..harness import Trial, resident_bytes
+from pubsub_core.bus import Bus
+from pubsub_core.capabilities import Cap, Order
+from pubsub_core.errors import NotSupported, RateLimited, SubscriptionOverflow
+from pubsub_core.events import Gap, GapReason
+from pubsub_core.message import Message
+from pubsub_core.subscription import Subscription
+from pubsub_core.testing.case import Need, case, needs
+from pubsub_core.testing.harness import Trial, resident_bytes
 
 __all__: list[str] = []
 
@@ -132,8 +132,11 @@ async def _flooded(
     """Return a subscription with room for 5 that 12 messages were sent to."""
     bus = await t.connect()
     subscription = await t.subscribed(
-        bus, t.topic(topics[0]) if len(topics) == 1 else t.topic("+"), buffer=5,
-        overflow=overflow, **options
+        bus,
+        t.topic(topics[0]) if len(topics) == 1 else t.topic("+"),
+        buffer=5,
+        overflow=overflow,
+        **options,
     )
     for number in range(12):
         await t.within(bus.publish(t.topic(topics[number % len(topics)]), b"%d" % number))

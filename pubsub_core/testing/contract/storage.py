@@ -6,11 +6,12 @@ import asyncio
 from collections import Counter
 from typing import Any
 
-from ...capabilities import Cap
-from ...errors import NotSupported
-from ...message import Message, Origin, Part
-from ..case import Need, case, needs
-from ..harness import Trial, load
+from pubsub_core.capabilities import Cap
+from pubsub_core.errors import NotSupported
+from pubsub_core.events import Notice
+from pubsub_core.message import Message, Origin, Part
+from pubsub_core.testing.case import Need, case, needs
+from pubsub_core.testing.harness import Trial, load
 
 __all__: list[str] = []
 
@@ -176,9 +177,7 @@ async def _taken(t: Trial, members: list[Any]) -> Counter[bytes]:
 async def group_each_message_once(t: Trial) -> None:
     """Three members of a group share 300 messages; each goes to one of them."""
     buses = await t.all(t.connect() for _ in range(3))
-    members = [
-        await t.subscribed(bus, t.topic(), group="workers", buffer=400) for bus in buses
-    ]
+    members = [await t.subscribed(bus, t.topic(), group="workers", buffer=400) for bus in buses]
     publisher = await t.connect()
     everybody = await t.subscribed(publisher, t.topic(), buffer=400)
     for start in range(0, 300, 50):
@@ -267,16 +266,12 @@ async def not_entitled_is_told(t: Trial) -> None:
     """A subscriber without any entitlement is told so, and not left in silence."""
     publisher = await t.connect(caps=[Cap.ENTITLEMENTS])
     reader = await t.connect(identity=t.harness.unprivileged_identity)
-    told: list[str] = []
-
-    async def watch() -> None:
-        async for event in reader.events():
-            told.append(getattr(event, "kind", ""))
-
-    t.spawn(watch())
+    told = t.watch(reader, Notice)
     await t.subscribed(reader, t.topic())
     await t.within(publisher.publish(t.topic(), parts=_parts()[1:]))
-    await t.eventually(lambda: "not_entitled" in told, "the subscriber is told")
+    await t.eventually(
+        lambda: "not_entitled" in {notice.kind for notice in told}, "the subscriber is told"
+    )
 
 
 @case(142)

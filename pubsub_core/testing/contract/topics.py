@@ -6,12 +6,12 @@ import string
 import time
 from typing import Any
 
-from ...capabilities import Cap
-from ...errors import InvalidFilter, InvalidTopic, SubscribeFailed
-from ...subscription import Subscription
-from ...trie import HandlerTrie
-from ..case import Need, case, needs
-from ..harness import Trial
+from pubsub_core.capabilities import Cap
+from pubsub_core.errors import InvalidFilter, InvalidTopic, SubscribeFailed
+from pubsub_core.subscription import Subscription
+from pubsub_core.testing.case import Need, case, needs
+from pubsub_core.testing.harness import Trial
+from pubsub_core.trie import HandlerTrie
 
 __all__: list[str] = []
 
@@ -116,12 +116,12 @@ async def illegal_topics_refused_locally(t: Trial) -> None:
         assert error.reason, f"no reason for {topic!r}"
         assert error.level == level, f"level of {topic!r} is {error.level}, not {level}"
         assert error.character == character, f"character of {topic!r} is {error.character!r}"
-    for filter, level in _ILLEGAL_FILTERS:
+    for wanted, level in _ILLEGAL_FILTERS:
         with t.raises(InvalidFilter) as refused:
-            await t.subscribed(bus, filter)
-        assert refused[0].reason, f"no reason for {filter!r}"
+            await t.subscribed(bus, wanted)
+        assert refused[0].reason, f"no reason for {wanted!r}"
         if level is not None:
-            assert refused[0].level == level, f"level of {filter!r} is {refused[0].level}"
+            assert refused[0].level == level, f"level of {wanted!r} is {refused[0].level}"
     long = "x" * ((bus.limits.max_topic_bytes or 65_535) + 1)
     with t.raises(InvalidTopic):
         await t.within(bus.publish(long, b"x"))
@@ -215,14 +215,14 @@ async def overlapping_filters_deliver_once_per_subscription(t: Trial) -> None:
     """Each subscription gets a message once, however many filters match it."""
     bus = await t.connect()
     filters = ["a/b", "a/+", "a/#", "+/b", "#"]
-    subscriptions = [await t.subscribed(bus, t.topic(filter)) for filter in filters]
+    subscriptions = [await t.subscribed(bus, t.topic(wanted)) for wanted in filters]
     for number in range(20):
         await t.within(bus.publish(t.topic("a/b"), b"%d" % number))
     await t.within(bus.publish(t.topic("a/b"), b"last"))
     expected = [b"%d" % number for number in range(20)] + [b"last"]
-    for filter, subscription in zip(filters, subscriptions, strict=True):
+    for wanted, subscription in zip(filters, subscriptions, strict=True):
         got = [message.payload for message in await t.take(subscription, 21)]
-        assert got == expected, f"{filter}: {got}"
+        assert got == expected, f"{wanted}: {got}"
         assert subscription.stats.received == 21
 
 
@@ -292,7 +292,7 @@ async def matcher_against_reference(t: Trial) -> None:
 
     filters = {random_filter() for _ in range(30)}
     subscriptions: dict[str, Subscription[bytes]] = {
-        filter: await t.subscribed(bus, t.topic(filter)) for filter in sorted(filters)
+        wanted: await t.subscribed(bus, t.topic(wanted)) for wanted in sorted(filters)
     }
     everything = await t.subscribed(bus, t.topic("#"))
     names = [
@@ -302,10 +302,10 @@ async def matcher_against_reference(t: Trial) -> None:
     for name in names:
         await t.within(bus.publish(t.topic(name), name.encode()))
     await t.take(everything, len(names))
-    for filter, subscription in subscriptions.items():
-        expected = [name.encode() for name in names if naive_match(filter, name)]
+    for wanted, subscription in subscriptions.items():
+        expected = [name.encode() for name in names if naive_match(wanted, name)]
         got = [message.payload for message in await t.take(subscription, len(expected))]
-        assert got == expected, f"{filter!r} got {got}, expected {expected}"
+        assert got == expected, f"{wanted!r} got {got}, expected {expected}"
         assert subscription.stats.received == len(expected)
 
 
@@ -333,8 +333,8 @@ async def matching_time_linear(t: Trial) -> None:
     assert large < max(small * 16, 0.05), f"{small:.6f} s became {large:.6f} s"
     bus = await t.connect()
     filters = ["/".join(t.random.choices("a+", k=12)) for _ in range(100)]
-    for filter in dict.fromkeys(filters):
-        await t.subscribed(bus, t.topic(f"{filter}/never"))
+    for wanted in dict.fromkeys(filters):
+        await t.subscribed(bus, t.topic(f"{wanted}/never"))
     last = await t.subscribed(bus, t.topic("/".join("a" * 12)))
     began = time.monotonic()
     for _ in range(20):
@@ -366,15 +366,15 @@ async def unicode_topics_carried_or_refused(t: Trial) -> None:
         "a?b=c&d",
     ):
         topic = t.topic(name)
-        filter = t.topic("probe") if "{" in name else topic
+        wanted = t.topic("probe") if "{" in name else topic
         try:
-            subscription = await t.subscribed(bus, filter)
+            subscription = await t.subscribed(bus, wanted)
         except (InvalidTopic, SubscribeFailed) as error:
             t.note(error)
             with t.raises(InvalidTopic):
                 await t.within(bus.publish(topic, b"x"))
             continue
-        if filter != topic:
+        if wanted != topic:
             await t.within(bus.publish(topic, b"x"))
         else:
             await t.within(bus.publish(topic, b"x"))
