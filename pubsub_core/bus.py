@@ -20,7 +20,7 @@ from collections.abc import (
     Sequence,
 )
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, overload
 
 from .buffer import DecodePolicy, SubscriptionSettings
 from .capabilities import Cap, ConfirmedBy, Guarantees, Level, Limits, Support, effective
@@ -75,6 +75,9 @@ T = TypeVar("T")
 N = TypeVar("N")
 
 logger = logging.getLogger("pubsub_core")
+
+# The function that asyncio documents for libraries; it returns None outside of a loop.
+_running_loop = asyncio._get_running_loop  # noqa: SLF001
 
 
 class _Forks:
@@ -172,8 +175,9 @@ class Bus:
     def __await__(self) -> Generator[Any, None, Bus]:
         return self._opened().__await__()
 
-    async def __aenter__(self) -> Bus:
-        return await self._opened()
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
 
     async def __aexit__(
         self,
@@ -284,13 +288,13 @@ class Bus:
         return config.bus(self._where, self._overrides)
 
     def _load(self) -> type[Backend]:
-        assert self._resolved is not None
         self._registry = registry()
-        return self._registry.load(self._resolved.info)
+        return self._registry.load(self.info)
 
     def _build(self, backend_class: type[Backend]) -> None:
         resolved = self._resolved
-        assert resolved is not None
+        if resolved is None:
+            raise self._not_open()
         options = self._options = resolved.bus
         reg = self._registry or registry()
         self._codecs = CodecSet(options.codec, options.codecs, reg.codecs())
@@ -461,7 +465,9 @@ class Bus:
             EncodeFailed: The payload does not fit its codec.
             NotSupported: The broker lacks what was asked for.
         """
-        self._check_usable()
+        # What `_check_usable` does, without its two calls: this runs once per message.
+        if not self._accepting or _running_loop() is not self._loop:
+            self._check_usable()
         if self._publish_chain is not None:
             context = Context(
                 direction=Direction.PUBLISH,
@@ -929,7 +935,8 @@ class Bus:
             try:
                 await self.publish(topic, frame.payload, **options)
             except PubSubError as failure:
-                logger.error("a dead letter for %r was not published: %s", topic, failure)
+                # Its text says it all; the traceback would lead into our own code.
+                logger.warning("a dead letter for %r was not published: %s", topic, failure)
 
         self.spawn(bury(), "dead letter")
 

@@ -115,18 +115,22 @@ class Support:
 
     @classmethod
     def native(cls, why: str = "") -> Support:
+        """Return: the broker has it."""
         return cls(Level.NATIVE, why)
 
     @classmethod
     def emulated(cls, why: str) -> Support:
+        """Return: it is built here, in the way that *why* tells."""
         return cls(Level.EMULATED, why)
 
     @classmethod
     def none(cls, why: str, remedy: str = "") -> Support:
+        """Return: it is not there, for the reason *why*."""
         return cls(Level.NONE, why, remedy)
 
     @classmethod
     def unknown(cls, why: str, remedy: str = "") -> Support:
+        """Return: it depends, on what *why* tells."""
         return cls(Level.UNKNOWN, why, remedy)
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
+from typing import Self
 
 from .events import BusEvent, Status, StatusChanged
 
@@ -28,7 +29,7 @@ class EventStream:
         self._ended = False
         self.dropped = 0
 
-    async def __aenter__(self) -> EventStream:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(

@@ -503,10 +503,14 @@ class DevServer(Protocol):
         ...
 
     @property
-    def host(self) -> str: ...
+    def host(self) -> str:
+        """Address it listens on."""
+        ...
 
     @property
-    def port(self) -> int: ...
+    def port(self) -> int:
+        """Port it listens on."""
+        ...
 
     def describe(self) -> Mapping[str, object]:
         """More for the start line, e.g. credentials the server made itself."""

@@ -2,8 +2,9 @@
 
 A `Message` is what a subscriber holds. Below it, an `InFrame` is what a backend hands to
 the core and an `OutFrame` what the core hands to a backend; both speak core topics, never
-the broker's. All of them are immutable msgspec structs, which construct several times
-faster than dataclasses: one is made per message.
+the broker's. All of them are immutable msgspec structs, which are made several
+times faster than dataclasses: one is made per message. Frames and receipts are left out of
+cyclic garbage collection (``gc=False``), since nothing they hold refers back to them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Headers(Mapping[str, str]):
 
     def __init__(self, pairs: Mapping[str, str] | Iterable[tuple[str, str]] = ()) -> None:
         if isinstance(pairs, Headers):
-            self._pairs: tuple[tuple[str, str], ...] = pairs._pairs
+            self._pairs: tuple[tuple[str, str], ...] = pairs.pairs
         elif isinstance(pairs, Mapping):
             self._pairs = tuple(pairs.items())
         else:
@@ -128,7 +129,7 @@ class Part(msgspec.Struct, frozen=True):
     entitlements: frozenset[int] = frozenset()
 
 
-class Receipt(msgspec.Struct, frozen=True):
+class Receipt(msgspec.Struct, frozen=True, gc=False):
     """What is known about a publish that did not fail.
 
     Attributes:
@@ -156,7 +157,7 @@ class Verdict(StrEnum):
     """Do not deliver it again; it was not handled."""
 
 
-class InFrame(msgspec.Struct, frozen=True, kw_only=True):
+class InFrame(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One message as a backend hands it to the core.
 
     Attributes:
@@ -192,7 +193,7 @@ class InFrame(msgspec.Struct, frozen=True, kw_only=True):
     native: object = None
 
 
-class OutFrame(msgspec.Struct, frozen=True, kw_only=True):
+class OutFrame(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One message as the core hands it to a backend: checked, encoded, complete.
 
     Attributes:

@@ -98,12 +98,12 @@ class Router:
 
     def attach(self, subscription: Subscription[Any], *, echo: bool) -> Wire:
         """Add *subscription*; return its wire, whose `want` may have changed."""
-        filter = subscription.topic_filter.filter
-        wire = self._wires.get((filter, subscription.group))
+        plain = subscription.topic_filter.filter
+        wire = self._wires.get((plain, subscription.group))
         if wire is None:
             want = WireSub(
                 id=next(self._ids),
-                filter=filter,
+                filter=plain,
                 group=subscription.group,
                 qos=subscription.qos,
                 echo=echo,
@@ -112,7 +112,7 @@ class Router:
             wire = Wire(want)
             self._wires[wire.key] = wire
             self._by_id[want.id] = wire
-            self._trie.add(filter, wire)
+            self._trie.add(plain, wire)
         else:
             manual = wire.want.manual_ack or subscription.settings.ack == "manual"
             wire.want = msgspec.structs.replace(

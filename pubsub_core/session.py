@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from .clock import Clock
 from .errors import BusClosed, ConnectError, ConnectTimeout, NotConnected, PubSubError
@@ -298,7 +298,8 @@ class Session:
     async def _restored(self, sink: _SessionSink, facts: SessionFacts) -> None:
         restoring = asyncio.ensure_future(self._owner.restore(facts, self.generation))
         try:
-            await asyncio.wait([restoring, sink.ended], return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[Any]] = [restoring, sink.ended]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if sink.ended.done():
                 raise self._lost(sink.ended.result())
             restoring.result()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
-from .buffer import Buffer, DecodePolicy, Delivery, Item, SubscriptionSettings
+from .buffer import Buffer, Delivery, Item, SubscriptionSettings
 from .errors import BusClosed, DecodeFailed, HandlerFailed, PubSubError
 from .events import Gap
 from .message import InFrame, Message, Verdict
@@ -273,9 +273,10 @@ class Subscription(Generic[T]):
                 return None
             if isinstance(item, Gap):
                 return cast("Message[T]", item)
-            message, settler = self._message(item)
-            if message is None:
+            made = self._message(item)
+            if made is None:
                 continue
+            message, settler = made
             if self._chain is not None:
                 passed = await self._chain(self._context(message))
                 if passed is None:
@@ -287,7 +288,7 @@ class Subscription(Generic[T]):
             self._delivered += 1
             return message
 
-    def _message(self, item: Item) -> tuple[Message[T] | None, _Settler]:
+    def _message(self, item: Item) -> tuple[Message[T], _Settler] | None:
         frame, delivery = item
         settler = self._unusable if delivery is None else _Settler(self._bus, delivery)
         payload: Any = frame.payload
@@ -297,7 +298,7 @@ class Subscription(Generic[T]):
             except DecodeFailed as error:
                 self._failed += 1
                 self._undecodable(frame, settler, error)
-                return None, settler
+                return None
         params = _NO_PARAMS if self._params is None else self._params(frame.topic)
         return Message(frame.topic, payload, params, frame, settler), settler
 
@@ -342,9 +343,10 @@ class Subscription(Generic[T]):
             if isinstance(item, Gap):
                 await self._guarded(call(item), self.filter)
                 continue
-            message, settler = self._message(item)
-            if message is None:
+            made = self._message(item)
+            if made is None:
                 continue
+            message, settler = made
             try:
                 if chain is None:
                     result = call(message)

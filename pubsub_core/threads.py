@@ -79,6 +79,7 @@ class HandlerThread:
         self._busy = False
 
     def call(self, handler: Callable[[Any], Any], argument: Any) -> asyncio.Future[Any]:
+        """Run ``handler(argument)`` after what was asked before; await the result."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()

@@ -119,12 +119,12 @@ class Wiring:
                 except PubSubError as error:
                     # Locally it is gone; what the broker still sends is not routed.
                     logger.info("%s", error)
-        if self.router.find(*key) is None and key in self._locks:
-            if not self._locks[key].locked():
-                del self._locks[key]
+        lock = self._locks.get(key)
+        if lock is not None and not lock.locked() and self.router.find(*key) is None:
+            del self._locks[key]
 
     async def _confirm(self, wire: Wire) -> None:
-        session, filter = self._session, wire.want.filter
+        session = self._session
 
         async def confirmed() -> None:
             while True:
@@ -145,7 +145,7 @@ class Wiring:
                         continue
                     wire.generation, wire.asked = generation, want
 
-        await self._deadline(confirmed, f"subscribing to {filter!r}")
+        await self._deadline(confirmed, f"subscribing to {wire.want.filter!r}")
 
     def _lock(self, key: tuple[str, str | None]) -> asyncio.Lock:
         lock = self._locks.get(key)
