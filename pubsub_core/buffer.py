@@ -228,11 +228,17 @@ class Buffer:
                 self._drop(*self._held.pop(0))
             return False
         if self._newest is not None and (older := self._newest.get(frame.topic)) is not None:
+            size = self.bytes - len(older.frame.payload) + len(frame.payload)
+            self._drop(older.frame, older.delivery)
+            if size > self._most_bytes:
+                self._items.remove(older)
+                del self._newest[frame.topic]
+                self.bytes -= len(older.frame.payload)
+                return True
             # The newer message takes the older one's place in the queue, so that a busy
             # topic cannot push a quiet one back for ever.
             self.received += 1
-            self._drop(older.frame, older.delivery)
-            self.bytes += len(frame.payload) - len(older.frame.payload)
+            self.bytes = size
             older.frame, older.delivery = frame, delivery
             return False
         return True

@@ -1,0 +1,39 @@
+"""Publishing stays below a broker's rate limits."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pubsub_core.capabilities import Limits
+from pubsub_core.rate import RateGuard
+from pubsub_core.testing.clock import VirtualClock
+
+
+def test_without_limits_no_guard_is_needed() -> None:
+    assert not RateGuard(Limits(), VirtualClock()).needed
+
+
+def test_the_first_ones_pass_and_the_next_waits() -> None:
+    guard = RateGuard(Limits(rate=(3, 15.0)), VirtualClock())
+    assert [guard.reserve("a") for _ in range(4)] == [0, 0, 0, 15]
+
+
+def test_topics_have_their_own_limit() -> None:
+    guard = RateGuard(Limits(rate_per_topic=(1, 10.0)), VirtualClock())
+    assert guard.reserve("a") == 0
+    assert guard.reserve("b") == 0
+    assert guard.delay("a") == 10
+
+
+@given(st.lists(st.floats(0, 5), min_size=1, max_size=60), st.integers(1, 5))
+def test_no_window_ever_holds_more_than_the_limit(pauses: list[float], count: int) -> None:
+    clock = VirtualClock()
+    guard = RateGuard(Limits(rate=(count, 4.0)), clock)
+    sent: list[float] = []
+    for pause in pauses:
+        clock._elapsed += pause
+        sent.append(clock.monotonic() + guard.reserve("a"))
+    assert sent == sorted(sent)
+    for index in range(len(sent) - count):
+        assert sent[index + count] - sent[index] >= 4.0 - 1e-9

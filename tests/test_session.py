@@ -1,0 +1,358 @@
+"""The session engine against a backend that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pubsub_core.errors import AuthenticationFailed, BusClosed, ConnectError, ConnectTimeout
+from pubsub_core.events import InterestEvent, Notice, Status, StatusChanged
+from pubsub_core.interfaces import (
+    Address,
+    AuthorizationRequest,
+    Backend,
+    BackendContext,
+    SessionFacts,
+    Sink,
+    WireSub,
+)
+from pubsub_core.memory.options import MemoryOptions
+from pubsub_core.memory.plugin import INFO
+from pubsub_core.message import InFrame, OutFrame, Receipt
+from pubsub_core.session import Backoff, Session
+from pubsub_core.settings import BusOptions
+from pubsub_core.testing.clock import VirtualClock
+
+
+class Scripted(Backend):
+    """Opens as its script says: an error is raised, a callable awaited, None succeeds."""
+
+    def __init__(self, *script: Any) -> None:
+        super().__init__(BackendContext(INFO, Address("memory"), MemoryOptions()))
+        self.script = list(script)
+        self.sinks: list[Sink] = []
+        self.log: list[str] = []
+
+    async def open(self, sink: Sink) -> SessionFacts:
+        self.log.append("open")
+        step = self.script.pop(0) if self.script else None
+        if isinstance(step, BaseException):
+            raise step
+        if step is not None:
+            await step(sink)
+        self.sinks.append(sink)
+        return SessionFacts()
+
+    async def restored(self) -> None:
+        self.log.append("restored")
+
+    async def drop(self) -> None:
+        self.log.append("drop")
+
+    async def close(self, *, drain: float) -> None:
+        self.log.append("close")
+
+    async def publish(self, out: OutFrame) -> Receipt:
+        raise AssertionError("not used here")
+
+    async def subscribe(self, want: WireSub) -> int:
+        return want.qos
+
+    async def unsubscribe(self, want: WireSub) -> None:
+        return None
+
+
+class Owner:
+    """Records what the engine asks of a bus."""
+
+    def __init__(self, restore: Callable[[int], Any] | None = None) -> None:
+        self.frames: list[str] = []
+        self.events: list[StatusChanged] = []
+        self.restored: list[int] = []
+        self._restore = restore
+
+    def route(self, frame: InFrame) -> None:
+        self.frames.append(frame.topic)
+
+    def interest(self, event: InterestEvent) -> None: ...
+
+    def authorization(self, request: AuthorizationRequest) -> None: ...
+
+    def notice(self, notice: Notice) -> None: ...
+
+    async def restore(self, facts: SessionFacts, generation: int) -> None:
+        if self._restore is not None:
+            await self._restore(generation)
+        self.restored.append(generation)
+
+    def status_changed(self, event: StatusChanged) -> None:
+        self.events.append(event)
+
+    @property
+    def statuses(self) -> list[Status]:
+        return [event.status for event in self.events]
+
+
+def session_of(
+    backend: Backend, owner: Owner, clock: VirtualClock, **options: Any
+) -> Session:
+    return Session(backend, BusOptions(**options), clock, owner, "test")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def stop(session: Session) -> None:
+    session.closing()
+    await session.stop_trying()
+    session.closed()
+
+
+@given(st.lists(st.floats(0, 1, exclude_max=True), max_size=200), st.floats(10, 1e6))
+def test_backoff_stays_within_its_bound(draws: list[float], outage: float) -> None:
+    remaining = iter([*draws, *[0.999] * 200])
+    backoff = Backoff(0.5, 30.0, rng=lambda: next(remaining))
+    for attempt in range(200):
+        bound = min(30.0, 0.5 * 2.0**attempt)
+        assert backoff.bound(outage) == bound
+        assert 0 <= backoff.next(outage) <= bound
+
+
+def test_backoff_first_try_comes_within_half_a_second() -> None:
+    assert Backoff(0.5, 30.0, rng=lambda: 0.9999).next() < 0.5
+
+
+def test_backoff_keeps_short_outages_short() -> None:
+    """An outage of ten seconds at most is noticed to be over within two."""
+    backoff = Backoff(0.5, 30.0, rng=lambda: 0.9999)
+    outage = 0.0
+    while outage < 10:
+        delay = backoff.next(outage)
+        assert delay < 2
+        outage += delay
+
+
+def test_backoff_spreads_evenly_from_zero() -> None:
+    assert Backoff(0.5, 30.0, rng=lambda: 0.0).next() == 0.0
+    assert Backoff(0.5, 30.0, rng=lambda: 0.5).next() == 0.25
+
+
+async def test_statuses_in_order_and_once() -> None:
+    owner, backend = Owner(), Scripted()
+    session = session_of(backend, owner, VirtualClock())
+    await session.start()
+    await stop(session)
+    assert owner.statuses == [Status.CONNECTING, Status.ONLINE, Status.CLOSING, Status.CLOSED]
+    assert backend.log == ["open", "restored"]
+
+
+async def test_first_failure_is_raised_at_once_by_default() -> None:
+    backend, owner = Scripted(ConnectError("nobody there")), Owner()
+    session = session_of(backend, owner, VirtualClock())
+    with pytest.raises(ConnectError, match="nobody there"):
+        await session.start()
+    assert backend.log == ["open"]
+    assert session.status is Status.FAILED
+
+
+async def test_wait_seconds_keeps_trying_until_they_are_over() -> None:
+    clock = VirtualClock(auto=True)
+    backend = Scripted(*[ConnectError(f"attempt {number}") for number in range(1000)])
+    session = session_of(backend, Owner(), clock, wait=20.0)
+    with pytest.raises(ConnectError):
+        await session.start()
+    assert len(backend.log) > 3
+    assert clock.monotonic() <= 20.0
+
+
+async def test_wait_seconds_does_not_retry_refused_credentials() -> None:
+    backend = Scripted(AuthenticationFailed("wrong password"), None)
+    with pytest.raises(AuthenticationFailed):
+        await session_of(backend, Owner(), VirtualClock(auto=True), wait=20.0).start()
+    assert backend.log == ["open"]
+
+
+async def test_wait_false_starts_offline_and_comes_online_later() -> None:
+    clock, owner = VirtualClock(auto=True), Owner()
+    session = session_of(Scripted(ConnectError("not yet"), None), owner, clock, wait=False)
+    await session.start()
+    assert not session.online
+    async with asyncio.timeout(5):
+        await session.wait_online()
+    assert owner.statuses[0] is Status.CONNECTING
+    assert owner.statuses[-1] is Status.ONLINE
+    await stop(session)
+
+
+async def test_a_lost_session_is_renewed_and_restored_before_online() -> None:
+    clock, owner, backend = VirtualClock(auto=True), Owner(), Scripted()
+    session = session_of(backend, owner, clock)
+    await session.start()
+    backend.sinks[0].lost(ConnectionResetError("gone"))
+    await until(lambda: session.generation == 2 and session.online)
+    assert owner.restored == [1, 2]
+    assert owner.statuses == [
+        Status.CONNECTING,
+        Status.ONLINE,
+        Status.RECONNECTING,
+        Status.ONLINE,
+    ]
+    error = owner.events[2].error
+    assert isinstance(error, ConnectError)
+    assert isinstance(error.__cause__, ConnectionResetError)
+    await stop(session)
+
+
+async def test_frames_of_a_dead_session_are_not_routed() -> None:
+    clock, owner, backend = VirtualClock(auto=True), Owner(), Scripted()
+    session = session_of(backend, owner, clock)
+    await session.start()
+    old = backend.sinks[0]
+    old.deliver(InFrame(topic="before", payload=b""))
+    old.lost(ConnectionResetError())
+    await until(lambda: session.generation == 2 and session.online)
+    old.deliver(InFrame(topic="late", payload=b""))
+    backend.sinks[1].deliver(InFrame(topic="new", payload=b""))
+    assert owner.frames == ["before", "new"]
+    await stop(session)
+
+
+async def test_frames_wait_until_the_session_is_restored() -> None:
+    routed_during_restore: list[list[str]] = []
+
+    async def early(sink: Sink) -> None:
+        sink.deliver(InFrame(topic="early", payload=b""))
+
+    async def restore(generation: int) -> None:
+        await asyncio.sleep(0)
+        routed_during_restore.append(list(owner.frames))
+
+    owner = Owner(restore)
+    session = session_of(Scripted(early), owner, VirtualClock())
+    await session.start()
+    assert routed_during_restore == [[]]
+    assert owner.frames == ["early"]
+    await stop(session)
+
+
+async def test_frames_from_another_thread_keep_their_order() -> None:
+    owner, backend = Owner(), Scripted()
+    session = session_of(backend, owner, VirtualClock())
+    await session.start()
+    sink = backend.sinks[0]
+
+    def burst() -> None:
+        for number in range(1000):
+            sink.deliver(InFrame(topic=str(number), payload=b""))
+
+    await asyncio.to_thread(burst)
+    await until(lambda: len(owner.frames) == 1000)
+    assert owner.frames == [str(number) for number in range(1000)]
+    await stop(session)
+
+
+async def test_a_session_lost_while_restoring_counts_as_failed() -> None:
+    clock = VirtualClock(auto=True)
+    hanging = asyncio.Event()
+
+    async def restore(generation: int) -> None:
+        if generation == 2:
+            backend.sinks[1].lost(ConnectionResetError("again"))
+            await hanging.wait()
+
+    owner, backend = Owner(restore), Scripted()
+    session = session_of(backend, owner, clock)
+    await session.start()
+    backend.sinks[0].lost(ConnectionResetError("gone"))
+    await until(lambda: session.generation == 3 and session.online)
+    assert owner.statuses.count(Status.ONLINE) == 2
+    assert "drop" in backend.log
+    await stop(session)
+
+
+async def test_permanent_refusal_after_a_loss_ends_in_failed() -> None:
+    clock, owner = VirtualClock(auto=True), Owner()
+    backend = Scripted(None, AuthenticationFailed("password was changed"))
+    session = session_of(backend, owner, clock)
+    await session.start()
+    backend.sinks[0].lost(ConnectionResetError())
+    await until(lambda: session.status is Status.FAILED)
+    with pytest.raises(AuthenticationFailed):
+        await session.wait_online()
+    await stop(session)
+
+
+async def test_reconnect_false_fails_instead() -> None:
+    backend = Scripted()
+    session = session_of(backend, Owner(), VirtualClock(), reconnect=False)
+    await session.start()
+    backend.sinks[0].lost(ConnectionResetError())
+    await until(lambda: session.status is Status.FAILED)
+    assert backend.log == ["open", "restored"]
+    await stop(session)
+
+
+async def test_backoff_starts_over_only_after_a_healthy_session() -> None:
+    clock, owner = VirtualClock(), Owner()
+    backend = Scripted()
+    session = session_of(backend, owner, clock)
+    session._backoff = backoff = Backoff(1.0, 30.0, rng=lambda: 0.999)
+    await session.start()
+    for generation in (1, 2):
+        backend.sinks[-1].lost(ConnectionResetError())
+        await until(lambda: clock.sleepers == 1)
+        wake = clock.next_wake
+        assert wake is not None
+        await clock.advance(wake)
+        await until(lambda: session.generation == generation + 1 and session.online)
+    assert backoff.bound(100) == 4.0
+    await clock.advance(11)
+    backend.sinks[-1].lost(ConnectionResetError())
+    await until(lambda: clock.sleepers == 1)
+    assert clock.slept[-1] < 1.0
+    await stop(session)
+
+
+async def test_a_hanging_open_times_out() -> None:
+    async def never(sink: Sink) -> None:
+        await asyncio.Event().wait()
+
+    session = session_of(Scripted(never), Owner(), VirtualClock(), connect_timeout=0.01)
+    with pytest.raises(ConnectTimeout, match="within"):
+        await session.start()
+
+
+async def test_a_backend_that_raises_something_else_does_not_die_in_silence(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock, owner = VirtualClock(auto=True), Owner()
+    backend = Scripted(None, ZeroDivisionError("a defect"))
+    session = session_of(backend, owner, clock)
+    await session.start()
+    backend.sinks[0].lost(ConnectionResetError())
+    await until(lambda: session.status is Status.FAILED)
+    assert isinstance(session.error, ConnectError)
+    assert isinstance(session.error.__cause__, ZeroDivisionError)
+    assert "failed unexpectedly" in caplog.text
+    await stop(session)
+
+
+async def test_waiting_for_a_session_ends_when_the_bus_is_closed() -> None:
+    session = session_of(
+        Scripted(*[ConnectError("no")] * 50), Owner(), VirtualClock(), wait=False
+    )
+    await session.start()
+    waiting = asyncio.create_task(session.wait_online())
+    await asyncio.sleep(0)
+    await stop(session)
+    with pytest.raises(BusClosed):
+        async with asyncio.timeout(5):
+            await waiting
