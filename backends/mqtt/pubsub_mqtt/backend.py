@@ -182,6 +182,7 @@ class MQTTBackend(Backend):
         self._sink: Sink | None = None
         self._v5 = False
         self._identifiers = False
+        self._settles = True
         self._closed = False
         # The broker may still hold subscriptions of an earlier process, whose identifiers
         # must not be taken for ours: those begin where nobody else's do.
@@ -223,6 +224,7 @@ class MQTTBackend(Backend):
         session = await self.driver.open(self._endpoint)
         self._v5 = session.version == 5
         self._identifiers = session.identifiers
+        self._choose_settling()
         return SessionFacts(
             resumed=session.present,
             client_id=session.client_id,
@@ -419,6 +421,7 @@ class MQTTBackend(Backend):
             self._check_distinct(want)
             before = self._current.get(want.id)
             self._current[want.id] = want
+            self._choose_settling()
             try:
                 granted = await self._subscribe(want, retained=want.id not in self._known)
             except BaseException:
@@ -468,6 +471,7 @@ class MQTTBackend(Backend):
         async with self._lock(wire):
             self._known.discard(want.id)
             self._current.pop(want.id, None)
+            self._choose_settling()
             await self.driver.unsubscribe(wire)
 
     def _wire_filter(self, want: WireSub) -> str:
@@ -524,10 +528,22 @@ class MQTTBackend(Backend):
 
     # --- receiving --------------------------------------------------------------------
 
+    def _choose_settling(self) -> None:
+        """Decide whether messages wait for `settle`, or are acknowledged on arrival.
+
+        A message that waits occupies a place in the broker's window (20 at Mosquitto), so
+        one handler that takes its time would stop every other subscription. That price is
+        paid where it buys something: where somebody acknowledges by hand, or where the
+        session survives, so that what was not acknowledged comes again.
+        """
+        self._settles = self._persistent or any(want.manual_ack for want in self._current.values())
+
     def _received(self, message: Incoming) -> None:
         sink = self._sink
         if sink is None:
             return
+        if message.serial and not self._settles:
+            self.connection.settle(message.serial)
         properties = message.properties
         if properties is None:
             if self._captures and message.retain and self._capture(message, ()):
@@ -540,7 +556,7 @@ class MQTTBackend(Backend):
                     qos=message.qos,
                     time=self._time(),
                     redelivered=message.duplicate,
-                    tag=message.serial or None,
+                    tag=(message.serial or None) if self._settles else None,
                     native=message,
                 )
             )
@@ -670,6 +686,6 @@ class MQTTBackend(Backend):
             expires_in=properties.expiry if properties is not None else None,
             redelivered=message.duplicate,
             subscriptions=identifiers or None,
-            tag=message.serial or None,
+            tag=(message.serial or None) if self._settles else None,
             native=message,
         )

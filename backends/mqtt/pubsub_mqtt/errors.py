@@ -167,7 +167,8 @@ def connack_error(code: int, *, version: int, said: str = "", client_id: str = "
     elif code311 == 2:
         hint = f"choose another client_id than {printable(client_id)!r}"
     else:
-        hint = "try again later" if code in _TRANSIENT or code == 3 else ""
+        later = code in _TRANSIENT or code == 3
+        hint = "try again later" if later else "the broker's log says more"
     return ServerRefused(
         text,
         reason=code,
@@ -183,7 +184,13 @@ def disconnect_error(code: int, *, said: str = "") -> ConnectError:
     if code == 0x87:
         return AuthenticationFailed(text, hint="check the rights of this user", backend="mqtt")
     permanent = {0x8C, 0x9C, 0x9D, 0x8A}
-    return ServerRefused(text, reason=code, backend="mqtt", retryable=code not in permanent)
+    return ServerRefused(
+        text,
+        reason=code,
+        hint="the broker's log says more",
+        backend="mqtt",
+        retryable=code not in permanent,
+    )
 
 
 def publish_error(code: int, *, topic: str, size: int, said: str = "") -> PublishFailed:
@@ -205,7 +212,7 @@ def publish_error(code: int, *, topic: str, size: int, said: str = "") -> Publis
         text,
         outcome=Outcome.REJECTED,
         reason=code,
-        hint="publish more slowly" if code in (0x96, 0x97) else "",
+        hint="publish more slowly" if code in (0x96, 0x97) else "the broker's log says more",
         backend="mqtt",
         topic=topic,
         retryable=retryable,
@@ -234,7 +241,7 @@ def subscribe_error(code: int, *, filter: str, said: str = "") -> SubscribeFaile
     return SubscribeFailed(
         text,
         reason=code,
-        hint=hints.get(code, ""),
+        hint=hints.get(code, "the broker's log says more"),
         backend="mqtt",
         topic=filter,
         retryable={0x8F: False, 0x9E: False, 0xA2: False, 0xA1: False}.get(code),
