@@ -224,6 +224,14 @@ class Session:
     # --- the engine --------------------------------------------------------------------
 
     async def _supervise(self) -> None:
+        await self._keep_up()
+        # There will be no session any more: what waits for one in the backend must end.
+        try:
+            await self._backend.close(drain=0.0)
+        except Exception:
+            logger.exception("bus %r: closing the backend failed", self._name)
+
+    async def _keep_up(self) -> None:
         while True:
             lost_at = self._clock.monotonic()
             if self._sink is not None:
