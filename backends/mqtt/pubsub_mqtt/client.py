@@ -36,7 +36,7 @@ from pubsub_core.topics import parse_filter, split_shared, validate_filter, vali
 
 from .client_config import ClientConfig
 from .client_messages import IncomingApplicationMessage, OutgoingApplicationMessage
-from .connection import Connection, Outgoing, Session, SessionSettings, Subscribe, Version, Will
+from .connection import Connection, Outgoing, SessionSettings, Subscribe, Version, Will
 from .driver import AsyncioDriver
 from .errors import subscribe_error
 from .options import MQTTOptions, ProtocolName
@@ -100,7 +100,7 @@ class ConnectError(core.ConnectError):
         self.return_code = return_code
 
 
-class RequestTimeout(PubSubError, TimeoutError):  # noqa: N818 # the tree has no suffixes
+class RequestTimeout(PubSubError, TimeoutError):
     """The broker did not answer in time."""
 
     code = "timeout"
@@ -178,8 +178,8 @@ class MQTTClient:
         self._changes: set[asyncio.Future[None]] = set()
         self._offline: deque[_Turn] = deque()
         self._offline_bytes = 0
-        # Received and not handed over, with their packet ids.
-        self._inbox: deque[tuple[Incoming, int | None]] = deque()
+        # Received and not handed over, each with its packet id and its session's number.
+        self._inbox: deque[tuple[Incoming, int | None, int]] = deque()
         self._receivers: deque[asyncio.Future[None]] = deque()
         self._paused = False
         self._defaults: dict[str, tuple[int, bool]] = {}
@@ -601,7 +601,7 @@ class MQTTClient:
                     self._wake_receiver()  # it was woken for a message that it cannot take
                 raise
         # Nothing is awaited from here on, so that a message taken is a message returned.
-        message, packet_id = self._inbox.popleft()
+        message, packet_id, _ = self._inbox.popleft()
         if self._inbox:
             self._wake_receiver()
         return self._handed_over(message, packet_id)
@@ -630,7 +630,9 @@ class MQTTClient:
         driver = self._driver
         if driver is None:
             return
-        self._inbox.append((message, driver.connection.packet_id_of(message.serial)))
+        connection = driver.connection
+        packet_id = connection.packet_id_of(message.serial)
+        self._inbox.append((message, packet_id, connection.generation))
         self._wake_receiver()
         if not self._paused and len(self._inbox) >= self.config.incoming_messages:
             self._paused = True
@@ -691,11 +693,13 @@ class MQTTClient:
     async def _attempt(self) -> None:
         driver = self._driven()
         connection = driver.connection
+        self._paused = False  # a new session begins with the flow on
         session = await driver.open(self._endpoint, timeout=self.config.connection_timeout)
         try:
             self._session_present = session.present
             self.client_id = session.client_id
-            self._forget_what_comes_again(session)
+            if session.present:
+                self._forget_what_comes_again(connection.generation)
             if not session.present:
                 await self._restore(driver)
         except NotConnected as exc:
@@ -710,12 +714,15 @@ class MQTTClient:
         self._wake_changes()
         self._next_turn()
 
-    def _forget_what_comes_again(self, session: Session) -> None:
-        """Drop received messages that the broker sends again, since nobody acknowledged them."""
-        self._paused = False
-        if session.present:
-            # At QoS 2 the broker's copy is the one that is dropped, by its packet id.
-            self._inbox = deque(item for item in self._inbox if item[0].qos != 1)
+    def _forget_what_comes_again(self, generation: int) -> None:
+        """Drop received messages that the broker sends again, since nobody acknowledged them.
+
+        At QoS 2 it is the broker's copy that is dropped, by its packet id. What the new
+        session brought already stays: it may have come together with CONNACK.
+        """
+        self._inbox = deque(
+            item for item in self._inbox if item[0].qos != 1 or item[2] == generation
+        )
 
     async def _restore(self, driver: AsyncioDriver) -> None:
         """Subscribe again to everything; what is refused now is told and forgotten."""
