@@ -1,5 +1,6 @@
 """Publish/subscribe for Python: one program, any broker."""
 
+from .app import App
 from .bus import Bus, connect
 from .capabilities import (
     Cap,
@@ -70,6 +71,7 @@ from .subscription import Subscription, SubscriptionStats
 from .trie import HandlerTrie
 
 __all__ = [
+    "App",
     "AuthenticationFailed",
     "BadOption",
     "Bus",
