@@ -1,0 +1,538 @@
+"""`HandlerTrie`: many filters, one topic, and the values of every filter that matches.
+
+Subscriptions, handlers, connections or anything else are kept under topic filters;
+`HandlerTrie.match` gives the values whose filter matches a topic, in time linear in the
+topic's levels and independent of the filters that do not match.
+
+Filters without a wildcard are found by one dictionary lookup. The others stand in a trie
+with one node per level. All four rules are compiled to that same trie, so one loop serves
+them: Emitter's prefix rule for ``a/b`` is MQTT's ``a/b/#``, and the ``#`` of its ``mqtt``
+mode, which wants one level at least, is MQTT's ``+/#``.
+
+Sources: MQTT 3.1.1 section 4.7; emitter-io/emitter, ``internal/message/subtrie.go`` and its
+configuration key ``matcher``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from threading import RLock
+from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar, get_args
+
+from .topics import check_wildcards
+
+__all__ = ["HandlerTrie", "Rule"]
+
+V = TypeVar("V")
+
+Rule: TypeAlias = Literal["mqtt", "exact", "emitter", "emitter-mqtt"]
+"""How a filter matches a topic; see `HandlerTrie`."""
+
+# A result is kept for topics up to this many characters, and with up to this many values:
+# together with cache_size that bounds the memory, whatever topics a peer invents.
+_KEPT_LENGTH = 512
+_KEPT_VALUES = 256
+
+
+class HandlerTrie(Generic[V]):
+    """Values under topic filters, found by topic.
+
+    The rule says when a filter matches:
+
+    * ``mqtt``: ``+`` is one level, a final ``#`` is the level before it and all below. A
+      wildcard never matches a first level that begins with ``$``.
+    * ``exact``: the filter is the topic. ``+`` and ``#`` are ordinary characters.
+    * ``emitter``: Emitter's own rule. A filter matches everything below it too; ``+`` is one
+      level; ``#`` is an ordinary word, which no topic has.
+    * ``emitter-mqtt``: Emitter with ``matcher: mqtt``. As many levels as the filter; a final
+      ``#`` is one level *or more*, so ``a/#/`` does not match ``a/``.
+
+    Under the two Emitter rules a trailing slash says nothing: ``a/`` and ``a`` are the same
+    filter and the same topic.
+
+    A filter may have many values, and a value many filters. A filter and a value are a pair
+    that is there or not: adding it again changes nothing. Values are the same when they
+    would be the same key of a dictionary; those that cannot be one (they are not hashable)
+    when they are the same object.
+
+    Results are tuples in the order of adding, across filters; a change during a loop over
+    one is no problem, and shows in the next. Any thread may call any method: `match` takes
+    no lock, changes take one. Do not change a trie from a finalizer or a signal handler.
+
+    >>> handlers = HandlerTrie[str]()
+    >>> handlers.add("lab/+/temp", "log")
+    True
+    >>> handlers.add("lab/#", "store")
+    True
+    >>> handlers.match("lab/oven/temp")
+    ('log', 'store')
+    >>> handlers.match("lab")
+    ('store',)
+    >>> handlers.remove("lab/#", "store")
+    True
+    >>> handlers.match("lab"), handlers.filters(), len(handlers)
+    ((), ('lab/+/temp',), 1)
+
+    Emitter's rule reaches below:
+
+    >>> channels = HandlerTrie[str]("emitter")
+    >>> channels.add("lab/", "everything in the lab")
+    True
+    >>> channels.match("lab/oven/temp/")
+    ('everything in the lab',)
+
+    Args:
+        rule: When a filter matches.
+        cache_size: How many topics to keep results for. A change drops them all; so does
+            one more topic than this. 0 keeps none.
+    """
+
+    __slots__ = (
+        "_cache",
+        "_cache_size",
+        "_exact",
+        "_hides_dollar",
+        "_levels_of_nothing",
+        "_lock",
+        "_next",
+        "_root",
+        "_rule",
+        "_strips_slash",
+        "_wild",
+    )
+
+    def __init__(self, rule: Rule = "mqtt", *, cache_size: int = 4096) -> None:
+        if rule not in get_args(Rule):
+            raise ValueError(f"no matching rule {rule!r}; use one of {', '.join(get_args(Rule))}")
+        if cache_size < 0:
+            raise ValueError(f"cache_size is {cache_size}; use 0 to keep no results")
+        self._rule: Rule = rule
+        self._cache_size = cache_size
+        self._strips_slash = rule.startswith("emitter")
+        self._hides_dollar = rule == "mqtt"
+        self._levels_of_nothing = () if self._strips_slash else ("",)
+        self._lock = RLock()
+        self._next = 0
+        self._exact: dict[str, _Entry[V]] = {}
+        self._wild: dict[str, _Entry[V]] = {}
+        self._root: _Node[V] = _Node("")
+        self._cache: dict[str, tuple[V, ...]] = {}
+
+    @property
+    def rule(self) -> Rule:
+        """The rule given at construction."""
+        return self._rule
+
+    def add(self, filter: str, value: V) -> bool:
+        """Put *value* under *filter*; False if it was there already.
+
+        The filter is a plain one: pass ``parse_filter(text).filter`` for one with captures,
+        and take a ``$share`` prefix off with `split_shared`.
+
+        Raises:
+            InvalidFilter: Under the rule ``mqtt``, a wildcard stands where it cannot. What
+                else makes a filter invalid, such as its length, is not checked here.
+        """
+        if self._rule == "mqtt":
+            check_wildcards(filter.split("/"), filter)
+        key, path, open_end = self._compile(filter)
+        name = _name(value)
+        with self._lock:
+            kept = self._exact if path is None else self._wild
+            found = kept.get(key)
+            pair = (self._next, value)
+            entry: _Entry[V]
+            if found is None:
+                entry = pair
+            elif isinstance(found, _Many):
+                if name in found.pairs:
+                    return False
+                found.pairs[name] = pair
+                entry = found
+            else:
+                pairs = {_name(found[1]): found}
+                if name in pairs:
+                    return False
+                pairs[name] = pair
+                entry = _Many(pairs)
+            self._next += 1
+            if entry is not found:
+                kept[key] = entry
+                if path is not None:
+                    self._place(path, open_end, entry)
+            self._forget()
+        return True
+
+    def remove(self, filter: str, value: V) -> bool:
+        """Take *value* from under *filter*; False if it was not there.
+
+        Branches that hold nothing any more are removed with it.
+        """
+        key, path, open_end = self._compile(filter)
+        name = _name(value)
+        with self._lock:
+            kept = self._exact if path is None else self._wild
+            found = kept.get(key)
+            if found is None:
+                return False
+            if isinstance(found, _Many):
+                if found.pairs.pop(name, None) is None:
+                    return False
+                is_empty = not found.pairs
+            elif name not in {_name(found[1]): found}:
+                return False
+            else:
+                is_empty = True
+            if is_empty:
+                del kept[key]
+                if path is not None:
+                    self._prune(path, open_end)
+            self._forget()
+        return True
+
+    def match(self, topic: str) -> tuple[V, ...]:
+        """Return the values of all filters that match *topic*, in the order of adding.
+
+        A value comes once for each of its filters that match; ``dict.fromkeys(…)`` keeps
+        the first of each. The topic is not validated.
+        """
+        # The cache is taken hold of before anything is looked at. A change replaces it
+        # when it is done, so what is found meanwhile lands in a cache that nobody reads.
+        cache = self._cache
+        kept = cache.get(topic)
+        if kept is not None:
+            return kept
+
+        key = topic
+        if self._strips_slash and topic.endswith("/"):
+            key = topic[:-1]
+        entry = self._exact.get(key)
+        hits: list[_Entry[V]] = [] if entry is None else [entry]
+        if self._wild:
+            # Everything in one frame: a call per level would double the time. Each slot is
+            # read once, since another thread may empty it between two reads.
+            root = self._root
+            node: _Node[V] | None = root
+            levels = iter(key.split("/") if key else self._levels_of_nothing)
+            if (
+                (root.plus is not None or root.below is not None)
+                and self._hides_dollar
+                and key.startswith("$")
+            ):
+                node = root.literal(next(levels))
+            if node is not None:
+                # While only one node can match, no list of nodes is needed.
+                for level in levels:
+                    entry = node.below
+                    if entry is not None:
+                        hits.append(entry)
+                    plus = node.plus
+                    children = node.children
+                    if children is not None:
+                        node = children.get(level)
+                    else:
+                        node = node.child
+                        if node is not None and node.word != level:
+                            node = None
+                    if node is None:
+                        if plus is None:
+                            break
+                        node = plus
+                    elif plus is not None:
+                        nodes = [node, plus]
+                        for level in levels:  # noqa: PLW2901  # the same iterator goes on
+                            following: list[_Node[V]] = []
+                            for node in nodes:
+                                entry = node.below
+                                if entry is not None:
+                                    hits.append(entry)
+                                children = node.children
+                                if children is not None:
+                                    child = children.get(level)
+                                    if child is not None:
+                                        following.append(child)
+                                else:
+                                    child = node.child
+                                    if child is not None and child.word == level:
+                                        following.append(child)
+                                plus = node.plus
+                                if plus is not None:
+                                    following.append(plus)
+                            if not following:
+                                break
+                            nodes = following
+                        else:
+                            for node in nodes:
+                                entry = node.here
+                                if entry is not None:
+                                    hits.append(entry)
+                                entry = node.below
+                                if entry is not None:
+                                    hits.append(entry)
+                        break
+                else:
+                    entry = node.here
+                    if entry is not None:
+                        hits.append(entry)
+                    entry = node.below
+                    if entry is not None:
+                        hits.append(entry)
+
+        # One or two filters with one value each are the usual case.
+        count = len(hits)
+        if count == 0:
+            found: tuple[V, ...] = ()
+        elif count == 1 and type(one := hits[0]) is tuple:
+            found = (one[1],)
+        elif count == 2 and type(one := hits[0]) is tuple and type(two := hits[1]) is tuple:
+            found = (one[1], two[1]) if one[0] < two[0] else (two[1], one[1])
+        else:
+            found = _in_order(hits)
+            if len(found) > _KEPT_VALUES:
+                return found
+        if len(topic) <= _KEPT_LENGTH:
+            if len(cache) >= self._cache_size:
+                if not self._cache_size:
+                    return found
+                # Dropping all is cheaper than keeping an order of use, and what is in use
+                # is out for one match only.
+                cache.clear()
+            cache[topic] = found
+        return found
+
+    def filters(self) -> tuple[str, ...]:
+        """Return each filter that has a value, in the order of its oldest value.
+
+        Under the Emitter rules they end with a slash, however they were added.
+        """
+        with self._lock:
+            ordered = sorted(
+                (_age(entry), key)
+                for kept in (self._exact, self._wild)
+                for key, entry in kept.items()
+            )
+        end = "/" if self._strips_slash else ""
+        return tuple(key + end for _, key in ordered)
+
+    def clear(self) -> None:
+        """Remove everything."""
+        with self._lock:
+            self._exact = {}
+            self._wild = {}
+            self._root = _Node("")
+            self._forget()
+
+    def __contains__(self, filter: object) -> bool:
+        """Whether *filter* has a value."""
+        if not isinstance(filter, str):
+            return False
+        key, path, _ = self._compile(filter)
+        return key in (self._exact if path is None else self._wild)
+
+    def __len__(self) -> int:
+        """Return the number of filters that have a value."""
+        return len(self._exact) + len(self._wild)
+
+    def __repr__(self) -> str:
+        return f"HandlerTrie({self._rule!r}, {len(self)} filters)"
+
+    def _compile(self, filter: str) -> tuple[str, list[str] | None, bool]:
+        """Return the filter's key, its path in the trie, and whether it is open below.
+
+        The path is None for a filter that matches one topic only. In a path ``+`` is the
+        wildcard; every other word is itself.
+        """
+        rule = self._rule
+        if rule == "exact":
+            return filter, None, False
+        if rule == "mqtt":
+            if "+" not in filter and "#" not in filter:
+                return filter, None, False
+            path = filter.split("/")
+            if path[-1] == "#":
+                return filter, path[:-1], True
+            return filter, path, False
+        key = filter.removesuffix("/")
+        path = key.split("/") if key else []
+        if rule == "emitter":
+            return key, path, True
+        if path and path[-1] == "#":
+            path[-1] = "+"
+            return key, path, True
+        return key, path if "+" in path else None, False
+
+    def _place(self, path: list[str], open_end: bool, entry: _Entry[V]) -> None:
+        node = self._root
+        for word in path:
+            node = node.make(word)
+        if open_end:
+            node.below = entry
+        else:
+            node.here = entry
+
+    def _prune(self, path: list[str], open_end: bool) -> None:
+        """Empty the slot that *path* leads to, and drop the nodes that hold nothing now."""
+        nodes = [self._root]
+        for word in path:
+            node = nodes[-1].plus if word == "+" else nodes[-1].literal(word)
+            if node is None:
+                raise AssertionError(f"no node for {word!r}")
+            nodes.append(node)
+        if open_end:
+            nodes[-1].below = None
+        else:
+            nodes[-1].here = None
+        while len(nodes) > 1 and nodes[-1].is_empty():
+            node = nodes.pop()
+            nodes[-1].drop(node)
+
+    def _forget(self) -> None:
+        """Drop the results kept so far; to be called when a change is complete."""
+        # A new dictionary even if this one is empty: a thread inside match() may be about
+        # to put into it what it found before the change.
+        self._cache = {}
+
+
+class _Node(Generic[V]):
+    """One level of the filters that share what stands before it.
+
+    Most nodes have one literal child or none, so that one needs no dictionary: comparing
+    its word is also faster than hashing the topic's. `children` is made for the second,
+    and holds the first as well.
+
+    Attributes:
+        word: The level that leads here. Never changes, so that a reader who holds the node
+            knows what it stands for.
+        child: The only literal child; of no meaning once `children` is there.
+        children: All literal children, or None.
+        plus: The child for any level.
+        here: What ends here.
+        below: What ends here and is open below: it matches this node's topic and all under.
+    """
+
+    __slots__ = ("below", "child", "children", "here", "plus", "word")
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+        self.child: _Node[V] | None = None
+        self.children: dict[str, _Node[V]] | None = None
+        self.plus: _Node[V] | None = None
+        self.here: _Entry[V] | None = None
+        self.below: _Entry[V] | None = None
+
+    def is_empty(self) -> bool:
+        return (
+            self.here is None
+            and self.below is None
+            and self.plus is None
+            and self.child is None
+            and self.children is None
+        )
+
+    def literal(self, word: str) -> _Node[V] | None:
+        """Return the child for exactly this level."""
+        children = self.children
+        if children is not None:
+            return children.get(word)
+        child = self.child
+        return child if child is not None and child.word == word else None
+
+    def make(self, word: str) -> _Node[V]:
+        """Return the child for *word*, where ``+`` is any level; make it if need be."""
+        found = self.plus if word == "+" else self.literal(word)
+        if found is not None:
+            return found
+        if word == "+":
+            self.plus = made = _Node[V]("+")
+            return made
+        made = _Node[V](_shared(word))
+        if self.children is not None:
+            self.children[made.word] = made
+        elif self.child is None:
+            self.child = made
+        else:
+            # The first child stays where it is for readers that are past this point.
+            self.children = {self.child.word: self.child, made.word: made}
+        return made
+
+    def drop(self, node: _Node[V]) -> None:
+        """Remove a child."""
+        if node is self.plus:
+            self.plus = None
+            return
+        if node is self.child:
+            self.child = None
+        if self.children is not None:
+            del self.children[node.word]
+            if not self.children:
+                self.children = None
+
+
+class _Many(Generic[V]):
+    """The values of a filter with several, by name, with their places in the order."""
+
+    __slots__ = ("pairs",)
+
+    def __init__(self, pairs: dict[Hashable, tuple[int, V]]) -> None:
+        self.pairs = pairs
+
+
+# One value is by far the most frequent number, so it does without a dictionary.
+_Entry: TypeAlias = "tuple[int, V] | _Many[V]"
+
+
+def _in_order(hits: list[_Entry[V]]) -> tuple[V, ...]:
+    """Return the values of all *hits* by age."""
+    pairs: list[tuple[int, Any]] = []
+    for entry in hits:
+        if isinstance(entry, tuple):
+            pairs.append(entry)
+        else:
+            pairs.extend(entry.pairs.values())
+    # The first items of pairs all differ, so values are never compared.
+    pairs.sort()
+    return tuple([value for _, value in pairs])
+
+
+def _age(entry: _Entry[V]) -> int:
+    return entry[0] if isinstance(entry, tuple) else next(iter(entry.pairs.values()))[0]
+
+
+class _SameObject:
+    """Stands for a value that cannot be a key: equal only to that very object."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _SameObject) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _name(value: Hashable) -> Hashable:
+    """Return what tells *value* from others."""
+    try:
+        hash(value)
+    except TypeError:
+        return _SameObject(value)
+    return value
+
+
+# Filters of one program have few different levels. Nodes share the text of theirs: less
+# memory, and comparing two of the same object reads less of it. sys.intern would keep a
+# peer's words for ever on some versions of Python.
+_words: Final[dict[str, str]] = {}
+_KEPT_WORDS = 32768
+_WORD_LENGTH = 64
+
+
+def _shared(word: str) -> str:
+    if len(word) > _WORD_LENGTH:
+        return word
+    if len(_words) >= _KEPT_WORDS:
+        _words.clear()
+    return _words.setdefault(word, word)
