@@ -358,8 +358,8 @@ async def guarantees_complete(t: Trial) -> None:
             assert number is None or number > 0
         for rate in (limits.rate, limits.rate_per_topic):
             assert rate is None or (rate[0] > 0 and rate[1] > 0)
-    redelivers = t.info.guarantees.redelivery is not Redelivery.NEVER
-    claimed = effective(t.info.capabilities, {})[Cap.REDELIVERY].level is not Level.NONE
+    redelivers = bus.guarantees.redelivery is not Redelivery.NEVER
+    claimed = bus.supports(Cap.REDELIVERY).level is not Level.NONE
     assert redelivers == claimed, "guarantee and capability of redelivery disagree"
 
 
