@@ -342,6 +342,11 @@ def _discard(_: object) -> None:
     """Take what happens while nobody listens."""
 
 
+def _cost(message: Incoming) -> int:
+    """Return about how many bytes a message that is kept takes."""
+    return len(message.payload) + len(message.topic) + 200
+
+
 # --- paho -----------------------------------------------------------------------------
 
 
@@ -469,6 +474,7 @@ class Connection:
         self._proved = len(settings.versions) == 1
         self._own_id = settings.client_id is not None
         self._had_session = False
+        self._said_connect = False
         self._short_lives: deque[float] = deque()
 
         self._paho: PahoClient | None = None
@@ -586,6 +592,7 @@ class Connection:
         if sock is None:
             raise ConnectionError("no socket was prepared")
         self._sock = sock
+        self._said_connect = True
         self.generation += 1
         self._woken = False
         self._rest.clear()
@@ -735,10 +742,13 @@ class Connection:
         if self._proved or at + 1 >= len(versions):
             return False
         refused = isinstance(error, ServerRefused) and error.reason in (1, 0x84)
-        cause = error.__cause__
-        closed = self.generation > 0 and isinstance(cause, (PeerClosed, ConnectionResetError))
+        # Before CONNECT was sent a closed stream says nothing about the version.
+        closed = self._said_connect and isinstance(
+            error.__cause__, (PeerClosed, ConnectionResetError)
+        )
         if not (refused or closed):
             return False
+        self._said_connect = False
         self.version = versions[at + 1]
         logger.info("no MQTT %d with %s, trying level %d", 5, self._where, self.version)
         return True
@@ -1317,8 +1327,11 @@ class Connection:
         deferred = self._deferred
         while deferred and not self._paused:
             message = deferred.popleft()
-            self._deferred_bytes -= len(message.payload) + len(message.topic) + 100
-            self.on_message(message)
+            self._deferred_bytes -= _cost(message)
+            try:
+                self.on_message(message)
+            except Exception:
+                logger.exception("the consumer of a message failed")
         if not was_reading:
             self._last_in = self._clock()  # nobody listened meanwhile
 
@@ -1378,6 +1391,10 @@ class Connection:
         try:
             while end - pos >= 2:
                 head = data[pos]
+                if head != _CONNACK and not self._open:
+                    raise ProtocolError(
+                        f"instead of CONNACK the peer sent what begins with 0x{head:02X}"
+                    )
                 size = data[pos + 1]
                 start = pos + 2
                 if size & 0x80:
@@ -1428,11 +1445,8 @@ class Connection:
             self._need = need
 
     def _connack(self, head: int, body: bytes) -> None:
-        if head != _CONNACK or len(body) < 2 or (self.version == 4 and len(body) != 2):
-            raise ProtocolError(
-                f"instead of CONNACK the peer sent a packet that begins with 0x{head:02X}",
-                reason=0x81 if head == _CONNACK else 0x82,
-            )
+        if len(body) < 2 or (self.version == 4 and len(body) != 2):
+            raise malformed(f"CONNACK of {len(body)} bytes")
         code = body[1]
         if code:
             # A broker without MQTT 5 answers two bytes, with a return code of 3.1.1.
@@ -1527,9 +1541,12 @@ class Connection:
         )
         if self._paused:
             self._deferred.append(message)
-            self._deferred_bytes += stop - start + 100
+            self._deferred_bytes += _cost(message)
             return
-        self.on_message(message)
+        try:
+            self.on_message(message)
+        except Exception:
+            logger.exception("the consumer of a message failed")
 
     def _new_topic(self, raw: bytes) -> str:
         try:

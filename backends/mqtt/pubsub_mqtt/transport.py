@@ -47,7 +47,7 @@ _TLS_READS = 16
 _warned_insecure = False
 
 
-class PeerClosed(ConnectionError):  # noqa: N818 # an event more than an error
+class PeerClosed(ConnectionError):  # an event more than an error
     """The peer ended the stream in good order."""
 
 
