@@ -332,6 +332,8 @@ class Bus:
         self._views_object = Views(self._backend_object)
 
     def _check_required(self) -> None:
+        if not self._options.echo:
+            self._need(Cap.ECHO_CONTROL)  # once more: the broker at hand may lack it
         missing = [
             cap
             for cap in sorted(self._require | set(self._options.require))
@@ -487,7 +489,7 @@ class Bus:
                 bus=self,
             )
             return cast("Receipt", await self._publish_chain(context))
-        publisher = self._publisher
+        publisher = self._publisher_object or self._publisher
         out = publisher.frame(
             topic,
             payload,
@@ -499,7 +501,8 @@ class Bus:
             codec=codec,
             parts=parts,
         )
-        return await publisher.send(out, timeout, confirm)
+        receipt = publisher.send_now(out) if confirm is None else None
+        return await publisher.send(out, timeout, confirm) if receipt is None else receipt
 
     async def publish_many(
         self, items: Iterable[tuple[str, Any]], **options: Any

@@ -68,7 +68,7 @@ class Outbox:
     @property
     def busy(self) -> bool:
         """Whether a publish must queue up here to keep the order."""
-        return bool(self._queue) or self._flushing
+        return self._flushing or bool(self._queue)
 
     async def put(self, frame: OutFrame, backend: str) -> Waiting:
         """Keep *frame*; its future tells what became of it.
@@ -168,9 +168,7 @@ class Outbox:
             )
             waiting.future.exception()
 
-    async def _send(
-        self, waiting: Waiting, send: Callable[[OutFrame], Awaitable[Receipt]]
-    ) -> None:
+    async def _send(self, waiting: Waiting, send: Callable[[OutFrame], Awaitable[Receipt]]) -> None:
         future = waiting.future
         waiting.sent = True
         try:

@@ -7,7 +7,6 @@ is no session, the offline policy decides: raise, buffer within bounds, or drop 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -71,6 +70,9 @@ class Publisher:
             overflow=options.offline_overflow,
         )
         self._rate: RateGuard | None = None
+        self._qos = options.qos
+        self._echo = options.echo
+        self._most: int | None = None
         self._special_topics = False
         self.capabilities: Mapping[Cap, Support] = {}
         self.limits = Limits()
@@ -89,6 +91,7 @@ class Publisher:
             rate = RateGuard(limits, self._clock)
             self._rate = rate if rate.needed else None
         self.limits = limits
+        self._most = limits.max_payload
 
     def check_name(self, name: str) -> None:
         """Raise InvalidTopic for a topic or filter that this broker cannot carry."""
@@ -113,6 +116,12 @@ class Publisher:
         if self._special_topics:
             check_limits(topic, self.limits, self._name)
         if type(payload) is bytes and codec is None:
+            if (
+                qos is None is ttl is headers is content_type is parts
+                and not retain
+                and (self._most is None or len(payload) <= self._most)
+            ):
+                return OutFrame(topic=topic, payload=payload, qos=self._qos, echo=self._echo)
             data, encoded_type = payload, None
         else:
             data, encoded_type = self._codecs.encode(payload, topic=topic, codec=codec)
@@ -158,20 +167,32 @@ class Publisher:
             parts=encoded,
         )
 
+    def send_now(self, out: OutFrame) -> Receipt | None:
+        """Send one message if that needs no waiting at all; None where `send` must."""
+        if self._rate is not None or not self._session.online or self._outbox.busy:
+            return None
+        try:
+            receipt = self._backend.try_publish(out)
+        except NotConnected:
+            return None  # lost just now, and the engine has not noticed; `send` waits for that
+        except PubSubError:
+            self._stats.failed += 1
+            raise
+        if receipt is not None:
+            self._stats.published += 1
+        return receipt
+
     async def send(
         self, out: OutFrame, timeout: float | None, confirm: ConfirmedBy | str | None
     ) -> Receipt:
         """Send one message, or do with it what the offline policy says."""
         if confirm is not None:
             self._check_confirm(ConfirmedBy(confirm), out.qos)
+        receipt = self.send_now(out)
+        if receipt is not None:
+            return receipt
         try:
-            receipt = None
-            if self._session.online and not self._outbox.busy and self._rate is None:
-                # Lost just now, and the engine has not noticed: what follows does.
-                with contextlib.suppress(NotConnected):
-                    receipt = self._backend.try_publish(out)
-            if receipt is None:
-                receipt = await self._send_waiting(out, timeout, confirm)
+            receipt = await self._send_waiting(out, timeout, confirm)
         except PubSubError:
             self._stats.failed += 1
             raise

@@ -36,6 +36,8 @@ logger = logging.getLogger("pubsub_core")
 _NO_PARAMS: Mapping[str, str] = MappingProxyType({})
 # A handler that never waits would otherwise keep the event loop to itself.
 _BURST = 64
+# Looking up a member of an enumeration costs as much as making a frame in Python 3.11.
+_ACK = Verdict.ACK
 
 
 class _Settler:
@@ -112,6 +114,8 @@ class Subscription(Generic[T]):
         self._start = start
         self._stop = stop
         self._params = filter.params if filter.captures else None
+        # Whether a message is made without decoding and captures.
+        self._plain = decoder is None and not filter.captures
         self.buffer = Buffer(
             filter.text,
             settings,
@@ -265,7 +269,7 @@ class Subscription(Generic[T]):
     async def _next(self) -> Message[T] | None:
         # Asking for the next message says that the last one is handled.
         if self._current is not None:
-            self._current.finish(Verdict.ACK)
+            self._current.finish(_ACK)
             self._current = None
         while True:
             item = await self.buffer.take()
@@ -290,6 +294,9 @@ class Subscription(Generic[T]):
 
     def _message(self, item: Item) -> tuple[Message[T], _Settler] | None:
         frame, delivery = item
+        if self._plain and delivery is None:
+            message = Message(frame.topic, frame.payload, _NO_PARAMS, frame, self._unusable)
+            return cast("Message[T]", message), self._unusable
         settler = self._unusable if delivery is None else _Settler(self._bus, delivery)
         payload: Any = frame.payload
         if self._decoder is not None:
@@ -368,8 +375,8 @@ class Subscription(Generic[T]):
                 settler.finish(Verdict.REJECT)
             else:
                 self._delivered += 1
-                if self.settings.ack == "auto":
-                    settler.finish(Verdict.ACK)
+                if settler is not self._unusable and self.settings.ack == "auto":
+                    settler.finish(_ACK)
             burst += 1
             if burst >= _BURST:
                 burst = 0

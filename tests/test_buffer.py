@@ -48,9 +48,7 @@ def drain(buffer: Buffer) -> list[str]:
     items: list[str] = []
     while buffer.ready:
         item = buffer.pop()
-        items.append(
-            f"gap {item.lost}" if isinstance(item, Gap) else item[0].payload.decode()
-        )
+        items.append(f"gap {item.lost}" if isinstance(item, Gap) else item[0].payload.decode())
     return items
 
 

@@ -98,9 +98,7 @@ class Owner:
         return [event.status for event in self.events]
 
 
-def session_of(
-    backend: Backend, owner: Owner, clock: VirtualClock, **options: Any
-) -> Session:
+def session_of(backend: Backend, owner: Owner, clock: VirtualClock, **options: Any) -> Session:
     return Session(backend, BusOptions(**options), clock, owner, "test")
 
 
@@ -346,9 +344,7 @@ async def test_a_backend_that_raises_something_else_does_not_die_in_silence(
 
 
 async def test_waiting_for_a_session_ends_when_the_bus_is_closed() -> None:
-    session = session_of(
-        Scripted(*[ConnectError("no")] * 50), Owner(), VirtualClock(), wait=False
-    )
+    session = session_of(Scripted(*[ConnectError("no")] * 50), Owner(), VirtualClock(), wait=False)
     await session.start()
     waiting = asyncio.create_task(session.wait_online())
     await asyncio.sleep(0)

@@ -41,6 +41,7 @@ class MemoryBackend(Backend):
         options: MemoryOptions = context.options
         self.options = options
         self.clock = context.clock
+        self.time = context.clock.time
         self.space = Space.named(context.address.host, history=options.history)
         identity = options.client_id or f"memory-{secrets.token_hex(6)}"
         self.member = Member(identity, options.username, socket.gethostname())
