@@ -293,8 +293,9 @@ async def test_reconnect_false_fails_instead() -> None:
     session = session_of(backend, Owner(), VirtualClock(), reconnect=False)
     await session.start()
     backend.sinks[0].lost(ConnectionResetError())
-    await until(lambda: session.status is Status.FAILED)
-    assert backend.log == ["open", "restored"]
+    await until(lambda: "close" in backend.log)
+    assert session.status is Status.FAILED
+    assert backend.log == ["open", "restored", "close"]
     await stop(session)
 
 
@@ -310,7 +311,8 @@ async def test_backoff_starts_over_only_after_a_healthy_session() -> None:
         wake = clock.next_wake
         assert wake is not None
         await clock.advance(wake)
-        await until(lambda: session.generation == generation + 1 and session.online)
+        await until(lambda renewed=generation + 1: session.generation == renewed)
+        await until(lambda: session.online)
     assert backoff.bound(100) == 4.0
     await clock.advance(11)
     backend.sinks[-1].lost(ConnectionResetError())
