@@ -73,6 +73,7 @@ N = TypeVar("N")
 R = TypeVar("R")
 V = TypeVar("V", bound=InterestView)
 
+_CHECK = 0.25
 _EXIT_DRAIN = 2.0
 _EXIT_LIMIT = 4.0
 # An async handler that blocks its loop must not block whoever closes the bus as well.
@@ -805,7 +806,16 @@ class _Caller:
             work.close()
             raise _closed(name) from None
         try:
-            return future.result()
+            while True:
+                try:
+                    return future.result(_CHECK)
+                except TimeoutError:
+                    if future.done():
+                        raise
+                    # What a loop was asked for while it ended is neither run nor cancelled.
+                    if self._loop.is_closed():
+                        work.close()
+                        raise _closed(name) from None
         except CancelledError:
             raise _closed(name) from None
         finally:

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pubsub_core.codecs import BUILTIN_CODECS, Codec, CodecSet
+from pubsub_core.codecs import BUILTIN_CODECS, Codec, CodecSet, Decoder
 from pubsub_core.errors import BadOption, ConfigError, DecodeFailed, EncodeFailed, InvalidFilter
 from pubsub_core.settings import CodecRule
 
@@ -212,7 +212,7 @@ def test_a_number_in_quotes_is_no_number() -> None:
 
 
 def test_the_declared_content_type_does_not_choose_the_codec() -> None:
-    decoder = CodecSet().decoder(Point, filter="t")
+    decoder: Decoder[Point] | None = CodecSet().decoder(Point, filter="t")
     assert decoder is not None
     assert decoder("t", b'{"x":1,"y":2}', "application/msgpack") == Point(1, 2)
     with pytest.raises(DecodeFailed) as caught:
@@ -352,12 +352,13 @@ def test_a_type_that_holds_itself_is_fine() -> None:
 
 
 def test_an_unknown_codec_comes_with_a_suggestion() -> None:
-    for attempt in (
+    attempts: list[Callable[[], object]] = [
         lambda: CodecSet("jsn"),
         lambda: CodecSet(rules=[CodecRule("a", "jsn")]),
         lambda: CodecSet().encode(1, topic="a", codec="jsn"),
         lambda: CodecSet().decoder(int, filter="a", codec="jsn"),
-    ):
+    ]
+    for attempt in attempts:
         with pytest.raises(ConfigError, match="no codec 'jsn'; did you mean 'json'"):
             attempt()
 
@@ -372,7 +373,7 @@ def test_a_rule_with_a_bad_filter_is_refused() -> None:
 
 def test_rules_apply_topic_by_topic() -> None:
     codecs = CodecSet(rules=[CodecRule("t/m", "msgpack")])
-    decoder = codecs.decoder(int, filter="t/+")
+    decoder: Decoder[int] | None = codecs.decoder(int, filter="t/+")
     assert decoder is not None
     assert decoder("t/m", b"\xcd\x01\x00", None) == 256
     assert decoder("t/j", b"256", None) == 256

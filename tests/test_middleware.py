@@ -276,9 +276,9 @@ async def test_inner_middleware_starts_from_the_same_context_each_time() -> None
 
 
 async def test_cancellation_is_never_swallowed() -> None:
-    terminal = Terminal(asyncio.CancelledError())
+    bus, terminal = FakeBus(), Terminal(asyncio.CancelledError())
     with pytest.raises(asyncio.CancelledError):
-        await Retry(3, dead_letter="dead")(incoming(bus := FakeBus()), terminal)
+        await Retry(3, dead_letter="dead")(incoming(bus), terminal)
     assert terminal.calls == 1
     assert bus.published == []
 
