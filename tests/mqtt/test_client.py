@@ -570,11 +570,12 @@ class TestConnecting:
         [
             (None, "Missing connection parameter 'uri'"),
             ("", "Missing connection parameter 'uri'"),
-            ("http://127.0.0.1", "incorrect scheme 'http'"),
-            ("mqtt://", "names no host"),
-            ("mqtt:///", "names no host"),
-            ("mqtt+unix://host/path", "needs a path"),
-            ("mqtt+unix://", "needs a path"),
+            ("http://127.0.0.1", "http:// is not an MQTT scheme"),
+            ("mqtt://", "mqtt:// without a host"),
+            ("mqtt:///", "mqtt:// without a host"),
+            ("mqtt://127.0.0.1/some/topic", "'/some/topic' means nothing"),
+            ("mqtt+unix://host/path", "names a host"),
+            ("mqtt+unix://", "without the path"),
             ("mqtt://127.0.0.1?keepalives=3", "keepalive"),
             ("mqtt://127.0.0.1?keepalive=soon", "keepalive"),
             ("mqtt://127.0.0.1:99999", "port"),
@@ -759,6 +760,7 @@ class TestConfiguration:
             ({"default_qos": 3}, "default_qos is 3"),
             ({"topics": {"a": {"qos": 7}}}, "topics.qos is 7"),
             ({"topics": {"a": {"qo": 1}}}, r"config\.topics\.a\.qo"),
+            ({"topics": {"a/#/b": {"qos": 1}}}, "'a/#/b'"),
             ({"will": {"message": "x"}}, r"config\.will\.topic is missing"),
             ({"will": {"topic": "a/#"}}, "will.topic"),
             ({"will": {"topic": "a", "qos": 3}}, "will.qos"),
@@ -810,7 +812,7 @@ class TestConfiguration:
         assert found == {
             "exact": (2, False),
             "lab/oven": (0, False),
-            "lab/oven/temp": (1, True),
+            "lab/oven/temp": (0, True),
             "other": (1, False),
         }
 

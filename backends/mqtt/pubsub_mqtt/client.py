@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import ssl
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -34,14 +35,15 @@ from pubsub_core.options import build, parse_url
 from pubsub_core.session import Backoff
 from pubsub_core.topics import parse_filter, split_shared, validate_filter, validate_topic
 
+from .backend import endpoint_of, settings_of
 from .client_config import ClientConfig
 from .client_messages import IncomingApplicationMessage, OutgoingApplicationMessage
-from .connection import Connection, Outgoing, SessionSettings, Subscribe, Version, Will
+from .connection import Connection, Outgoing, Subscribe
 from .driver import AsyncioDriver
 from .errors import subscribe_error
-from .options import MQTTOptions, ProtocolName
+from .options import MQTTOptions
 from .packets import Incoming
-from .transport import Endpoint, TLSSettings, WebSocketTarget, random_client_id
+from .transport import Endpoint, TLSSettings, random_client_id
 
 __all__ = [
     "QOS_0",
@@ -183,7 +185,6 @@ class MQTTClient:
         self._receivers: deque[asyncio.Future[None]] = deque()
         self._paused = False
         self._defaults: dict[str, tuple[int, bool]] = {}
-        self._filters = sorted(self.config.topics, key=len, reverse=True)
 
     # --- what is known -----------------------------------------------------------------
 
@@ -409,14 +410,10 @@ class MQTTClient:
         """Return quality of service and retain flag for a publish that does not say."""
         found = self._defaults.get(topic)
         if found is None:
-            settings = self.config.topics.get(topic)
-            if settings is None:
-                for text in self._filters:
-                    if parse_filter(text).matches(topic):
-                        settings = self.config.topics[text]
-                        break
             qos, retain = self.config.default_qos, self.config.default_retain
-            if settings is not None:
+            matching = [text for text in self.config.topics if parse_filter(text).matches(topic)]
+            for text in sorted(matching, key=lambda text: (text == topic, len(text))):
+                settings = self.config.topics[text]
                 qos = qos if settings.qos is None else settings.qos
                 retain = retain if settings.retain is None else settings.retain
             if len(self._defaults) >= DEFAULTS_CACHED:
@@ -652,12 +649,13 @@ class MQTTClient:
         address, options = _address(uri, options)
         if options.client_id is not None:
             self.client_id = options.client_id
-        if not self.config.check_hostname and self.config.verify_cert:
-            options = dataclasses.replace(
-                options, ssl_context=await asyncio.to_thread(_context_for_any_host, options)
-            )
-        self._endpoint = _endpoint(address, options)
-        connection = Connection(_settings(address, options))
+        endpoint = endpoint_of(address, options)
+        tls = endpoint.tls
+        if tls is not None and not self.config.check_hostname and self.config.verify_cert:
+            context = await asyncio.to_thread(_context_for_any_host, tls)
+            endpoint = dataclasses.replace(endpoint, tls=TLSSettings(context=context))
+        self._endpoint = endpoint
+        connection = Connection(settings_of(address, options))
         connection.on_message = self._arrived
         connection.on_notice = lambda kind, text, topic: logger.warning("%s", text)
         self._driver = AsyncioDriver(connection)
@@ -921,10 +919,6 @@ def _refusal(refused: Mapping[str, int]) -> core.SubscribeFailed:
     return error
 
 
-_PORTS = {"mqtt": 1883, "tcp": 1883, "mqtts": 8883, "ssl": 8883, "ws": 80, "wss": 443}
-_SECURE = frozenset({"mqtts", "ssl", "wss"})
-
-
 def _address(uri: str | None, options: MQTTOptions) -> tuple[Address, MQTTOptions]:
     """Split a URI, and let the options of its query win."""
     if not uri:
@@ -932,88 +926,16 @@ def _address(uri: str | None, options: MQTTOptions) -> tuple[Address, MQTTOption
             "Missing connection parameter 'uri'", hint="give connect() a URI", backend="mqtt"
         )
     address, query = parse_url(uri)
-    if address.scheme == "mqtt+unix":
-        if address.host or not address.path:
-            raise core.BadOption(
-                "mqtt+unix:// needs a path", option="uri", hint="write mqtt+unix:///run/mqtt.sock"
-            )
-    elif address.scheme not in _PORTS:
-        raise core.BadOption(
-            f"incorrect scheme {address.scheme!r} in the URI",
-            option="uri",
-            hint=f"use one of {', '.join(_PORTS)}, mqtt+unix",
-            backend="mqtt",
-        )
-    elif not address.host:
-        raise core.BadOption(
-            f"{address} names no host", option="uri", hint="write mqtt://HOST", backend="mqtt"
-        )
     if query:
         asked = build(MQTTOptions, query, where="uri", backend="mqtt")
         options = dataclasses.replace(options, **{name: getattr(asked, name) for name in query})
     return address, options
 
 
-def _tls(options: MQTTOptions) -> TLSSettings:
-    return TLSSettings(
-        ca_file=options.ca_file,
-        ca_path=options.ca_path,
-        ca_data=options.ca_data,
-        cert_file=options.cert_file,
-        key_file=options.key_file,
-        key_password=options.key_password,
-        insecure_skip_verify=options.insecure_skip_verify,
-        min_version=options.tls_min_version,
-        context=options.ssl_context,
-    )
-
-
-def _context_for_any_host(options: MQTTOptions) -> Any:
+def _context_for_any_host(tls: TLSSettings) -> ssl.SSLContext:
     logger.warning(
         "check_hostname is off: whoever has a certificate of a trusted authority can be the broker"
     )
-    context = _tls(options).build()
+    context = tls.build()
     context.check_hostname = False
     return context
-
-
-def _endpoint(address: Address, options: MQTTOptions) -> Endpoint:
-    if address.scheme == "mqtt+unix":
-        return Endpoint(unix_path=address.path)
-    websocket = None
-    if address.scheme in ("ws", "wss"):
-        path = options.ws_path or address.path or "/mqtt"
-        websocket = WebSocketTarget(path, dict(options.ws_headers))
-    return Endpoint(
-        host=address.host,
-        port=address.port or _PORTS[address.scheme],
-        tls=_tls(options) if address.scheme in _SECURE else None,
-        websocket=websocket,
-        nodelay=options.tcp_nodelay,
-    )
-
-
-_VERSIONS: Mapping[ProtocolName, tuple[Version, ...]] = {
-    "auto": (5, 4),
-    "5": (5,),
-    "3.1.1": (4,),
-}
-
-
-def _settings(address: Address, options: MQTTOptions) -> SessionSettings:
-    will = options.will
-    return SessionSettings(
-        client_id=options.client_id,
-        username=options.username or address.username,
-        password=options.password or address.password,
-        keepalive=options.keepalive,
-        versions=_VERSIONS[options.protocol],
-        clean_start=options.clean_start,
-        expiry=options.expiry,
-        receive_maximum=options.receive_maximum,
-        max_packet_size=options.max_packet_size,
-        max_inflight=options.max_inflight,
-        will=None
-        if will is None
-        else Will(will.topic, will.data, will.qos, will.retain, will.delay),
-    )

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pubsub_core.errors import BadOption
+from pubsub_core.errors import BadOption, InvalidFilter
 from pubsub_core.options import build
 from pubsub_core.secrets import Secret
+from pubsub_core.topics import validate_filter
 
 from .options import MQTTOptions, ProtocolName, TopicDefaults, WillOptions
 
@@ -110,7 +111,8 @@ class ClientConfig:
         reconnect_retries: Attempts after a failed one; negative for no end. None: a lost
             connection is renewed without end, but the first one is tried only once.
         reconnect_max_interval: Bound of the random delay between attempts.
-        topics: Topic or filter → {qos, retain}; the longest that matches wins.
+        topics: Topic or filter → {qos, retain}; where several match, an exact topic wins and
+            then the longest filter, for each of the two.
         broker: Old name of `connection`.
         offline: What publish does without a connection: ``buffer`` waits for the next one, in
             order and bounded; ``raise`` and ``drop`` do at once what they say.
@@ -164,6 +166,16 @@ class ClientConfig:
                     hint="use 1 or more",
                     backend="mqtt",
                 )
+        for name in self.topics:
+            try:
+                validate_filter(name)
+            except InvalidFilter as exc:
+                raise BadOption(
+                    f"topics has {name!r}, which is neither a topic nor a filter",
+                    option="topics",
+                    hint=exc.message,
+                    backend="mqtt",
+                ) from exc
         if self.check_hostname and not self.verify_cert:
             raise BadOption(
                 "verify_cert=False with check_hostname: a name cannot be checked in a "
