@@ -55,7 +55,15 @@ from .interfaces import (
     WatchKind,
 )
 from .message import InFrame, Member, Message, Part, Receipt, Verdict
-from .middleware import CallNext, Context, Direction, Middleware, compose, dead_letter_headers
+from .middleware import (
+    CallNext,
+    Context,
+    Direction,
+    Middleware,
+    builtin_middleware,
+    compose,
+    dead_letter_headers,
+)
 from .plugins import Registry, registry
 from .publisher import Publisher
 from .session import Session
@@ -298,7 +306,7 @@ class Bus:
         options = self._options = resolved.bus
         reg = self._registry or registry()
         self._codecs = CodecSet(options.codec, options.codecs, reg.codecs())
-        named = reg.middleware()
+        named = {**builtin_middleware(), **reg.middleware()}
         for name in options.middleware:
             if name not in named:
                 raise BadOption(

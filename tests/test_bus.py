@@ -1,0 +1,523 @@
+"""What a bus does beyond the conformance suite: patience, ownership, offline, orphans."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pubsub_core import (
+    BadOption,
+    BusClosed,
+    Cap,
+    ConfigError,
+    Gap,
+    GapReason,
+    Message,
+    NotConnected,
+    NotSupported,
+    Origin,
+    Outcome,
+    Overflow,
+    PayloadTooLarge,
+    PublishFailed,
+    PublishTimeout,
+    Receipt,
+    Status,
+    SubscriptionOverflow,
+    UnknownBackend,
+    WrongLoop,
+    connect,
+)
+from pubsub_core.memory import Space
+from pubsub_core.memory.backend import MemoryBackend
+from pubsub_core.testing.clock import VirtualClock
+
+
+@pytest.fixture
+def lab() -> str:
+    """Return the URL of a space that no other test uses."""
+    return f"memory://lab-{uuid.uuid4().hex}"
+
+
+def space_of(url: str) -> Space:
+    return Space.named(url.removeprefix("memory://"))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+# --- life --------------------------------------------------------------------------------
+
+
+async def test_require_names_everything_that_is_missing_before_any_traffic() -> None:
+    with pytest.raises(NotSupported) as caught:
+        async with connect("memory://", require={Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Cap.ACK}):
+            raise AssertionError("must not open")
+    assert caught.value.capability == "authorization, entitlements"
+    assert "everybody in this process" in caught.value.why
+
+
+async def test_an_option_of_the_backend_can_be_an_argument() -> None:
+    async with connect("memory://", username="tom") as bus, bus.subscribe("a"):
+        assert [member.name for member in await bus.members("a")] == ["tom"]
+
+
+async def test_unknown_options_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(BadOption, match="usernam") as caught:
+        await connect("memory://", usernam="tom")
+    assert "username" in str(caught.value)
+
+
+async def test_unknown_schemes_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(UnknownBackend, match="memory"):
+        await connect("memori://")
+
+
+async def test_middleware_must_be_registered() -> None:
+    with pytest.raises(BadOption, match="registered: dedupe, retry, timeout"):
+        await connect("memory://", middleware=("rety",))
+
+
+async def test_opening_twice_is_an_error_and_closing_twice_is_not() -> None:
+    bus = await connect("memory://")
+    with pytest.raises(ConfigError, match="open already"):
+        await bus.open()
+    await bus.close()
+    await bus.close()
+    with pytest.raises(BusClosed):
+        await bus.open()
+
+
+async def test_before_opening_it_can_be_asked_but_not_used() -> None:
+    bus = connect("memory://")
+    assert bus.supports(Cap.HISTORY)
+    assert bus.info.name == "memory"
+    with pytest.raises(NotConnected, match="not open"):
+        await bus.publish("a", b"")
+    with pytest.raises(NotConnected, match="not open"):
+        bus.subscribe("a")
+    await bus.close()
+
+
+async def test_use_from_another_thread_names_the_right_call() -> None:
+    caught: list[BaseException] = []
+
+    def elsewhere(bus: Any) -> None:
+        try:
+            asyncio.run(bus.publish("a", b""))
+        except WrongLoop as error:
+            caught.append(error)
+
+    async with connect("memory://") as bus:
+        thread = threading.Thread(target=elsewhere, args=(bus,))
+        thread.start()
+        await asyncio.to_thread(thread.join, 5)
+    assert "pubsub_core.sync" in str(caught[0])
+
+
+async def test_use_after_a_fork_is_told_in_the_child_and_harmless_for_the_parent() -> None:
+    async with connect("memory://") as bus:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                bus.publish("a", b"").send(None)
+            except WrongLoop as error:
+                os.write(write, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(write)
+        _, status = await asyncio.to_thread(os.waitpid, child, 0)
+        told = os.read(read, 1000).decode()
+        os.close(read)
+        assert status == 0
+        assert "forked" in told
+        assert isinstance(await bus.publish("a", b""), Receipt)
+
+
+async def test_close_from_a_handler_ends_the_bus() -> None:
+    bus = await connect("memory://")
+    closed = asyncio.Event()
+
+    async def handler(message: Message[bytes]) -> None:
+        await bus.close(drain=1)
+        closed.set()
+
+    await bus.subscribe("a", handler=handler)
+    await bus.publish("a", b"")
+    async with asyncio.timeout(5):
+        await closed.wait()
+    assert bus.status is Status.CLOSED
+
+
+async def test_a_handler_that_never_returns_is_given_up_after_the_drain() -> None:
+    bus = await connect("memory://")
+    started = asyncio.Event()
+
+    async def handler(message: Message[bytes]) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    await bus.subscribe("a", handler=handler)
+    await bus.publish("a", b"")
+    async with asyncio.timeout(5):
+        await started.wait()
+        await bus.close(drain=0.01)
+    assert bus.status is Status.CLOSED
+
+
+async def test_handlers_may_publish_while_the_bus_drains() -> None:
+    bus = await connect("memory://")
+    answers: list[bytes] = []
+
+    async def question(message: Message[bytes]) -> None:
+        await asyncio.sleep(0)
+        await bus.publish("answer", message.payload)
+
+    async def answer(message: Message[bytes]) -> None:
+        answers.append(message.payload)
+
+    await bus.subscribe("answer", handler=answer)
+    await bus.subscribe("question", handler=question)
+    for number in range(3):
+        await bus.publish("question", str(number))
+    await bus.close(drain=5)
+    assert bus.stats.failed == 0
+    assert bus.stats.published == 6
+
+
+async def test_wait_keeps_trying_to_make_the_first_session(lab: str) -> None:
+    space_of(lab).refuse(True)
+    opening = asyncio.ensure_future(_open(lab, wait=5.0))
+    await asyncio.sleep(0)
+    space_of(lab).refuse(False)
+    async with asyncio.timeout(5):
+        bus = await opening
+    assert bus.status is Status.ONLINE
+    await bus.close()
+
+
+async def _open(url: str, **options: Any) -> Any:
+    return await connect(url, **options)
+
+
+async def test_status_events_begin_with_the_status_at_hand(lab: str) -> None:
+    async with connect(lab) as bus:
+        async with bus.events() as events:
+            first = await anext(events)
+            assert first.status is Status.ONLINE  # type: ignore[union-attr]  # it is a status
+        assert await bus.wait_for(Status.ONLINE, timeout=1) is Status.ONLINE
+        with pytest.raises(TimeoutError):
+            await bus.wait_for(Status.FAILED, timeout=0.01)
+
+
+# --- publishing --------------------------------------------------------------------------
+
+
+async def test_bad_arguments_are_refused_before_anything_is_sent() -> None:
+    async with connect("memory://") as bus:
+        for arguments in ({"qos": 3}, {"ttl": 0}, {"ttl": -1.0}):
+            with pytest.raises(ValueError, match=next(iter(arguments))):
+                await bus.publish("a", b"", **arguments)  # type: ignore[arg-type]  # on purpose
+        with pytest.raises(NotSupported, match="quality of service 0"):
+            await bus.publish("a", b"", qos=0, confirm="broker")
+        assert bus.stats.published == 0
+
+
+async def test_too_large_a_payload_tells_both_numbers() -> None:
+    async with connect("memory://") as bus:
+        limit = bus.limits.max_payload
+        assert limit is not None
+        with pytest.raises(PayloadTooLarge) as caught:
+            await bus.publish("a", bytes(limit + 1))
+        assert (caught.value.size, caught.value.limit) == (limit + 1, limit)
+        assert caught.value.outcome is Outcome.NOT_SENT
+
+
+async def test_offline_raise_is_the_default(lab: str) -> None:
+    async with connect(lab) as bus:
+        await _cut(bus, lab)
+        with pytest.raises(NotConnected, match="offline='buffer'"):
+            await bus.publish("a", b"")
+        assert bus.stats.failed == 1
+
+
+async def test_offline_drop_counts(lab: str) -> None:
+    async with connect(lab, offline="drop") as bus:
+        await _cut(bus, lab)
+        receipt = await bus.publish("a", b"")
+        assert receipt.confirmed_by == "nobody"
+        assert bus.stats.dropped == 1
+
+
+async def test_offline_buffer_sends_in_order_once_there_is_a_session(lab: str) -> None:
+    async with connect(lab) as reader, connect(lab, offline="buffer") as bus:
+        await _cut(bus, lab)
+        await until(lambda: reader.status is not Status.ONLINE)
+        publishing = [asyncio.ensure_future(bus.publish("a", str(n))) for n in range(500)]
+        await until(lambda: bus.stats.offline == 500)
+        space_of(lab).refuse(False)
+        async with asyncio.timeout(10):
+            await reader.wait_for(Status.ONLINE)
+            receipts = await asyncio.gather(*publishing)
+        assert {receipt.confirmed_by for receipt in receipts} == {"broker"}
+        stored = [message.payload async for message in reader.history("a")]
+        assert stored == [str(n).encode() for n in range(500)]
+        assert bus.stats.offline == 0
+
+
+async def test_offline_buffer_is_bounded_and_says_so(lab: str) -> None:
+    async with connect(lab, offline="buffer", offline_messages=2) as bus:
+        await _cut(bus, lab)
+        waiting = [asyncio.ensure_future(bus.publish("a", b"x", timeout=60)) for _ in range(2)]
+        await until(lambda: bus.stats.offline == 2)
+        with pytest.raises(Overflow, match="2 messages"):
+            await bus.publish("a", b"x")
+        for publish in waiting:
+            publish.cancel()
+        await asyncio.wait(waiting)
+
+
+async def test_offline_overflow_drop_oldest_fails_the_oldest(lab: str) -> None:
+    async with connect(
+        lab, offline="buffer", offline_messages=1, offline_overflow="drop_oldest"
+    ) as bus:
+        await _cut(bus, lab)
+        first = asyncio.ensure_future(bus.publish("a", b"1"))
+        await until(lambda: bus.stats.offline == 1)
+        second = asyncio.ensure_future(bus.publish("a", b"2"))
+        with pytest.raises(Overflow):
+            async with asyncio.timeout(5):
+                await first
+        space_of(lab).refuse(False)
+        async with asyncio.timeout(5):
+            assert (await second).confirmed_by == "broker"
+
+
+async def test_offline_overflow_block_waits_for_room(lab: str) -> None:
+    async with connect(lab, offline="buffer", offline_messages=1, offline_overflow="block") as bus:
+        await _cut(bus, lab)
+        publishing = [asyncio.ensure_future(bus.publish("a", str(n))) for n in range(3)]
+        await until(lambda: bus.stats.offline == 1)
+        space_of(lab).refuse(False)
+        async with asyncio.timeout(10):
+            await asyncio.gather(*publishing)
+        stored = [message.payload async for message in bus.history("a")]
+        assert stored == [b"0", b"1", b"2"]
+
+
+async def test_a_publish_that_waits_offline_times_out_as_not_sent(lab: str) -> None:
+    async with connect(lab, offline="buffer") as bus:
+        await _cut(bus, lab)
+        with pytest.raises(PublishTimeout) as caught:
+            await bus.publish("a", b"", timeout=0.01)
+        assert caught.value.outcome is Outcome.NOT_SENT
+        space_of(lab).refuse(False)
+        await bus.wait_for(Status.ONLINE, timeout=5)
+        assert [message async for message in bus.history("a")] == []
+
+
+async def test_closing_ends_what_waits_offline_as_not_sent(lab: str) -> None:
+    bus = await connect(lab, offline="buffer")
+    await _cut(bus, lab)
+    publishing = asyncio.ensure_future(bus.publish("a", b""))
+    await until(lambda: bus.stats.offline == 1)
+    await bus.close(drain=0)
+    with pytest.raises(PublishFailed) as caught:
+        await publishing
+    assert caught.value.outcome is Outcome.NOT_SENT
+
+
+async def test_confirm_nobody_returns_as_soon_as_it_is_kept(lab: str) -> None:
+    async with connect(lab, offline="buffer") as bus:
+        await _cut(bus, lab)
+        receipt = await bus.publish("a", b"later", confirm="nobody")
+        assert receipt.confirmed_by == "nobody"
+        space_of(lab).refuse(False)
+        await bus.wait_for(Status.ONLINE, timeout=5)
+        await until(lambda: bus.stats.offline == 0)
+        assert [message.payload async for message in bus.history("a")] == [b"later"]
+
+
+# --- subscribing -------------------------------------------------------------------------
+
+
+async def test_a_second_subscription_to_a_filter_gets_the_retained_message_alone() -> None:
+    async with connect("memory://") as bus:
+        await bus.publish("a/b", b"kept", retain=True)
+        async with bus.subscribe("a/#") as first:
+            assert (await first.get(timeout=1)).origin is Origin.RETAINED
+            async with bus.subscribe("a/#") as second:
+                assert (await second.get(timeout=1)).payload == b"kept"
+                assert first.stats.received == 1
+
+
+async def test_members_of_a_group_on_one_bus_take_turns() -> None:
+    async with (
+        connect("memory://") as bus, bus.subscribe("jobs", group="workers") as first,
+        bus.subscribe("jobs", group="workers") as second,
+    ):
+        for number in range(10):
+            await bus.publish("jobs", str(number))
+        assert (first.stats.received, second.stats.received) == (5, 5)
+
+
+async def test_a_group_and_a_plain_subscription_do_not_mix() -> None:
+    async with connect("memory://") as bus:
+        async with bus.subscribe("jobs/#", group="w") as group, bus.subscribe("jobs/#") as all_:
+            await bus.publish("jobs/1", b"")
+            assert (group.stats.received, all_.stats.received) == (1, 1)
+
+
+async def test_a_raising_handler_is_logged_once_counted_and_the_next_message_handled(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    handled: list[bytes] = []
+
+    async def handler(message: Message[bytes]) -> None:
+        if message.payload == b"bad":
+            raise ZeroDivisionError("in the handler")
+        handled.append(message.payload)
+
+    async with connect("memory://") as bus:
+        subscription = await bus.subscribe("a", handler=handler)
+        for payload in ("1", "bad", "2"):
+            await bus.publish("a", payload)
+        await until(lambda: handled == [b"1", b"2"])
+        assert subscription.stats.failed == 1
+        assert bus.stats.handler_failures == 1
+    assert caplog.text.count("ZeroDivisionError: in the handler") == 1
+    assert "Traceback" in caplog.text
+
+
+async def test_a_plain_handler_runs_off_the_loop_and_in_order() -> None:
+    threads: set[int] = set()
+    handled: list[bytes] = []
+
+    def handler(message: Message[bytes]) -> None:
+        threads.add(threading.get_ident())
+        handled.append(message.payload)
+
+    async with connect("memory://") as bus:
+        await bus.subscribe("a", handler=handler)
+        for number in range(100):
+            await bus.publish("a", str(number))
+        await until(lambda: len(handled) == 100)
+    assert handled == [str(number).encode() for number in range(100)]
+    assert threading.get_ident() not in threads
+    assert len(threads) == 1
+
+
+async def test_a_blocking_handler_does_not_stop_the_loop_or_the_close() -> None:
+    release = threading.Event()
+
+    def handler(message: Message[bytes]) -> None:
+        release.wait(30)
+
+    bus = await connect("memory://")
+    await bus.subscribe("slow", handler=handler)
+    async with bus.subscribe("quick") as quick:
+        await bus.publish("slow", b"")
+        await bus.publish("quick", b"")
+        await quick.get(timeout=1)
+    async with asyncio.timeout(5):
+        await bus.close(drain=0.01)
+    release.set()
+
+
+async def test_the_consumer_of_a_broken_stream_gets_the_reason() -> None:
+    async with connect("memory://") as bus:
+        async with bus.subscribe("a", buffer=1, overflow="error") as subscription:
+            for _ in range(3):
+                await bus.publish("a", b"")
+            await subscription.get(timeout=1)
+            with pytest.raises(SubscriptionOverflow):
+                await subscription.get(timeout=1)
+
+
+async def test_a_hole_is_marked_and_filled_from_history(lab: str) -> None:
+    async with connect(lab, reconnect_first=0.01) as bus:
+        async with bus.subscribe("a/#", gaps=True) as stream:
+            await bus.publish("a/1", b"before")
+            await _cut(bus, lab)
+            writer = MemoryBackend(_context(lab))
+            space_of(lab).publish(writer, _out("a/2", b"missed"))
+            space_of(lab).refuse(False)
+            await bus.wait_for(Status.ONLINE, timeout=5)
+            await bus.publish("a/3", b"after")
+            assert (await stream.get(timeout=1)).payload == b"before"
+            gap: Any = await stream.get(timeout=1)
+            assert isinstance(gap, Gap)
+            assert (gap.reason, gap.recovered, gap.filter) == (
+                GapReason.DISCONNECTED,
+                True,
+                "a/#",
+            )
+            assert (await stream.get(timeout=1)).payload == b"missed"
+            assert (await stream.get(timeout=1)).payload == b"after"
+            assert stream.stats.buffered == 0
+
+
+async def test_what_a_resumed_session_delivers_early_waits_for_its_subscription(lab: str) -> None:
+    """A program that restarts with its old session loses nothing before it subscribes."""
+    async with connect(lab) as bus:
+        router = bus._wiring.router
+        router.keep_orphans()
+        bus.route(_in("jobs/1", b"kept for us"))
+        assert router.unrouted == 0
+        async with bus.subscribe("other") as other, bus.subscribe("jobs/+") as jobs:
+            assert (await jobs.get(timeout=1)).payload == b"kept for us"
+            assert other.stats.received == 0
+
+
+async def test_redelivery_after_the_deadline_is_flagged() -> None:
+    clock = VirtualClock()
+    async with connect("memory://", clock=clock, ack_timeout=30.0) as bus:
+        async with bus.subscribe("a", ack="manual") as subscription:
+            await bus.publish("a", b"x")
+            first = await subscription.get(timeout=1)
+            assert not first.redelivered
+            await until(lambda: clock.sleepers == 1)
+            await clock.advance(31)
+            second = await subscription.get(timeout=1)
+            assert second.redelivered
+            await second.ack()
+            await first.ack()
+
+
+# --- helpers -----------------------------------------------------------------------------
+
+
+async def _cut(bus: Any, url: str) -> None:
+    space_of(url).refuse(True)
+    space_of(url).disconnect_all()
+    await until(lambda: bus.status is Status.RECONNECTING)
+
+
+def _context(url: str) -> Any:
+    from pubsub_core.interfaces import Address, BackendContext
+    from pubsub_core.memory.options import MemoryOptions
+    from pubsub_core.memory.plugin import INFO
+
+    return BackendContext(INFO, Address("memory", url.removeprefix("memory://")), MemoryOptions())
+
+
+def _out(topic: str, payload: bytes) -> Any:
+    from pubsub_core.message import OutFrame
+
+    return OutFrame(topic=topic, payload=payload)
+
+
+def _in(topic: str, payload: bytes) -> Any:
+    from pubsub_core.message import InFrame
+
+    return InFrame(topic=topic, payload=payload)
