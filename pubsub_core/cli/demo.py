@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final
 
@@ -26,7 +26,6 @@ from pubsub_core.interfaces import BackendInfo, DevServer
 from pubsub_core.plugins import registry
 
 from .catalogue import level_mark
-from .demo_app import Alarm, Reading, app
 from .exits import ExitCode
 from .interest import describe_event
 from .options import JsonOption
@@ -36,7 +35,8 @@ from .serve import make_server
 
 __all__ = ["demo"]
 
-READINGS: Final = (Reading(20.5), Reading(81.5), Reading(95.0))
+CELSIUS: Final = (20.5, 81.5, 95.0)
+"""What the oven's thermometer says, one after the other."""
 _START: Final = 8.0
 """Seconds that a server may take to start."""
 _STORY: Final = 8.0
@@ -171,6 +171,9 @@ class _Demo:
             tale.worked = True
 
     async def _story(self, tale: _Tale, url: str) -> None:
+        # Imported here, so that `python -m pubsub_core.cli.demo_app` runs it as well.
+        from .demo_app import TOO_HOT, Alarm, Reading, app  # noqa: PLC0415
+
         config = Config(environ={})  # nobody's pubsub.toml shall change the demo
         async with contextlib.AsyncExitStack() as stack:
             world = await stack.enter_async_context(connect(url, config=config))
@@ -179,7 +182,7 @@ class _Demo:
             await watching.start(stack, world)
             async with app.running({"main": url}):
                 await watching.wait_for("joined")
-                for reading in READINGS:
+                for reading in map(Reading, CELSIUS):
                     receipt = await world.publish("demo/oven", reading)
                     tale.sent += 1
                     self._tell(
@@ -189,10 +192,12 @@ class _Demo:
                         payload={"celsius": reading.celsius},
                         confirmed_by=receipt.confirmed_by.value,
                     )
-                for expected in (each for each in READINGS if each.celsius > 80):
+                for expected in (each for each in CELSIUS if each > TOO_HOT):
                     message = await alarms.get()
-                    if message.payload.celsius != expected.celsius:
-                        raise AssertionError(f"expected {expected}, received {message.payload}")
+                    if message.payload.celsius != expected:
+                        raise AssertionError(
+                            f"expected an alarm at {expected}, got {message.payload}"
+                        )
                     tale.received += 1
                     self._tell(
                         "received",
@@ -208,13 +213,16 @@ class _Demo:
         """Try what only some brokers have; each either does it or says why not."""
 
         async def retained() -> str:
-            await world.publish("demo/setpoint", Reading(75.0), retain=True)
-            last = await world.last("demo/setpoint", Reading)
+            await world.publish("demo/setpoint", 75.0, retain=True)
+            last = await world.last("demo/setpoint", float)
             await world.clear("demo/setpoint")
             return f"the last value of demo/setpoint is {last.payload if last else None}"
 
         async def history() -> str:
-            old = [message.payload.celsius async for message in world.history("demo/oven", Reading)]
+            old = [
+                message.payload["celsius"]
+                async for message in world.history("demo/oven", dict[str, float])
+            ]
             return f"demo/oven had {', '.join(f'{celsius:.1f}' for celsius in old)}"
 
         async def wildcards() -> str:
@@ -276,7 +284,7 @@ class _Demo:
             return
         from rich.panel import Panel  # noqa: PLC0415 - slow to import, rarely needed
 
-        readings = ", ".join(f"{reading.celsius:g}" for reading in READINGS)
+        readings = ", ".join(f"{celsius:g}" for celsius in CELSIUS)
         self._output.draw(
             Panel.fit(
                 "One application file, unchanged, on one broker after the other.\n"
@@ -290,9 +298,7 @@ class _Demo:
     def _section(self, info: BackendInfo) -> None:
         if self._output.json:
             return
-        from rich.rule import Rule  # noqa: PLC0415 - slow to import, rarely needed
-
-        self._output.draw(Rule(f"[bold]{info.name}[/]  [dim]{info.about}[/]", align="left"))
+        self._output.draw(f"\n[bold]── {info.name} ──[/] [dim]{info.about}[/]")
 
     def _tell(self, event: str, text: str, **fields: Any) -> None:
         tale = self._tale
@@ -313,7 +319,7 @@ class _Demo:
 
 
 @contextlib.asynccontextmanager
-async def _running(server: DevServer) -> AsyncIterator[None]:
+async def _running(server: DevServer) -> AsyncGenerator[None, None]:
     try:
         await server.start()
         yield
@@ -378,17 +384,24 @@ def _summary(output: Output, tales: list[_Tale]) -> None:
                 "received": tale.received,
                 "seconds": round(tale.seconds, 3),
                 "capabilities": {cap.value: each.level.value for cap, each in tale.found.items()},
+                "why_not": {cap.value: each.why for cap, each in tale.found.items() if not each},
             }
         )
     if output.json:
         return
-    from rich.rule import Rule  # noqa: PLC0415 - slow to import, rarely needed
+    from rich.markup import escape as plain  # noqa: PLC0415 - slow to import, rarely needed
 
     told = [tale for tale in tales if tale.found]
     drawn = table("", ["what the broker at hand can do", *(tale.info.name for tale in told)])
     for cap in Cap:
         drawn.add_row(cap.value, *(level_mark(tale.found[cap]) for tale in told))
-    output.draw(Rule("[bold]summary[/]", align="left"), drawn)
+    output.draw("\n[bold]── summary ──[/]", drawn)
+    missing = table("why not", ["backend", "capability", "reason"])
+    for tale in told:
+        for cap, support in tale.found.items():
+            if not support:
+                missing.add_row(tale.info.name, cap.value, plain(support.why))
+    output.draw(missing)
     for tale in tales:
         if tale.worked:
             output.draw(
@@ -397,7 +410,7 @@ def _summary(output: Output, tales: list[_Tale]) -> None:
             )
         else:
             mark = "[red]✗[/]" if tale.failed else "[yellow]-[/]"
-            output.draw(f"  {mark} {tale.info.name}: {escape(tale.reason)}")
+            output.draw(f"  {mark} {tale.info.name}: {plain(escape(tale.reason))}")
     output.draw(
-        "[dim]`pubsub caps` has the reasons; `pubsub serve NAME` starts one of these brokers.[/]"
+        "[dim]`pubsub serve NAME` starts one of these brokers; `pubsub caps` has the table.[/]"
     )

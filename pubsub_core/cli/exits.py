@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Final
+from typing import Final, cast
 
 from pubsub_core.errors import (
     ConfigError,
@@ -70,8 +70,9 @@ def exit_code(error: BaseException) -> ExitCode:
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
     if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:  # pyright: ignore[reportUnknownVariableType]  # generic group
-            yield from _leaves(inner)  # pyright: ignore[reportUnknownArgumentType]  # as above
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        for inner in group.exceptions:
+            yield from _leaves(inner)
     else:
         yield error
 

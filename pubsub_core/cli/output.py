@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
@@ -191,6 +191,8 @@ class _LogLines(logging.Handler):
         self._output = output
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not record.name.startswith("pubsub") and not debugging():
+            return  # what a library beneath us mutters is no news for the user
         try:
             text = record.getMessage()
             if record.exc_info and debugging():
@@ -272,12 +274,14 @@ class Output:
         )
 
     @contextlib.contextmanager
-    def progress(self, text: str, total: float | None) -> Any:
+    def progress(
+        self, text: str, total: float | None, *, wanted: bool = True
+    ) -> Generator[Callable[[float], None], None, None]:
         """Show progress on standard error while the block runs; only on a terminal.
 
         Yields a function that takes how much is done.
         """
-        if self.json or self.quiet or not sys.stderr.isatty():
+        if not wanted or self.json or self.quiet or not sys.stderr.isatty():
             yield _ignore
             return
         bar = self._bar()
@@ -406,7 +410,7 @@ def _descriptor_writer() -> Any:
 
 
 @contextlib.asynccontextmanager
-async def writing() -> AsyncIterator[LineWriter]:
+async def writing() -> AsyncGenerator[LineWriter, None]:
     """Give a `LineWriter`, and let it finish when the block ends without an error."""
     writer = LineWriter()
     try:

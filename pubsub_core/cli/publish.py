@@ -18,7 +18,7 @@ import typer
 
 from pubsub_core.bus import Bus
 from pubsub_core.capabilities import ConfirmedBy
-from pubsub_core.errors import BadOption, PubSubError
+from pubsub_core.errors import BadOption, EncodeFailed, PubSubError
 from pubsub_core.message import Headers, Receipt
 
 from .exits import ExitCode
@@ -35,7 +35,7 @@ from .options import (
     pair_list,
     settings,
 )
-from .output import Output, explain_error, show_error
+from .output import Output, explain_error, show_error, show_traceback
 from .running import open_bus, run
 
 __all__ = ["pub"]
@@ -43,6 +43,7 @@ __all__ = ["pub"]
 _BATCH: Final = 256
 _READ: Final = 64 * 1024
 _LINES: Final = 1000
+_LINES_OF_STDIN: Final = object()
 
 
 def pub(
@@ -131,7 +132,7 @@ def pub(
         how["codec"] = codec
     with Output(json=json, quiet=quiet) as output:
         lines = payload == "-"
-        once = None if lines else _value(_payload(payload, file), codec)
+        once = _LINES_OF_STDIN if lines else _value(_payload(payload, file), codec)
         work = _Publishing(
             output, topic, codec, rate, {k: v for k, v in how.items() if v is not None}
         )
@@ -189,35 +190,51 @@ class _Publishing:
         count: int | None,
     ) -> ExitCode:
         async with open_bus(settings, where, option) as bus:
-            total = count if once is None else count or 1
+            total = count if once is _LINES_OF_STDIN else count or 1
             # Short work shows no bar.
             shown = total is None or total > _BATCH or self._rate is not None
-            with (
-                self._output.progress(f"publishing to {self._topic}", total)
-                if shown
-                else (contextlib.nullcontext(lambda _: None)) as advance
-            ):
-                async for batch in self._batches(once, total):
-                    failed = await self._send(bus, batch)
-                    advance(self._sent)
-                    if failed is not None:
-                        return self._give_up(failed)
+            text = f"publishing to {self._topic}"
+            with self._output.progress(text, total, wanted=shown) as advance:
+                try:
+                    async for batch in self._batches(once, total):
+                        await self._send(bus, batch)
+                        advance(self._sent)
+                except PubSubError as exc:
+                    return self._give_up(exc)
         self._summary()
         return ExitCode.OK
 
     async def _batches(self, once: Any, total: int | None) -> AsyncIterator[list[Any]]:
-        source = _stdin_lines(total) if once is None else _repeat(once, total or 1)
+        lines = once is _LINES_OF_STDIN
+        source = _stdin_lines(total) if lines else _repeat(once, total or 1)
         size = 1 if self._rate is not None else _BATCH
         start, taken = time.monotonic(), 0
         async for values in source:
             for at in range(0, len(values), size):
-                batch = values[at : at + size]
+                batch: list[Any] = values[at : at + size]
                 if self._rate is not None:
                     await asyncio.sleep(max(0.0, start + taken / self._rate - time.monotonic()))
+                if lines:
+                    # Lines before a bad one are sent, as they would be one at a time.
+                    good, problem = self._decoded(batch, taken)
+                    if good:
+                        yield good
+                    if problem is not None:
+                        raise problem
+                else:
+                    yield batch
                 taken += len(batch)
-                yield batch if once is not None else [_value(v, self._codec) for v in batch]
 
-    async def _send(self, bus: Bus, batch: list[Any]) -> PubSubError | None:
+    def _decoded(self, lines: list[bytes], before: int) -> tuple[list[Any], PubSubError | None]:
+        values: list[Any] = []
+        for number, line in enumerate(lines, before + 1):
+            try:
+                values.append(_value(line, self._codec))
+            except BadOption as exc:
+                return values, EncodeFailed(f"line {number}: {exc.message}", hint=exc.hint)
+        return values, None
+
+    async def _send(self, bus: Bus, batch: list[Any]) -> None:
         results: list[Receipt | PubSubError]
         if len(batch) == 1:
             results = [await bus.publish(self._topic, batch[0], **self._how)]
@@ -240,12 +257,16 @@ class _Publishing:
                     "subscribers": result.subscribers,
                 }
             )
-        return failed
+        if failed is not None:
+            raise failed
 
     def _give_up(self, error: PubSubError) -> ExitCode:
+        show_traceback(error)
         record = explain_error(error)
         if self._sent:
-            record["message"] += f" ({self._sent} messages before it were sent)"
+            record["message"] += f" ({self._sent} were sent)"
+            if record["exit_code"] == ExitCode.USAGE:  # which says that nothing was
+                record["exit_code"] = int(ExitCode.FAILED)
         show_error(record, as_json=self._output.json)
         return ExitCode(record["exit_code"])
 

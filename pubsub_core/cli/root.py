@@ -56,7 +56,9 @@ class Root(TyperGroup):
             )
             sys.stdout.flush()
         except _UsageError as exc:
-            show_error(_usage(exc), as_json=as_json)
+            # Without a command typer has shown the help already.
+            if type(exc).__name__ != "NoArgsIsHelpError":
+                show_error(_usage(exc), as_json=as_json)
             code = ExitCode.USAGE
         except (KeyboardInterrupt, typer.Abort):
             code = ExitCode.INTERRUPTED
@@ -67,7 +69,7 @@ class Root(TyperGroup):
             show_traceback(exc)
             show_error(record, as_json=as_json)
             code = record["exit_code"]
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(int(code) if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
         """Invoke the command; a vanished reader is not left to typer, which says 1."""
@@ -99,10 +101,11 @@ def _usage(error: Exception) -> dict[str, Any]:
 
 def _epilog() -> str:
     codes = [f"[bold]{code.value}[/bold] {meaning}" for code, meaning in MEANINGS.items()]
-    return "\n\n".join(
+    return "\n".join(
         [
             "[bold]Exit codes[/bold]",
             *codes,
+            "",
             "PUBSUB_CONFIG and PUBSUB_PROFILE stand for --config and --profile.",
             "PUBSUB_DEBUG=1 shows tracebacks.",
         ]
@@ -183,6 +186,6 @@ def main() -> NoReturn:
         cli = build()
     except PubSubError as exc:  # PUBSUB_STRICT_PLUGINS
         show_error(explain_error(exc), as_json="--json" in sys.argv)
-        sys.exit(exit_code(exc))
+        sys.exit(int(exit_code(exc)))
     cli()
     raise AssertionError("the root command ends the process itself")

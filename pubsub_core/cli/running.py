@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 import typer
 
-from pubsub_core.bus import Bus, connect
+from pubsub_core.bus import Bus
 from pubsub_core.events import Status, StatusChanged
 
 from .exits import ExitCode
@@ -62,15 +62,15 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 @contextlib.asynccontextmanager
 async def open_bus(
     settings: Settings, where: str, overrides: list[str] | None = None, **options: Any
-) -> AsyncIterator[Bus]:
+) -> AsyncGenerator[Bus, None]:
     """Open *where* with the configuration at hand; ``-o`` wins over *options*."""
-    given = {**options, **pairs(overrides, option="--option")}
-    async with connect(where, config=settings.load(), **given) as bus:
+    given: dict[str, Any] = {**options, **pairs(overrides, option="--option")}
+    async with Bus(where, config=settings.load(), options=given) as bus:
         yield bus
 
 
 @contextlib.asynccontextmanager
-async def watching_status(bus: Bus, output: Output) -> AsyncIterator[None]:
+async def watching_status(bus: Bus, output: Output) -> AsyncGenerator[None, None]:
     """Tell about a lost and a renewed connection while the block runs."""
 
     async def tell() -> None:
@@ -96,7 +96,7 @@ async def watching_status(bus: Bus, output: Output) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def deadline(seconds: float | None) -> AsyncIterator[asyncio.Timeout]:
+async def deadline(seconds: float | None) -> AsyncGenerator[asyncio.Timeout, None]:
     """End the block quietly after *seconds*; ``expired()`` tells whether that happened."""
     timeout = asyncio.timeout(seconds)
     try:

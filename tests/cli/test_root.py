@@ -107,7 +107,7 @@ def test_secrets_in_arguments_are_not_printed(invoke: Invoke) -> None:
         ("pub", "nosuch://bob:canary-7@host", "a"),
         ("doctor", "nosuch://bob:canary-7@host"),
         ("pub", "memory://", "a", "b", "mqtt://bob:canary-7@host"),
-        ("pub", "memory://", "a", "-o", "password=canary-7"),
+        ("pub", "memory://", "a", "-o", "passwort=canary-7", "-o", "token=canary-7"),
         ("caps", "mqtt://bob:canary-7@host?nonsense=1"),
     ):
         for form in ((), ("--json",)):
