@@ -286,7 +286,7 @@ class Subscription(Generic[T]):
                 if passed is None:
                     settler.finish(Verdict.ACK)
                     continue
-                message = cast("Message[T]", passed.message)
+                message = passed.received()
             if self.settings.ack == "auto":
                 self._current = settler
             self._delivered += 1
@@ -427,7 +427,7 @@ async def _keep(context: Context) -> Context:
 
 def _through(call: Callable[[Any], Awaitable[Any] | None]) -> Callable[[Context], Awaitable[Any]]:
     async def terminal(context: Context) -> Any:
-        result = call(context.message)
+        result = call(context.received())
         return None if result is None else await result
 
     return terminal

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from pubsub_core.bus import connect
 from pubsub_core.capabilities import Cap, ConfirmedBy, Support
 from pubsub_core.errors import (
+    BadOption,
     BusClosed,
     HandlerFailed,
     InvalidTopic,
@@ -603,3 +605,87 @@ async def test_cancellation_passes_through_a_timeout() -> None:
 def test_timeout_refuses_bad_arguments() -> None:
     with pytest.raises(ValueError):
         Timeout(0)
+
+
+# --- on a bus -----------------------------------------------------------------------------
+
+
+async def test_the_catalogue_can_be_named_in_the_options_of_a_bus() -> None:
+    calls: list[int] = []
+
+    async def fail_once(message: Message[int]) -> None:
+        calls.append(message.payload)
+        if len(calls) == 1:
+            raise ValueError("once")
+
+    options: dict[str, Any] = {"middleware": ("retry", "dedupe", "timeout")}
+    async with asyncio.timeout(10), connect("memory://", **options) as bus:
+        async with bus.subscribe("named", int, handler=fail_once):
+            await bus.publish("named", 7)
+            while len(calls) < 2:
+                await asyncio.sleep(0.001)
+    assert calls == [7, 7]
+    assert bus.stats.handler_failures == 0
+
+
+async def test_an_unknown_name_comes_with_those_that_are_known() -> None:
+    with pytest.raises(BadOption, match=r"dedupe.*retry.*timeout"):
+        await connect("memory://", middleware=("rety",))
+
+
+async def test_what_middleware_assigns_reaches_iterators_and_handlers() -> None:
+    async def shout(context: Context, call_next: CallNext) -> Any:
+        if context.direction is Direction.RECEIVE:
+            context.payload = context.payload.upper()
+        return await call_next(context)
+
+    got: list[str] = []
+
+    async def handle(message: Message[str]) -> None:
+        got.append(message.payload)
+
+    async with asyncio.timeout(10), connect("memory://") as bus:
+        bus.use(shout)
+        async with (
+            bus.subscribe("shout", str) as messages,
+            bus.subscribe("shout", str, handler=handle),
+        ):
+            await bus.publish("shout", "hi")
+            message = await messages.get(timeout=5)
+            while not got:
+                await asyncio.sleep(0.001)
+    assert (message.payload, message.raw, got) == ("HI", b"hi", ["HI"])
+
+
+async def test_a_dead_letter_travels_over_a_real_bus() -> None:
+    async def fail(message: Message[int]) -> None:
+        raise ValueError("never")
+
+    async with asyncio.timeout(10), connect("memory://") as bus:
+        bus.use(Retry(2, backoff=0.001, dead_letter="dead/jobs"))
+        async with (
+            bus.subscribe("dead/#") as dead,
+            bus.subscribe("jobs", int, handler=fail),
+        ):
+            await bus.publish("jobs", 5, headers={"a": "1"})
+            letter = await dead.get(timeout=5)
+    assert letter.payload == b"5"
+    assert dict(letter.headers) == {
+        "a": "1",
+        "x-dead-letter-topic": "jobs",
+        "x-dead-letter-error": "ValueError",
+        "x-dead-letter-attempts": "2",
+    }
+    assert bus.stats.handler_failures == 0
+
+
+async def test_dedupe_gives_each_subscription_its_copy_on_a_real_bus() -> None:
+    async with asyncio.timeout(10), connect("memory://") as bus:
+        bus.use(dedupe := Dedupe(key="id"))
+        async with bus.subscribe("twice/#", int) as one, bus.subscribe("twice/+", int) as two:
+            for number, key in ((1, "a"), (2, "a"), (3, "b")):
+                await bus.publish("twice/x", number, headers={"id": key})
+            for subscription in (one, two):
+                received = [(await subscription.get(timeout=5)).payload for _ in range(2)]
+                assert received == [1, 3]
+    assert dedupe.dropped == 2
