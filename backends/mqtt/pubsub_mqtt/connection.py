@@ -60,7 +60,7 @@ from .errors import (
     publish_error,
     subscribe_error,
 )
-from .options import MAX_PACKET
+from .options import DEFAULT_MAX_PACKET, MAX_PACKET
 from .packets import (
     NO_PROPERTIES,
     PAHO_ERRORS,
@@ -173,7 +173,7 @@ class SessionSettings:
     clean_start: bool = True
     expiry: int = 0
     receive_maximum: int | None = None
-    max_packet_size: int = 64 * 1024 * 1024
+    max_packet_size: int = DEFAULT_MAX_PACKET
     max_inflight: int = 100
     will: Will | None = None
 
@@ -402,6 +402,10 @@ class PahoClient(Client):
             with contextlib.suppress(BlockingIOError):
                 self._sockpairW.send(b"0")
 
+    def rest(self) -> None:
+        """Close what paho's `loop` keeps to be woken; its `loop_start` would leak it."""
+        self._reset_sockets(sockpair_only=True)
+
     def _messages_reconnect_reset(self) -> None:
         """Do nothing: no message is ever in paho's store."""
 
@@ -561,18 +565,17 @@ class Connection:
 
     def _connect_properties(self) -> Properties | None:
         settings = self.settings
-        if not (
-            settings.expiry
-            or settings.receive_maximum is not None
-            or settings.max_packet_size < MAX_PACKET
-        ):
+        # None at all with the defaults: amqtt 0.12, which knows 3.1.1 only, takes properties
+        # for the client id and waits for the rest of it instead of refusing the version.
+        announce = settings.max_packet_size != DEFAULT_MAX_PACKET
+        if not (settings.expiry or settings.receive_maximum is not None or announce):
             return None
         properties = paho_properties(PacketTypes.CONNECT)
         if settings.expiry:
             properties.SessionExpiryInterval = settings.expiry
         if settings.receive_maximum is not None:
             properties.ReceiveMaximum = settings.receive_maximum
-        if settings.max_packet_size < MAX_PACKET:
+        if announce:
             properties.MaximumPacketSize = settings.max_packet_size
         return properties
 
@@ -686,11 +689,20 @@ class Connection:
             if sock.done != before:
                 self._last_out = self._clock()
         except OSError as exc:
-            self._lose(dial_error(exc, self._where))
+            self._last_words(sock)
+            if self._sock is sock:
+                self._lose(dial_error(exc, self._where))
             return True
         if self._unflushed:
             self._confirm_flushed(sock.done)
         return empty
+
+    def _last_words(self, sock: BufferedSocket) -> None:
+        """Read what the peer said before it closed: most often the reason."""
+        before = -1
+        while self._sock is sock and self.stats.bytes_in != before:
+            before = self.stats.bytes_in
+            self.feed()
 
     def tick(self) -> float | None:
         """Do what is due; return seconds until the next call, or None when nothing will be."""

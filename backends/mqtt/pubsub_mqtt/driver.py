@@ -211,11 +211,12 @@ async def dial(endpoint: Endpoint) -> BufferedSocket:
         except BaseException:
             sock.close()
             raise
-    framing = endpoint.upgrade()
-    if framing is None:
-        return BufferedSocket(sock)
     plain = BufferedSocket(sock)
+    if endpoint.websocket is None:
+        return plain
     try:
+        # In a thread as well: it imports wsproto, once.
+        framing = await _in_thread(endpoint.frame_with)
         plain.write(framing.request())
         while not plain.flush():
             await _ready(plain, write=True)
@@ -747,6 +748,7 @@ class BlockingDriver:
                 )
             self.paho.loop(min(left, 0.1))
         session = connection.session
+        self.paho.rest()
         if session is not None and connection.connected:
             return session
         if self._failure is not None:

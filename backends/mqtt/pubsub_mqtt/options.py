@@ -13,12 +13,22 @@ from typing import Any, Literal
 from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
 
-__all__ = ["MAX_PACKET", "MQTTOptions", "ProtocolName", "TopicDefaults", "WillOptions"]
+__all__ = [
+    "DEFAULT_MAX_PACKET",
+    "MAX_PACKET",
+    "MQTTOptions",
+    "ProtocolName",
+    "TopicDefaults",
+    "WillOptions",
+]
 
 ProtocolName = Literal["auto", "5", "3.1.1"]
 
 MAX_PACKET = 268_435_455
 """The longest remaining length MQTT can express (3.1.1 section 2.2.3)."""
+
+DEFAULT_MAX_PACKET = 64 * 1024 * 1024
+"""Longest incoming packet, unless the options say otherwise."""
 
 _NEVER = 0xFFFF_FFFF
 
@@ -115,7 +125,7 @@ class MQTTOptions:
         metadata=_help("most messages above QoS 0 the broker may send unacknowledged (MQTT 5)"),
     )
     max_packet_size: int = field(
-        default=64 * 1024 * 1024, metadata=_help("longest incoming packet")
+        default=DEFAULT_MAX_PACKET, metadata=_help("longest incoming packet")
     )
     will: WillOptions | None = field(
         default=None, metadata=_help("{topic, payload, qos, retain, delay}: the last will")

@@ -171,11 +171,10 @@ class Endpoint:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
-    def upgrade(self) -> WebSocket | None:
-        """Return the framing of a new connection, or None where there is none."""
-        if self.websocket is None:
-            return None
-        return WebSocket(self.websocket, self.host, self.port, secure=self.tls is not None)
+    def frame_with(self) -> WebSocket:
+        """Return the WebSocket framing of a new connection. Imports wsproto."""
+        target = WebSocketTarget() if self.websocket is None else self.websocket
+        return WebSocket(target, self.host, self.port, secure=self.tls is not None)
 
 
 class WebSocket:
@@ -193,7 +192,7 @@ class WebSocket:
         self._host = shown if port == (443 if secure else 80) else f"{shown}:{port}"
         self._machine = WSConnection(ConnectionType.CLIENT)
         self.open = False
-        self._status = 0
+        self._failure: ConnectError | PeerClosed | None = None
 
     def request(self) -> bytes:
         """Return the bytes that ask for the upgrade."""
@@ -219,6 +218,8 @@ class WebSocket:
         from wsproto import events  # noqa: PLC0415
         from wsproto.utilities import RemoteProtocolError  # noqa: PLC0415
 
+        if self._failure is not None:
+            raise self._failure
         payload: list[bytes] = []
         reply: list[bytes] = []
         try:
@@ -238,14 +239,23 @@ class WebSocket:
                     case events.TextMessage():
                         raise self._broken("a text frame; MQTT uses binary frames")
                     case events.CloseConnection():
-                        if payload:  # the packets before the close still count
-                            break
                         raise PeerClosed(f"closed the WebSocket with code {event.code}")
                     case _:
                         pass
         except RemoteProtocolError as exc:
-            raise self._broken(printable(str(exc))) from exc
+            self._failure = self._broken(printable(str(exc)))
+            self._failure.__cause__ = exc
+        except (ConnectError, PeerClosed) as exc:
+            self._failure = exc
+        # What came before the end still counts.
+        if self._failure is not None and not payload:
+            raise self._failure
         return b"".join(payload), b"".join(reply)
+
+    @property
+    def ended(self) -> bool:
+        """Whether `receive` will raise whatever it is given."""
+        return self._failure is not None
 
     def frame(self, data: bytes) -> bytes:
         """Return *data* as one binary frame."""
@@ -323,10 +333,13 @@ class BufferedSocket:
         if self._early:
             data, self._early = self._early, b""
             return data
+        framing = self._framing
+        if framing is not None and framing.ended:
+            framing.receive(b"")
         raw = self._read()
-        if self._framing is None or not raw:
+        if framing is None or not raw:
             return raw
-        payload, reply = self._framing.receive(raw)
+        payload, reply = framing.receive(raw)
         if reply:
             self._control.append(reply)
         return payload
@@ -363,7 +376,7 @@ class BufferedSocket:
         """Return how many bytes can be read although the selector does not say so."""
         if self._early:
             return len(self._early)
-        return 1 if self._more else 0
+        return 1 if self._more or (self._framing is not None and self._framing.ended) else 0
 
     # --- writing -----------------------------------------------------------------------
 
@@ -510,7 +523,7 @@ def dial_blocking(endpoint: Endpoint, timeout: float) -> BufferedSocket:
             context = endpoint.tls.build()
             sock.settimeout(max(deadline - time.monotonic(), 0.001))
             sock = context.wrap_socket(sock, server_hostname=endpoint.host)
-        framing = endpoint.upgrade()
+        framing = None if endpoint.websocket is None else endpoint.frame_with()
         early = b""
         if framing is not None:
             sock.sendall(framing.request())
