@@ -17,6 +17,8 @@ import pytest
 from pubsub_mqtt.server import AmqttServer, MosquittoServer, ServerTLS, find_mosquitto
 from tests.servers import Authority, Certificate, LeakCheck, run
 
+pytest_plugins = ["pubsub_core.testing.plugin"]
+
 PASSWORD = "opens sesame/%:@"
 """Password of the user ``alice`` at `mosquitto_users`; it needs escaping in a URL."""
 

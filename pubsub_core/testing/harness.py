@@ -20,13 +20,13 @@ import string
 import threading
 import time
 from collections.abc import (
-    AsyncIterator,
+    AsyncGenerator,
     Awaitable,
     Callable,
     Collection,
     Coroutine,
+    Generator,
     Iterable,
-    Iterator,
     Mapping,
 )
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ from typing import Any, Protocol, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from pubsub_core.bus import Bus, connect
-from pubsub_core.capabilities import Cap, Level, Support
+from pubsub_core.capabilities import Cap, Level, Support, effective
 from pubsub_core.errors import NotSupported, PubSubError
 from pubsub_core.events import Status
 from pubsub_core.interfaces import BackendInfo, DevServer, SessionFacts, Sink, WireSub
@@ -289,6 +289,9 @@ class Harness:
         """Return why *case* is not applicable, or None when it is."""
         if case.name in self.exempt:
             return self.exempt[case.name]
+        declared = effective(self.info.capabilities, {})
+        if any(is_missing(declared[cap]) for cap in case.caps):
+            return None  # turned round, which needs nothing
         for need in case.needs:
             if not self._has(need):
                 return need.value
@@ -401,7 +404,7 @@ class Recorder:
     """
 
     def __init__(self, bus: Bus) -> None:
-        backend: Any = bus._backend  # noqa: SLF001 - no public way to what is underneath
+        backend: Any = bus._backend  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - no public way to what is underneath
         self.subscribed: list[WireSub] = []
         self.unsubscribed: list[WireSub] = []
         self.sinks: list[Sink] = []
@@ -552,8 +555,9 @@ class Trial:
     async def within(self, work: Awaitable[T], seconds: float | None = None) -> T:
         """Wait for *work*, with the deadline of every wait."""
         limit = self.deadline if seconds is None else seconds * self.harness.slow
+        scope = asyncio.timeout(limit)
         try:
-            async with asyncio.timeout(limit) as scope:
+            async with scope:
                 return await work
         except TimeoutError:
             if scope.expired():
@@ -591,6 +595,12 @@ class Trial:
                 raise AssertionError(f"not within {limit:g} s: {what}")
             await asyncio.sleep(0.002)
 
+    async def until(
+        self, value: T, check: Callable[[T], bool], what: str, seconds: float | None = None
+    ) -> None:
+        """Wait until *check* holds for *value*; for loops, whose variable changes."""
+        await self.eventually(lambda: check(value), what, seconds)
+
     async def all(self, work: Iterable[Awaitable[T]], seconds: float | None = None) -> list[T]:
         """Wait for several things at once."""
         return list(await self.within(asyncio.gather(*work), seconds))
@@ -614,6 +624,7 @@ class Trial:
         stream = bus.events()
 
         async def collect() -> None:
+            event: object
             async for event in stream:
                 if isinstance(event, kind):
                     found.append(event)  # noqa: PERF401 - it must grow one by one
@@ -624,7 +635,7 @@ class Trial:
     # --- errors ------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def raises(self, *expected: type[E]) -> Iterator[list[E]]:
+    def raises(self, *expected: type[E]) -> Generator[list[E], None, None]:
         """Expect one of these errors; the list holds it afterwards.
 
         Every error of the library that was met so is audited at the end of the suite.
@@ -663,7 +674,7 @@ class Trial:
         return link
 
     @contextlib.asynccontextmanager
-    async def outage(self, link: Link) -> AsyncIterator[None]:
+    async def outage(self, link: Link) -> AsyncGenerator[None, None]:
         """Take the broker away for the length of the block: restarted where it can be."""
         server = self.ledger.server
         if self.harness.restart and server is not None:
@@ -681,7 +692,7 @@ class Trial:
                 await self.within(link.up())
 
     @contextlib.asynccontextmanager
-    async def silent_server(self, reply: bytes = b"") -> AsyncIterator[int]:
+    async def silent_server(self, reply: bytes = b"") -> AsyncGenerator[int, None]:
         """Listen on a port, accept, send *reply* to the first bytes, and say nothing more."""
         writers: list[asyncio.StreamWriter] = []
 
@@ -797,8 +808,9 @@ async def perform(trials: list[Trial], work: Callable[[Trial], Awaitable[None]])
 
 async def _one(trial: Trial, work: Callable[[Trial], Awaitable[None]]) -> None:
     limit = trial.case.deadline * trial.harness.slow
+    scope = asyncio.timeout(limit)
     try:
-        async with asyncio.timeout(limit) as scope:
+        async with scope:
             await work(trial)
     except TimeoutError:
         if scope.expired():

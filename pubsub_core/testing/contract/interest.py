@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from pubsub_core.bus import Bus
 from pubsub_core.capabilities import Cap
 from pubsub_core.errors import NotAuthorized
 from pubsub_core.events import InterestEvent, InterestKind, Notice
-from pubsub_core.message import Member
 from pubsub_core.testing.case import Need, case, needs
 from pubsub_core.testing.harness import Trial
 
@@ -30,19 +28,6 @@ async def _enter(t: Trial, view: Any) -> Any:
     entered = await t.within(view.__aenter__())
     t.stack.push_async_callback(view.__aexit__, None, None, None)
     return entered
-
-
-async def _synced(t: Trial, view: Any) -> None:
-    """Wait until the existing interest was told."""
-    await t.eventually(lambda: view.synced, "the existing interest was told")
-
-
-async def _me(t: Trial, bus: Bus) -> Member:
-    """Return the member that *bus* is to others."""
-    topic = t.topic("who-am-i")
-    async with bus.subscribe(topic):
-        (member,) = await t.within(bus.members(topic))
-    return member
 
 
 @case(113)

@@ -78,7 +78,7 @@ async def restart_broker_during_traffic(t: Trial) -> None:
 
     sending = t.spawn(publish())
     for share in (3, 2):
-        await t.eventually(lambda share=share: len(confirmed) > count // share, "traffic", 60)
+        await t.until(share, lambda share: len(confirmed) > count // share, "traffic", 60)
         down = True
         # What is on its way at this moment may die with the broker, or with the connection.
         exposed |= started - set(handled)
@@ -89,7 +89,9 @@ async def restart_broker_during_traffic(t: Trial) -> None:
         await _online(t, publisher)
         down = False
     await t.within(sending, 90)
-    assert not failures, f"{len(failures)} publishes failed although they were kept: {failures[0]!r}"
+    assert not failures, (
+        f"{len(failures)} publishes failed although they were kept: {failures[0]!r}"
+    )
     await t.within(publisher.publish(t.topic(), b"-1"))
     await t.eventually(lambda: -1 in handled, "the last message", 30)
     missing = set(range(count)) - set(handled)
@@ -300,9 +302,7 @@ async def flapping_100_times_leaks_nothing(t: Trial) -> None:
         for number in range(times):
             sessions = bus.stats.sessions
             await t.within(link.cut())
-            await t.eventually(
-                lambda sessions=sessions: bus.stats.sessions > sessions, "a new session"
-            )
+            await t.until(sessions, lambda sessions: bus.stats.sessions > sessions, "a new session")
             await _online(t, bus)
             await t.within(bus.publish(t.topic(), b"%d" % number))
             while (await t.get(subscription)).payload != b"%d" % number:
@@ -338,7 +338,7 @@ async def backoff_is_jittered_and_capped(t: Trial) -> None:
         before = len(delays())
         # A backend's own watchdogs may sleep on the same clock.
         await t.within(clock.advance(min(clock.next_wake or 0.01, 8.0)))
-        await t.eventually(lambda b=before: len(delays()) > b or clock.sleepers > 0, "an attempt")
+        await t.until(before, lambda b: len(delays()) > b or clock.sleepers > 0, "an attempt")
     told = delays()
     assert told[0] <= 0.5, "the first attempt comes within half a second"
     assert max(told) <= 8.0
@@ -367,7 +367,7 @@ async def stale_frames_of_old_session_ignored(t: Trial) -> None:
     for _ in range(2):
         sessions = bus.stats.sessions
         await t.within(link.cut())
-        await t.eventually(lambda s=sessions: bus.stats.sessions > s, "a new session")
+        await t.until(sessions, lambda s: bus.stats.sessions > s, "a new session")
         await _online(t, bus)
     old, new = recorder.sinks[-2:]
     assert old is not new

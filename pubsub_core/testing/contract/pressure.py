@@ -109,9 +109,7 @@ async def buffer_bound_holds_in_bytes_and_count(t: Trial) -> None:
     for number in range(count):
         await t.within(publisher.publish(t.topic(), number.to_bytes(4, "big") + bytes(size - 4)))
     for subscription in (by_count, by_bytes):
-        await t.eventually(
-            lambda s=subscription: s.stats.received == count, "everything arrived", 20
-        )
+        await t.until(subscription, lambda s: s.stats.received == count, "everything arrived", 20)
     assert by_count.stats.buffered == 10
     assert by_count.stats.buffered_bytes == 10 * size
     assert by_count.stats.dropped == count - 10

@@ -47,7 +47,7 @@ async def history_time_window(t: Trial) -> None:
     for number in range(5):
         await t.within(bus.publish(t.topic(), b"%d" % number))
         before = bus.clock.time()
-        await t.eventually(lambda b=before: bus.clock.time() > b, "the clock goes on")
+        await t.until(before, lambda b: bus.clock.time() > b, "the clock goes on")
     times = {m.payload: m.time for m in await t.within(_history(bus, t.topic(), last=10))}
     assert len(times) == 5
     got = await t.within(_history(bus, t.topic(), since=times[b"1"], until=times[b"3"]))
@@ -233,8 +233,8 @@ async def two_groups_both_get_all(t: Trial) -> None:
     for number in range(60):
         await t.within(publisher.publish(t.topic(), b"%d" % number))
     for group in (left, right):
-        await t.eventually(
-            lambda g=group: sum(member.stats.received for member in g) >= 60, "60 messages"
+        await t.until(
+            group, lambda g: sum(member.stats.received for member in g) >= 60, "60 messages"
         )
         assert await _taken(t, group) == Counter(b"%d" % number for number in range(60))
 
