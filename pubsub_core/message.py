@@ -18,6 +18,7 @@ import msgspec
 from .capabilities import ConfirmedBy
 
 __all__ = [
+    "NO_HEADERS",
     "Headers",
     "InFrame",
     "Member",
@@ -100,6 +101,7 @@ class Headers(Mapping[str, str]):
 
 
 NO_HEADERS = Headers()
+"""What a message without headers has."""
 
 
 class Member(msgspec.Struct, frozen=True):

@@ -1,0 +1,186 @@
+"""Writes the tables of README.md that say which broker can do what.
+
+They are made from what the backends of this distribution declare (`BackendInfo`), so they
+cannot say anything else than ``pubsub caps``. Text between the markers is replaced::
+
+    <!-- table: capabilities -->
+    <!-- end of table -->
+
+Usage: ``python scripts/generate_tables.py [--check]``. With ``--check`` nothing is written
+and the exit code is 1 when a table is not current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+
+from pubsub_core import capabilities
+from pubsub_core.capabilities import Cap, Level, Support
+from pubsub_core.interfaces import BackendInfo
+
+__all__ = ["main", "refreshed"]
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+_MARK = {
+    Level.NATIVE: "yes",
+    Level.EMULATED: "emulated",
+    Level.UNKNOWN: "depends",
+    Level.NONE: "no",
+}
+_TABLE = re.compile(
+    r"(?P<begin><!-- table: (?P<name>\w+) -->\n)(?P<body>.*?)(?P<end><!-- end of table -->)",
+    re.DOTALL,
+)
+
+
+def backends() -> list[BackendInfo]:
+    """Return the backends of this distribution, in the order of pyproject.toml.
+
+    Not those of the registry: other distributions may be installed beside this one.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    modules: dict[str, str] = project["entry-points"]["pubsub_core"]
+    return [info for name in modules.values() for info in _announced(name)]
+
+
+def _announced(module: str) -> Sequence[BackendInfo]:
+    announce: Callable[[], Sequence[BackendInfo]] | None = getattr(
+        importlib.import_module(module), "pubsub_backends", None
+    )
+    return announce() if announce else ()
+
+
+def _meanings() -> dict[str, str]:
+    """Return the sentence below each member of `Cap`, which only the source has."""
+    tree = ast.parse(inspect.getsource(capabilities))
+    (cap,) = (
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == Cap.__name__
+    )
+    meanings: dict[str, str] = {}
+    for member, text in zip(cap.body, cap.body[1:], strict=False):
+        match member, text:
+            case (
+                ast.Assign(targets=[ast.Name(id=name)]),
+                ast.Expr(value=ast.Constant(value=str(sentence))),
+            ):
+                meanings[name] = " ".join(sentence.replace("``", "`").split()).rstrip(".")
+            case _:
+                pass
+    return meanings
+
+
+def _support(info: BackendInfo, cap: Cap) -> Support:
+    return info.capabilities.get(cap, Support.none("not declared by this backend"))
+
+
+def _rows(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def capability_table() -> str:
+    """Return which backend declares which capability, and why not."""
+    infos = backends()
+    meanings = _meanings()
+    rows = [["capability", "what it is", *(f"`{info.name}`" for info in infos)]]
+    rows += [
+        [f"`{cap}`", meanings[cap.name], *(_MARK[_support(info, cap).level] for info in infos)]
+        for cap in Cap
+    ]
+    reasons = [
+        f"- `{info.name}` has no `{cap}`: {support.why}"
+        + (f"; {support.remedy}" if support.remedy else "")
+        + "\n"
+        for info in infos
+        for cap in Cap
+        if not (support := _support(info, cap))
+    ]
+    return (
+        _rows(rows)
+        + "\n<details><summary>Why not, and what to do instead</summary>\n\n"
+        + "".join(reasons)
+        + "\n</details>\n"
+    )
+
+
+def _words(value: Enum) -> str:
+    return str(value.value).replace("_", " ")
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "no limit known"
+    if count >= 1024 * 1024 and count % (1024 * 1024) == 0:
+        return f"{count // (1024 * 1024)} MiB"
+    return f"{count:,} bytes"
+
+
+def guarantee_table() -> str:
+    """Return what each backend promises and where its limits are."""
+    infos = backends()
+    lines: list[tuple[str, Callable[[BackendInfo], str]]] = [
+        ("schemes", lambda info: ", ".join(f"`{scheme}`" for scheme in info.schemes)),
+        ("a publish is confirmed by", lambda info: _words(info.guarantees.confirmed_by)),
+        ("to subscribers that keep up", lambda info: _words(info.guarantees.delivery)),
+        ("delivered again", lambda info: _words(info.guarantees.redelivery)),
+        ("order of first arrivals", lambda info: _words(info.guarantees.order)),
+        ("duplicates", lambda info: _words(info.guarantees.duplicates)),
+        ("survives a restart", lambda info: _words(info.guarantees.durability)),
+        ("largest payload", lambda info: _size(info.limits.max_payload)),
+        ("longest topic", lambda info: _size(info.limits.max_topic_bytes)),
+    ]
+    rows = [["with default settings", *(f"`{info.name}`" for info in infos)]]
+    rows += [[title, *(show(info) for info in infos)] for title, show in lines]
+    notes = [f"\n`{info.name}`: {info.guarantees.note}\n" for info in infos if info.guarantees.note]
+    return _rows(rows) + "".join(notes)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "capabilities": capability_table,
+    "guarantees": guarantee_table,
+}
+
+
+def refreshed(text: str) -> str:
+    """Return *text* with every table in it made anew.
+
+    Raises:
+        ValueError: A table is missing, or nobody knows how to make one.
+    """
+    found = {match["name"] for match in _TABLE.finditer(text)}
+    if found != set(TABLES):
+        raise ValueError(f"tables in the text: {sorted(found)}; expected: {sorted(TABLES)}")
+    return _TABLE.sub(lambda match: match["begin"] + TABLES[match["name"]]() + match["end"], text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the tables, or check them; return an exit code."""
+    parser = argparse.ArgumentParser(description="Make the tables of README.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 when out of date")
+    options = parser.parse_args(arguments)
+    text = README.read_text(encoding="utf-8")
+    new = refreshed(text)
+    if new == text:
+        return 0
+    if options.check:
+        print("README.md: tables are not current; run python scripts/generate_tables.py")
+        return 1
+    README.write_text(new, encoding="utf-8")
+    print("README.md: tables written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

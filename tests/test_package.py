@@ -1,0 +1,273 @@
+"""What the packages look like from outside: names, imports, typing, licence."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pubsub_core
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("pubsub_core", "pubsub_mqtt")
+# In a checkout, where the sources are; in the test of the wheel, where it is installed.
+FOLDERS = [
+    Path(importlib.import_module(name).__path__[0])  # pyright: ignore[reportUnknownArgumentType]
+    for name in PACKAGES
+]
+CHECKOUT = (ROOT / "backends").is_dir()
+
+
+def _modules() -> Iterator[str]:
+    for name in PACKAGES:
+        package = importlib.import_module(name)
+        yield name
+        for found in pkgutil.walk_packages(package.__path__, f"{name}."):
+            if not found.name.endswith("__main__"):  # it would run
+                yield found.name
+
+
+MODULES = sorted(_modules())
+PUBLIC = [name for name in MODULES if not any(part.startswith("_") for part in name.split("."))]
+
+
+def _sources() -> Iterator[Path]:
+    for folder in FOLDERS:
+        yield from sorted(folder.rglob("*.py"))
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Yield the full name of every module that *path* imports, wherever it does."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=module, level=0):
+                yield module or ""
+            case ast.Call(
+                func=ast.Attribute(attr="import_module") | ast.Name(id="__import__"),
+                args=[ast.Constant(value=str(module)), *_],
+            ):
+                yield module
+            case _:
+                pass
+
+
+# --- names -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_all_is_there_sorted_and_true(name: str) -> None:
+    module = importlib.import_module(name)
+    assert hasattr(module, "__all__"), f"{name} has no __all__"
+    names: list[str] = module.__all__
+    assert names == sorted(names, key=_order), f"{name}.__all__ is not sorted"
+    assert len(set(names)) == len(names)
+    for each in names:
+        assert hasattr(module, each), f"{name}.__all__ names {each}, which is not there"
+
+
+def _order(name: str) -> tuple[int, str]:
+    # As ruff sorts: constants, classes, everything else.
+    if name.isupper():
+        return (0, name)
+    return (1 if name[:1].isupper() else 2, name)
+
+
+def test_what_one_package_takes_of_another_is_public() -> None:
+    found: list[str] = []
+    for path in _sources():
+        folder = next(folder for folder in FOLDERS if folder in path.parents)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
+                continue
+            owner = node.module.partition(".")[0]
+            if owner not in PACKAGES or owner == folder.name:
+                continue
+            public: list[str] = importlib.import_module(node.module).__all__
+            found += [
+                f"{path} takes {alias.name} of {node.module}"
+                for alias in node.names
+                if alias.name not in public and f"{node.module}.{alias.name}" not in MODULES
+            ]
+    assert not found
+
+
+def test_every_name_of_the_core_is_what_its_module_has() -> None:
+    assert pubsub_core.__all__ == sorted(pubsub_core.__all__)
+    for name in pubsub_core.__all__:
+        value = getattr(pubsub_core, name)
+        home = importlib.import_module(value.__module__)
+        assert getattr(home, name) is value
+        assert name in home.__all__, f"{home.__name__}.__all__ lacks {name}"
+
+
+def test_all_public_names_of_the_core_are_exported() -> None:
+    exported = set(pubsub_core.__all__)
+    for name in ("capabilities", "errors", "events"):
+        module = importlib.import_module(f"pubsub_core.{name}")
+        missing = {
+            each
+            for each in module.__all__
+            if isinstance(getattr(module, each), type) and each not in exported
+        }
+        assert not missing, f"pubsub_core lacks {sorted(missing)} of {name}"
+
+
+def test_the_version_is_the_distribution_s() -> None:
+    assert pubsub_core.__version__ == importlib.metadata.version("pubsub-core")
+
+
+# --- imports -----------------------------------------------------------------------------
+
+_LEFT_OUT = ("amqtt", "paho", "pubsub_mqtt", "pydantic", "rich", "typer", "wsproto")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import pubsub_core",
+        "from pubsub_core import *",
+        "import pubsub_core.sync, pubsub_core.app, pubsub_core.middleware",
+        "import pubsub_mqtt",
+        "import pubsub_core.plugins; assert pubsub_core.plugins.registry().infos",
+    ],
+)
+def test_importing_brings_nothing_that_is_not_needed(statement: str) -> None:
+    left_out = set(_LEFT_OUT)
+    if statement == "import pubsub_mqtt" or "registry" in statement:
+        left_out.remove("pubsub_mqtt")  # the registry reads its announcement
+    code = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        cwd=Path(sys.prefix),
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert loaded & set(PACKAGES)
+    assert not loaded & left_out
+
+
+def test_the_core_imports_no_backend() -> None:
+    core = FOLDERS[0]
+    found = [
+        f"{path.relative_to(core)} imports {name}"
+        for path in sorted(core.rglob("*.py"))
+        for name in _imported(path)
+        if name.startswith("pubsub_") and name.partition(".")[0] != "pubsub_core"
+    ]
+    assert not found
+
+
+def test_nothing_is_imported_through_the_folder_of_backends() -> None:
+    paths = list(_sources())
+    if CHECKOUT:
+        for folder in ("tests", "examples", "benchmarks", "scripts"):
+            paths += sorted((ROOT / folder).rglob("*.py"))
+    found = [
+        f"{path} imports {name}"
+        for path in paths
+        for name in _imported(path)
+        if name.partition(".")[0] == "backends"
+    ]
+    assert not found
+
+
+def test_backends_import_neither_each_other_s_plugins_nor_the_command() -> None:
+    for folder in FOLDERS[1:]:
+        for path in folder.rglob("*.py"):
+            for name in _imported(path):
+                assert not name.startswith("pubsub_core.cli"), f"{path} imports {name}"
+                other = name.partition(".")[0]
+                if other.startswith("pubsub_") and other not in ("pubsub_core", folder.name):
+                    assert not name.endswith(".plugin"), f"{path} imports {name}"
+
+
+# --- what is shipped -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=PACKAGES)
+def test_packages_say_that_they_are_typed(folder: Path) -> None:
+    assert (folder / "py.typed").is_file()
+
+
+def test_the_licence_is_said_and_shipped() -> None:
+    metadata = importlib.metadata.metadata("pubsub-core")
+    assert metadata["License-Expression"] == "Apache-2.0"
+    files = importlib.metadata.files("pubsub-core") or []
+    (licence,) = (file for file in files if file.name == "LICENSE")
+    assert "Apache License" in licence.read_text()
+
+
+def test_entry_points_and_script_lead_somewhere() -> None:
+    points = [
+        point
+        for point in importlib.metadata.distribution("pubsub-core").entry_points
+        if point.group in ("pubsub_core", "console_scripts")
+    ]
+    assert {point.name for point in points} >= {"memory", "mqtt", "pubsub"}
+    for point in points:
+        assert point.load() is not None
+
+
+@pytest.mark.skipif(not CHECKOUT, reason="looks at the checkout")
+def test_every_folder_of_a_backend_is_packaged() -> None:
+    from tomllib import loads
+
+    settings = loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packaged = {
+        ROOT / each for each in settings["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    }
+    assert packaged == {ROOT / "pubsub_core", *ROOT.glob("backends/*/pubsub_*")}
+    shown = {ROOT / each for each in settings["tool"]["hatch"]["build"]["dev-mode-dirs"]}
+    assert {folder.parent for folder in packaged} == {path.resolve() for path in shown}
+
+
+# Index hosts and the machines of whoever wrote a line have no place in what others clone.
+_PRIVATE = re.compile(
+    r"https?://[\w.-]*(?:pypi\.org|pythonhosted|npmjs|artifactory|nexus)|--index-url"
+    r"|/(?:home|root|Users|work)/\w|/tmp/\w",
+)
+
+
+@pytest.mark.skipif(not CHECKOUT, reason="looks at the checkout")
+def test_no_file_names_an_index_or_a_machine() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    if listed.returncode == 0:
+        paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    else:  # no checkout of git, e.g. an unpacked source archive
+        paths = [
+            path
+            for folder in (*PACKAGES, "backends", "tests", "docs", "examples", "scripts")
+            for path in (ROOT / folder).rglob("*")
+        ]
+    found: list[str] = []
+    for path in paths:
+        if path == Path(__file__).resolve() or not path.is_file():
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in _PRIVATE.finditer(text)]
+    assert not found
