@@ -30,8 +30,6 @@ __all__ = ["Figures", "bench", "percentile"]
 _HEAD: Final = struct.Struct("!QQ")
 """Number of the message, and nanoseconds of the performance counter when it was published."""
 
-_PAUSE: Final = 100
-
 
 def bench(
     context: typer.Context,
@@ -202,7 +200,8 @@ class _Bench:
     async def _publish(self, bus: Bus, figures: Figures, how: dict[str, Any], advance: Any) -> None:
         padding = bytes(self._size - _HEAD.size)
         numbers = iter(range(self._messages))
-        pause = min(self._window, _PAUSE)
+        # With a rate, workers that sleep would overtake one another.
+        workers = 1 if self._rate is not None else min(self._window, self._messages)
         start = time.perf_counter()
         first_error: list[PubSubError] = []
 
@@ -222,13 +221,11 @@ class _Bench:
                         return
                 else:
                     figures.sent += 1
-                if number % pause == 0:
-                    # A publish that needs no waiting would keep the receiver waiting.
+                if number % 256 == 0:
                     advance(figures.received)
-                    await asyncio.sleep(0)
+                # Where a publish needs no waiting, nobody else would have a turn.
+                await asyncio.sleep(0)
 
-        # With a rate, workers that sleep would overtake one another.
-        workers = 1 if self._rate is not None else min(self._window, self._messages)
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(worker())

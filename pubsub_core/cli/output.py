@@ -187,7 +187,7 @@ class _LogLines(logging.Handler):
     """Shows warnings of the library as the command shows everything else."""
 
     def __init__(self, output: Output) -> None:
-        super().__init__(logging.DEBUG if debugging() else logging.WARNING)
+        super().__init__(logging.WARNING)
         self._output = output
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -156,14 +156,14 @@ async def _serve(output: Output, server: DevServer) -> ExitCode:
 def _ready(output: Output, server: DevServer) -> None:
     described = dict(server.describe())
     if output.json:
-        record = {
-            **described,
+        own = {
             "type": "ready",
             "backend": server.backend,
             "url": server.url,
             "host": server.host,
             "port": server.port,
         }
+        record = {**own, **{key: value for key, value in described.items() if key not in own}}
         # Not masked: credentials that a server made itself are told here and nowhere else.
         print(encode(record), flush=True)
         return

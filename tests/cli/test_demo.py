@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -9,7 +12,8 @@ import pytest
 import pubsub_mqtt.server
 from pubsub_core.errors import ConnectError
 from pubsub_core.plugins import registry
-from tests.cli.conftest import Invoke, Spawn, records
+from pubsub_mqtt.server import MosquittoServer
+from tests.cli.conftest import DEADLINE, Invoke, Spawn, clean_environment, records
 
 
 def by_event(found: list[dict[str, Any]], backend: str) -> dict[str, list[dict[str, Any]]]:
@@ -145,3 +149,38 @@ def test_ctrl_c(spawn: Spawn) -> None:
     child.record()
     assert child.end(signal.SIGINT) == 130
     assert b"Traceback" not in child.stderr
+
+
+def test_the_application_file_runs_by_itself(
+    mosquitto: MosquittoServer, invoke: Invoke, tmp_path: Path
+) -> None:
+    app = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "pubsub_core.cli.demo_app"],
+        cwd=tmp_path,
+        env=clean_environment(PUBSUB_BUS_MAIN_URL=mosquitto.url),
+        stderr=subprocess.PIPE,
+    )
+    assert app.stderr is not None
+    try:
+        # An alarm comes only from the application; readings are sent until it is there.
+        deadline = time.monotonic() + DEADLINE
+        with subprocess.Popen(
+            [
+                *(sys.executable, "-m", "pubsub_core.cli", "sub", mosquitto.url, "demo/alarm"),
+                *("-n", "1", "--json", "--quiet"),
+            ],
+            stdout=subprocess.PIPE,
+            env=clean_environment(),
+        ) as alarms:
+            while alarms.poll() is None and time.monotonic() < deadline:
+                invoke("pub", mosquitto.url, "demo/oven", '{"celsius": 99.5}')
+            assert alarms.stdout is not None
+            (alarm,) = records(alarms.stdout.read().decode())
+        assert alarm["payload"] == '{"device":"oven","celsius":99.5}'
+        app.send_signal(signal.SIGTERM)
+        assert app.wait(DEADLINE) == 0
+        assert b"Traceback" not in app.stderr.read()
+    finally:
+        app.kill()
+        app.wait(DEADLINE)
+        app.stderr.close()

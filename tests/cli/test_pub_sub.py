@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,7 @@ import msgspec
 import pytest
 
 from pubsub_mqtt.server import MosquittoServer
-from tests.cli.conftest import DEADLINE, Child, Invoke, Spawn, records
+from tests.cli.conftest import DEADLINE, Child, Invoke, Spawn, clean_environment, records
 
 Unique = Callable[[str], str]
 
@@ -274,8 +277,6 @@ def test_ctrl_c_while_waiting_for_standard_input(spawn: Spawn, url: str, unique:
 
 
 def test_ctrl_c_while_connecting(spawn: Spawn) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         child = spawn("sub", f"mqtt://127.0.0.1:{port}", "a")
@@ -286,27 +287,22 @@ def test_ctrl_c_while_connecting(spawn: Spawn) -> None:
             assert b"Traceback" not in child.stderr
 
 
-def test_a_reader_that_goes_away_ends_the_command(
-    spawn: Spawn, invoke: Invoke, url: str, unique: Unique
-) -> None:
+def test_a_reader_that_goes_away_ends_the_command(invoke: Invoke, url: str, unique: Unique) -> None:
     topic = unique("pipe")
-    child = subscribed(spawn, url, topic, "--text")
-    assert child.process.stdout is not None
-    # Close our end of the pipe below the reading thread's feet.
-    os.close(os.dup(child.process.stdout.fileno()))
     reader, writer = os.pipe()
     os.close(reader)
     other = subprocess.Popen(
-        [*child.process.args],  # type: ignore[misc]  # the list given to Popen
+        [sys.executable, "-m", "pubsub_core.cli", "sub", url, topic, "--text"],
         stdout=writer,
         stderr=subprocess.PIPE,
+        env=clean_environment(),
     )
     os.close(writer)
     assert other.stderr is not None
     try:
         assert b"subscribed" in other.stderr.readline()
         assert invoke("pub", url, topic, "x").exit_code == 0
-        # The write fails; nothing more has to arrive for the command to notice.
+        # The write fails in its thread; the next message finds out.
         assert invoke("pub", url, topic, "y").exit_code == 0
         assert other.wait(DEADLINE) == 141
         assert b"Traceback" not in other.stderr.read()
@@ -314,6 +310,42 @@ def test_a_reader_that_goes_away_ends_the_command(
         other.kill()
         other.wait(DEADLINE)
         other.stderr.close()
+
+
+def test_a_reader_that_pauses_does_not_stop_the_keepalive(
+    tmp_path: Path, invoke: Invoke, url: str, unique: Unique
+) -> None:
+    topic = unique("paused")
+    (tmp_path / "big").write_bytes(b"x" * 100_000)
+    reader, writer = os.pipe()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pubsub_core.cli", "sub", url, topic, "--raw", "-o", "keepalive=1"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env=clean_environment(),
+    )
+    os.close(writer)
+    assert child.stderr is not None
+    try:
+        assert b"subscribed" in child.stderr.readline()
+        # More than a pipe holds: the command's writer is stuck from here on.
+        for _ in range(3):
+            assert invoke("pub", url, topic, "--file", "big").exit_code == 0
+        # Mosquitto drops a client that is silent for 1.5 times its keepalive. While its output
+        # is stuck ours must stay; that nothing happens can only be seen by waiting for it.
+        ready, _, _ = select.select([child.stderr], [], [], 3.0)
+        assert ready == [], child.stderr.readline()
+        got = 0
+        while got < 300_003:
+            got += len(os.read(reader, 65536))
+        child.send_signal(signal.SIGINT)
+        assert child.wait(DEADLINE) == 130
+        assert b"lost" not in child.stderr.read()
+    finally:
+        os.close(reader)
+        child.kill()
+        child.wait(DEADLINE)
+        child.stderr.close()
 
 
 def test_a_lost_connection_is_told_and_survived(

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
 import socket
 from typing import Any, ClassVar
 
 import pytest
 
-from pubsub_core.cli.serve import make_server
+from pubsub_core.cli.output import Output
+from pubsub_core.cli.serve import _serve, make_server
 from pubsub_core.errors import BadOption, NotSupported
 from pubsub_core.plugins import registry
-from tests.cli.conftest import Invoke, Spawn, records
+from tests.cli.conftest import DEADLINE, Invoke, Spawn, records
 
 
 def test_one_line_says_where_it_is_ready(spawn: Spawn) -> None:
@@ -34,12 +37,37 @@ def test_the_line_for_people(spawn: Spawn) -> None:
     assert b"Traceback" not in child.stderr
 
 
-def test_a_signal_while_starting_leaves_nothing(spawn: Spawn) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        child = spawn("serve", "mqtt", "--json")
-        # As soon as the handlers can be there; before the line is fine as well.
-        child.record()
-        assert child.end(number) == 0
+class Slow:
+    """A server that never gets ready."""
+
+    backend: ClassVar[str] = "mqtt"
+    url = host = ""
+    port = 0
+
+    def __init__(self) -> None:
+        self.starting = asyncio.Event()
+        self.stopped = False
+
+    async def start(self) -> None:
+        self.starting.set()
+        await asyncio.Event().wait()
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+    def describe(self) -> dict[str, object]:
+        return {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_while_starting_stops_the_server(number: signal.Signals) -> None:
+    server: Any = Slow()
+    async with asyncio.timeout(DEADLINE):
+        serving = asyncio.create_task(_serve(Output(json=True), server))
+        await server.starting.wait()
+        os.kill(os.getpid(), number)
+        assert await serving == 0
+    assert server.stopped
 
 
 def test_the_chosen_port(spawn: Spawn) -> None:
