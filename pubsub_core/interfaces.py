@@ -16,7 +16,7 @@ Rules that hold for every method:
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -261,6 +261,12 @@ class Backend(abc.ABC):
 
     The same object is opened again after a lost session, so it can keep what must survive:
     a client id, messages that wait for their acknowledgement.
+    """
+
+    topic_defaults: Callable[[str], tuple[int | None, bool | None]] | None = None
+    """Quality of service and retain flag of a publish that does not say, by topic.
+
+    For backends whose options have such defaults; None in either place leaves the bus's own.
     """
 
     def __init__(self, context: BackendContext) -> None:

@@ -74,6 +74,7 @@ class Publisher:
         self._echo = options.echo
         self._most: int | None = None
         self._special_topics = False
+        self._topic_defaults = backend.topic_defaults
         self.capabilities: Mapping[Cap, Support] = {}
         self.limits = Limits()
         self.set_limits(backend.limits)
@@ -113,6 +114,10 @@ class Publisher:
     ) -> OutFrame:
         """Check and encode one message; see `Bus.publish`."""
         validate_topic(topic)
+        if self._topic_defaults is not None:
+            default_qos, default_retain = self._topic_defaults(topic)
+            qos = default_qos if qos is None else qos
+            retain = default_retain if retain is None else retain
         if self._special_topics:
             check_limits(topic, self.limits, self._name)
         if type(payload) is bytes and codec is None:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 
 from pubsub_core import interfaces
@@ -187,6 +187,7 @@ class MQTTBackend(Backend):
         # The broker may still hold subscriptions of an earlier process, whose identifiers
         # must not be taken for ours: those begin where nobody else's do.
         self._base = 0 if options.clean_start else (1 + secrets.randbelow(200_000)) * 1024
+        self._highest = 0
         self._current: dict[int, WireSub] = {}
         self._known: set[int] = set()
         self._turns: dict[str, _Turn] = {}
@@ -194,6 +195,8 @@ class MQTTBackend(Backend):
         self._captured = 0
         self._defaults: HandlerTrie[tuple[str, TopicDefaults]] | None = None
         self._defaults_cache: dict[str, tuple[int | None, bool | None]] = {}
+        if options.topics or options.default_retain:
+            self.topic_defaults = self._topic_defaults
         if options.topics:
             self._defaults = HandlerTrie("mqtt")
             for pattern, defaults in options.topics.items():
@@ -342,7 +345,7 @@ class MQTTBackend(Backend):
 
     # --- publishing -------------------------------------------------------------------
 
-    def publish_defaults(self, topic: str) -> tuple[int | None, bool | None]:
+    def _topic_defaults(self, topic: str) -> tuple[int | None, bool | None]:
         """Return quality of service and retain flag that the options set for *topic*.
 
         An exact topic wins over filters, among those the longest; None where the options
@@ -449,6 +452,7 @@ class MQTTBackend(Backend):
                 backend=self._name,
                 topic=want.filter,
             )
+        self._highest = max(self._highest, want.id)
         request = await self.driver.subscribe(
             Subscribe(
                 self._wire_filter(want),
@@ -512,7 +516,7 @@ class MQTTBackend(Backend):
                 )
 
     @contextlib.asynccontextmanager
-    async def _lock(self, wire: str) -> AsyncIterator[None]:
+    async def _lock(self, wire: str) -> AsyncGenerator[None]:
         """Keep operations on one wire filter apart."""
         turn = self._turns.get(wire)
         if turn is None:
@@ -563,7 +567,9 @@ class MQTTBackend(Backend):
             return
         identifiers = properties.subscriptions
         if self._base:
-            identifiers = tuple(each - self._base for each in identifiers if each > self._base)
+            # A number that we never gave is an earlier process's: the core matches the topic.
+            ours = tuple(each - self._base for each in identifiers)
+            identifiers = ours if all(0 < each <= self._highest for each in ours) else ()
         if self._captures and self._capture(message, properties.subscriptions):
             return
         sink.deliver(self._frame(message, identifiers))

@@ -396,6 +396,23 @@ class PahoClient(Client):
     def _mid_generate(self) -> int:
         return self._pubsub.next_id()
 
+    def start(self, keepalive: int, *, clean: bool, properties: Properties | None = None) -> None:
+        """Take the prepared socket and send CONNECT."""
+        # The address is not used: the socket is there already.
+        if self.protocol == MQTTv5:
+            self.connect("broker", 1, keepalive, clean_start=clean, properties=properties)
+        else:
+            self._clean_session = clean  # paho takes it from its constructor only
+            self.connect("broker", 1, keepalive)
+
+    def keep_session(self) -> None:
+        """Continue the session when paho's own loop reconnects (MQTT 5)."""
+        self._clean_start = False
+
+    def forget_socket(self) -> None:
+        """Let go of a socket that is closed already."""
+        self._sock = None
+
     def wake(self) -> None:
         """Make paho's own loop look at the buffer, if one is running."""
         if self._sockpairW is not None:
@@ -551,17 +568,11 @@ class Connection:
         clean = settings.clean_start and not (
             version == 5 and settings.expiry and self._had_session
         )
-        if version == 4:
-            paho._clean_session = clean  # noqa: SLF001 # 3.1.1 has no argument for it
-            paho.connect("broker", 1, max(settings.keepalive, 0))
-        else:
-            paho.connect(
-                "broker",
-                1,
-                settings.keepalive,
-                clean_start=clean,
-                properties=self._connect_properties(),
-            )
+        paho.start(
+            settings.keepalive,
+            clean=clean,
+            properties=self._connect_properties() if version == 5 else None,
+        )
 
     def _connect_properties(self) -> Properties | None:
         settings = self.settings
@@ -841,7 +852,7 @@ class Connection:
         self._proved = True
         self._had_session = True
         if self._paho is not None and settings.expiry:
-            self._paho._clean_start = False  # noqa: SLF001 # for reconnects of paho's own loops
+            self._paho.keep_session()
         self.client_id = str(said("AssignedClientIdentifier", self.client_id))
         self._window = min(settings.max_inflight, int(said("ReceiveMaximum", 65535)))
         self._window2 = self._window if v5 else min(self._window, _QOS2_WINDOW_311)
@@ -976,7 +987,7 @@ class Connection:
         self.on_close(sock)
         sock.close()
         if self._paho is not None:
-            self._paho._sock = None  # noqa: SLF001 # closed above, paho would close it again
+            self._paho.forget_socket()
         # QoS 0: what left is out of our hands, what did not can be told.
         gone: list[Outgoing] = []
         for out in self._unflushed:
@@ -1297,7 +1308,12 @@ class Connection:
         return subscribe_error(code, filter=request.filters[index], said=request.said)
 
     def _answered(
-        self, packet_id: int, codes: Iterable[ReasonCode], said: str, *, granted: bool
+        self,
+        packet_id: int,
+        codes: Iterable[ReasonCode],
+        properties: Properties | None,
+        *,
+        granted: bool,
     ) -> None:
         request = self._requests.get(packet_id)
         if request is None:
@@ -1308,7 +1324,7 @@ class Connection:
             raise malformed("SUBACK with another number of codes than filters")
         del self._requests[packet_id]
         request.codes = values
-        request.said = said
+        request.said = str(getattr(properties, "ReasonString", ""))
         request.on_done(request)
 
     def ping(self, on_done: Callable[[ConnectError | None], None]) -> None:
@@ -1483,12 +1499,27 @@ class Connection:
             self._accepted(properties, present=flags.session_present)
 
         paho.on_connect = connected
-        paho.on_subscribe = lambda client, userdata, mid, codes, properties: self._answered(
-            mid, codes, str(getattr(properties, "ReasonString", "")), granted=True
-        )
-        paho.on_unsubscribe = lambda client, userdata, mid, codes, properties: self._answered(
-            mid, codes, str(getattr(properties, "ReasonString", "")), granted=False
-        )
+
+        def subscribed(
+            client: Client,
+            userdata: object,
+            mid: int,
+            codes: list[ReasonCode],
+            properties: Properties | None,
+        ) -> None:
+            self._answered(mid, codes, properties, granted=True)
+
+        def unsubscribed(
+            client: Client,
+            userdata: object,
+            mid: int,
+            codes: list[ReasonCode],
+            properties: Properties | None,
+        ) -> None:
+            self._answered(mid, codes, properties, granted=False)
+
+        paho.on_subscribe = subscribed
+        paho.on_unsubscribe = unsubscribed
         paho.give(head, body)
 
     def _publish_in(self, data: bytes, head: int, start: int, stop: int) -> None:

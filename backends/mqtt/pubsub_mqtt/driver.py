@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from pubsub_core.errors import ConnectError, ConnectTimeout, NotConnected
@@ -794,7 +795,7 @@ class BlockingDriver:
 
         def done(out: Outgoing) -> None:
             if on_done is not None:
-                events.append(lambda: on_done(out))
+                events.append(partial(on_done, out))
 
         with self.connection.lock:
             return self.connection.publish(
@@ -820,7 +821,7 @@ class BlockingDriver:
 
         def done(request: Request) -> None:
             if on_done is not None:
-                events.append(lambda: on_done(request))
+                events.append(partial(on_done, request))
 
         return done
 

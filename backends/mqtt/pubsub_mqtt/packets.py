@@ -14,10 +14,8 @@ from collections.abc import Iterable
 from typing import Final
 
 import msgspec
-from paho.mqtt.properties import (  # type: ignore[attr-defined] # 2.1 defines the error here
-    MQTTException,
-    Properties,
-)
+import paho.mqtt.properties
+from paho.mqtt.properties import Properties
 
 from pubsub_core.errors import Outcome, PublishFailed
 
@@ -204,15 +202,13 @@ def read_publish_properties(data: bytes, pos: int, stop: int) -> PublishProperti
     correlation: bytes | None = None
     utf8 = False
     user: list[tuple[str, str]] = []
-    subscriptions: tuple[int, ...] = ()
+    subscriptions: list[int] = []
     while pos < stop:
         kind = data[pos]
         pos += 1
         if kind == 0x0B:
             number, pos = read_length(data, pos, stop)
-            subscriptions = (*subscriptions, number) if subscriptions else (number,)
-            if len(subscriptions) > 65535:
-                raise malformed("too many subscription identifiers")
+            subscriptions.append(number)
         elif kind == 0x26:
             name, pos = _read_text(data, pos, stop)
             value, pos = _read_text(data, pos, stop)
@@ -242,11 +238,14 @@ def read_publish_properties(data: bytes, pos: int, stop: int) -> PublishProperti
         else:
             raise malformed(f"property 0x{kind:02X} in a PUBLISH")
     return PublishProperties(
-        expiry, content_type, tuple(user), subscriptions, response_topic, correlation, utf8
+        expiry, content_type, tuple(user), tuple(subscriptions), response_topic, correlation, utf8
     )
 
 
-PAHO_ERRORS = (MQTTException, struct.error, IndexError, KeyError, ValueError)
+# paho-mqtt 2.1 defines it in that module, 2.2 imports it there.
+_MQTT_EXCEPTION: type[Exception] = vars(paho.mqtt.properties)["MQTTException"]
+
+PAHO_ERRORS = (_MQTT_EXCEPTION, struct.error, IndexError, KeyError, ValueError)
 """What paho-mqtt raises over a packet it cannot read, depending on its version."""
 
 
