@@ -28,7 +28,6 @@ from pubsub_mqtt.client import (
     ConnectError,
     ConnectException,
     MQTTClient,
-    RequestTimeout,
 )
 from pubsub_mqtt.client_config import ClientConfig
 from pubsub_mqtt.server import AmqttServer, MosquittoServer
@@ -228,7 +227,7 @@ class TestDefectsOfAmqtt:
     async def test_a_missing_suback_ends_subscribe(self, broker: ScriptedBroker) -> None:
         broker.suback = False
         async with client(broker.url, request_timeout=0.2) as one:
-            with pytest.raises(RequestTimeout, match="no answer to SUBSCRIBE"):
+            with pytest.raises(core.OperationTimeout, match="no answer to SUBSCRIBE"):
                 await one.subscribe([("a", QOS_0)])
             assert one.subscriptions == {}
             # Nobody knows whether it was granted, so it is taken back.

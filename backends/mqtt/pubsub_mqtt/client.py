@@ -29,7 +29,7 @@ from typing import Any, Final, Self, TypeVar
 
 from pubsub_core import errors as core
 from pubsub_core.clock import Clock, SystemClock
-from pubsub_core.errors import NotConnected, Outcome, PublishFailed, PubSubError
+from pubsub_core.errors import NotConnected, OperationTimeout, Outcome, PublishFailed, PubSubError
 from pubsub_core.interfaces import Address
 from pubsub_core.options import build, parse_url
 from pubsub_core.session import Backoff
@@ -54,7 +54,6 @@ __all__ = [
     "ConnectError",
     "ConnectException",
     "MQTTClient",
-    "RequestTimeout",
 ]
 
 logger = logging.getLogger("pubsub_mqtt.client")
@@ -100,13 +99,6 @@ class ConnectError(core.ConnectError):
     ) -> None:
         super().__init__(message, hint=hint, backend="mqtt", retryable=retryable)
         self.return_code = return_code
-
-
-class RequestTimeout(PubSubError, TimeoutError):
-    """The broker did not answer in time."""
-
-    code = "timeout"
-    retryable = True
 
 
 ClientException = ClientError
@@ -859,10 +851,10 @@ class MQTTClient:
         try:
             async with asyncio.timeout(seconds):
                 yield
-        except RequestTimeout:
+        except OperationTimeout:
             raise
         except TimeoutError as exc:
-            raise RequestTimeout(
+            raise OperationTimeout(
                 f"{text} within {seconds:g} s",
                 hint="raise request_timeout if the broker is that slow",
                 backend="mqtt",
