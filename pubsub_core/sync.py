@@ -169,6 +169,15 @@ class _Synchronous:
     def _call(self, function: Callable[[], Awaitable[R]], name: str) -> R:
         return self._caller.call(function, name)
 
+    def _next(self, iterator: AsyncIterator[R]) -> R:
+        try:
+            item = self._call(lambda: _step(iterator), "__next__")
+        except _LoopEnded:
+            item = None  # closed together with its bus, as any other end
+        if item is None:
+            raise StopIteration
+        return item
+
 
 class SyncBus(_Synchronous):
     """A `Bus` for code without an event loop. Made by `connect`; safe from any thread."""
@@ -603,10 +612,7 @@ class SyncSubscription(_Synchronous, Generic[T]):
         return self
 
     def __next__(self) -> Message[T]:
-        message = self._call(lambda: _step(self._subscription), "__next__")
-        if message is None:
-            raise StopIteration
-        return message
+        return self._next(self._subscription)
 
     def get(self, timeout: float | None = None) -> Message[T]:
         """Return the next message, waiting at most *timeout* seconds.
@@ -648,10 +654,7 @@ class _SyncView(_Synchronous, Generic[V]):
         return self
 
     def __next__(self) -> InterestEvent:
-        event = self._call(lambda: _step(self._view), "__next__")
-        if event is None:
-            raise StopIteration
-        return event
+        return self._next(self._view)
 
     def get(self, timeout: float | None = None) -> InterestEvent:
         """Return the next change, waiting at most *timeout* seconds.
@@ -731,18 +734,14 @@ class SyncEventStream(_Synchronous):
         return self
 
     def __next__(self) -> BusEvent:
-        event = self._call(lambda: _step(self._stream), "__next__")
-        if event is None:
-            raise StopIteration
-        return event
+        return self._next(self._stream)
 
 
-async def _step(iterator: AsyncIterator[R] | Any) -> R | None:
+async def _step(iterator: AsyncIterator[R]) -> R | None:
     try:
-        item: R = await iterator.__anext__()
+        return await iterator.__anext__()
     except StopAsyncIteration:
         return None
-    return item
 
 
 # --- the loop in its thread ---------------------------------------------------------------
@@ -825,8 +824,12 @@ class _Caller:
             del future  # it may hold an exception, and that this frame
 
 
+class _LoopEnded(BusClosed):
+    """Ended because the loop did."""
+
+
 def _closed(name: str) -> BusClosed:
-    return BusClosed(f"the bus was closed before {name}() ended", hint="open a new one")
+    return _LoopEnded(f"the bus was closed before {name}() ended", hint="open a new one")
 
 
 async def _run(function: Callable[[], Awaitable[R]]) -> R:

@@ -6,11 +6,13 @@ import dataclasses
 import datetime as dt
 import enum
 import json
+import re
 import subprocess
 import sys
 import traceback
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import msgspec
@@ -484,3 +486,12 @@ def test_pydantic_is_imported_for_its_own_models_only() -> None:
         "assert 'paho' not in sys.modules and 'amqtt' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+
+
+def test_the_examples_of_the_documentation_run() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "payloads.md").read_text("utf-8")
+    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        code = compile(example, "docs/payloads.md", "exec", dont_inherit=True)
+        exec(code, {"__name__": "__main__"})

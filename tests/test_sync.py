@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -319,14 +321,15 @@ def test_events_status_and_ping(url: str) -> None:
 
 def test_middleware_stays_async(url: str) -> None:
     async def shout(context: Context, call_next: CallNext) -> Any:
-        context.headers["x"] = context.direction.value
+        context.headers[context.direction.value] = "seen"
         return await call_next(context)
 
     with sync.connect(url) as bus:
         bus.use(shout)
         with bus.subscribe("a", str) as messages:
             bus.publish("a", "b")
-            assert messages.get(timeout=WITHIN).headers["x"] == "publish"
+            headers = messages.get(timeout=WITHIN).headers
+    assert dict(headers) == {"publish": "seen", "receive": "seen"}
 
 
 def test_async_functions_of_the_native_client_can_be_called(url: str) -> None:
@@ -598,3 +601,13 @@ def test_a_forked_child_is_told_and_the_parent_goes_on() -> None:
     )
     assert (code, out) == (0, "8\n7\n"), err
     assert err == ""
+
+
+def test_the_examples_of_the_documentation_run(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "app.md").read_text("utf-8")
+    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(examples) == 5
+    for example in examples:
+        code = compile(example, "docs/app.md", "exec", dont_inherit=True)
+        exec(code, {"__name__": "__main__"})
+    assert capsys.readouterr().out == "oven 81.5\nTrue\n"
