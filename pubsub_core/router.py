@@ -35,6 +35,7 @@ class Wire:
     Attributes:
         want: What the broker is asked for.
         generation: Session in which the broker confirmed `asked`; 0 for none.
+        tried: Session in which the broker was asked, whether or not it answered.
         asked: What the broker confirmed.
     """
 
@@ -42,6 +43,7 @@ class Wire:
         self.want = want
         self.subscriptions: list[Subscription[Any]] = []
         self.generation = 0
+        self.tried = 0
         self.asked: WireSub | None = None
         self.granted = 0
         # The newest message it received, to find the place in a history.

@@ -110,7 +110,7 @@ class Wiring:
         key = wire.key
         async with self._lock(key):
             # Somebody may have subscribed again while we waited for our turn.
-            if wire.generation == self._session.generation and self.router.find(*key) is None:
+            if wire.tried == self._session.generation and self.router.find(*key) is None:
                 try:
                     await self._within(
                         lambda: self._backend.unsubscribe(wire.want),
@@ -137,6 +137,7 @@ class Wiring:
                         return
                     want = wire.want
                     wire.served = wire.subscriptions
+                    wire.tried = generation
                     try:
                         wire.granted = await self._backend.subscribe(want)
                     except NotConnected:
@@ -187,10 +188,11 @@ class Wiring:
 
     async def _renew(self, wire: Wire, generation: int, resumed: bool) -> None:
         if resumed and wire.generation == generation - 1 and wire.asked == wire.want:
-            wire.generation = generation
+            wire.generation = wire.tried = generation
             return
         want = wire.want
         wire.served = wire.subscriptions
+        wire.tried = generation
         for subscription in wire.subscriptions:
             subscription.renewed()
         try:

@@ -479,6 +479,32 @@ async def test_what_a_resumed_session_delivers_early_waits_for_its_subscription(
             assert other.stats.received == 0
 
 
+async def test_a_cancelled_subscribe_leaves_nothing_at_the_broker(
+    lab: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker may have accepted it before the cancellation came."""
+    accepted = asyncio.Event()
+    original = MemoryBackend.subscribe
+
+    async def slow(self: MemoryBackend, want: Any) -> int:
+        granted = await original(self, want)
+        accepted.set()
+        await asyncio.Event().wait()
+        return granted
+
+    monkeypatch.setattr(MemoryBackend, "subscribe", slow)
+    async with connect(lab) as bus:
+        subscribing = asyncio.ensure_future(bus.subscribe("a")._enter())
+        async with asyncio.timeout(5):
+            await accepted.wait()
+        subscribing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await subscribing
+        async with asyncio.timeout(5):
+            while await bus.members("a"):
+                await asyncio.sleep(0)
+
+
 async def test_redelivery_after_the_deadline_is_flagged() -> None:
     clock = VirtualClock()
     async with connect("memory://", clock=clock, ack_timeout=30.0) as bus:
