@@ -354,15 +354,11 @@ class ServerThread:
         """Stop both."""
         try:
             self._run(self.server.stop())
+            self._run(self._end_tasks())
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(10)
             self._loop.close()
-
-    async def restart(self) -> None:
-        """Stop the server as its `stop` does, and start it on the same port."""
-        await self.halt()
-        await self.resume()
 
     async def halt(self) -> None:
         """Take the server away: killed where it can be, stopped otherwise."""
@@ -372,6 +368,14 @@ class ServerThread:
     async def resume(self) -> None:
         """Bring it back on the same port."""
         await self._call(self.server.start())
+
+    async def _end_tasks(self) -> None:
+        # A server that is not ours may leave tasks behind, whose end would be told later.
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=5)
 
     async def _call(self, work: Coroutine[Any, Any, None]) -> None:
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))

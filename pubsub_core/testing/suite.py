@@ -131,6 +131,7 @@ async def _judged(t: Trial) -> None:
     support = await t.support()
     for cap in case.caps:
         if is_missing(support[cap]):
+            print(f"turned round: {cap} is missing ({support[cap].why})")
             await refused(t, cap)
             return
     for cap in case.caps:
@@ -144,4 +145,5 @@ async def _judged(t: Trial) -> None:
     try:
         await case.body(t)
     except NotSupported as error:
+        print(f"tried, and refused: {error.capability} ({error.why})")
         t.check_refusal(error, guesses)

@@ -125,10 +125,8 @@ class TestAmqtt(suite("mqtt")):  # type: ignore[misc]  # the base is made at run
         native_errors=ERRORS_3,
         # amqtt 0.12.1 goes on answering such a client and delivers nothing to it any more.
         dollar=False,
-        lacks={
-            Cap.REDELIVERY: "amqtt 0.12.1 forgets what was not acknowledged when a connection ends",
-            Cap.PERSISTENT_SESSION: "amqtt 0.12.1 keeps no session of an anonymous client",
-        },
+        # No options_for: amqtt 0.12.1 keeps no session of an anonymous client, and forgets
+        # what was not acknowledged. Without such a session nothing of it is claimed.
         exempt={
             "overlapping_filters_deliver_once_per_subscription": COPIES,
             "matcher_against_reference": COPIES,

@@ -18,7 +18,7 @@ from pubsub_core.interfaces import BackendInfo
 from pubsub_core.memory.plugin import INFO
 from pubsub_core.plugins import Registry, use_registry
 from pubsub_core.testing import Harness, Mode, Suite, suite
-from pubsub_core.testing.case import VARIABLE
+from pubsub_core.testing.case import VARIABLE, mode
 from pubsub_core.testing.contract import CASES
 from tests.conformance import test_memory, test_mqtt
 
@@ -129,6 +129,14 @@ def test_a_missing_capability_turns_its_cases_round(announce: Announce) -> None:
     assert turned > 30
 
 
+def test_a_capability_that_only_this_server_lacks_is_skipped_with_its_reason() -> None:
+    class Lacking(suite("memory")):  # type: ignore[misc]  # the base is made at run time
+        harness = replace(test_memory.TestMemory.harness, lacks={Cap.HISTORY: "the disk is full"})
+
+    with pytest.raises(pytest.skip.Exception, match="the disk is full"):
+        run(Lacking(), "history_last_n_in_order")
+
+
 def test_a_missing_capability_without_a_reason_is_found(announce: Announce) -> None:
     info = forged("Losing", {Cap.HISTORY: Support.none("")})
     tests = announce(info)
@@ -235,25 +243,31 @@ def test_it_runs_beside_pytest_asyncio_in_strict_mode(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_environment_selects_the_mode(tmp_path: Path) -> None:
-    done = foreign(tmp_path, "--collect-only", **{VARIABLE: "outage"})
-    assert "test_roundtrip_bytes" not in done.stdout
-    # Without a link a memory bus has nothing to cut; every outage case is not applicable.
-    assert "no tests collected" in done.stdout
-    done = foreign(tmp_path, "--collect-only", **{VARIABLE: "quick"})
-    assert "test_roundtrip_bytes" in done.stdout
-    done = foreign(tmp_path, "--collect-only", **{VARIABLE: "wrong"})
-    assert "choose one of" in done.stdout
+@pytest.mark.parametrize("chosen", list(Mode))
+def test_the_environment_selects_the_mode(chosen: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, chosen.value)
+
+    class Chosen(suite("memory")):  # type: ignore[misc]  # the base is made at run time
+        harness = test_memory.TestMemory.harness
+
+    for case in CASES:
+        there = callable(getattr(Chosen, f"test_{case.name}"))
+        applies = case.name not in Chosen.not_applicable
+        assert there == (applies and case.runs_in(chosen)), case.name
+
+
+def test_a_mode_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "wrong")
+    with pytest.raises(ValueError, match="choose one of default, quick"):
+        mode()
 
 
 def test_the_plugin_brings_an_option_and_marks(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["pubsub_core.testing.plugin"]\n')
-    done = foreign(
-        tmp_path, "--collect-only", "--pubsub-suite=quick", "-m", "conformance", "--markers"
-    )
-    assert "conformance(number)" in done.stdout
     done = foreign(tmp_path, "--collect-only", "--pubsub-suite=quick", "-m", "conformance")
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "test_roundtrip_bytes" in done.stdout
+    assert "test_all_subscriptions_restored" not in done.stdout
 
 
 def test_stress_repeats_a_case_with_printed_seeds(tmp_path: Path) -> None:
