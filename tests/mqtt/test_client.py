@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import ssl
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -1361,3 +1362,44 @@ def test_importing_the_client_needs_neither_amqtt_nor_typer() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert found.stdout.strip() == "[]"
+
+
+async def test_cancelling_anything_anywhere_leaves_the_client_whole(
+    proxy: FaultProxy, unique: Unique
+) -> None:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    async with client(url_of(proxy), max_inflight=5, offline_messages=5) as one:
+        calls: list[Callable[[], Coroutine[Any, Any, object]]] = [
+            lambda: one.publish(unique("t"), b"x", qos=rng.randrange(3)),
+            lambda: one.subscribe([(unique("t"), rng.randrange(3))]),
+            lambda: one.unsubscribe([unique("t")]),
+            one.deliver_message,
+            one.ping,
+        ]
+        for turn in range(300):
+            tasks = [asyncio.create_task(rng.choice(calls)()) for _ in range(rng.randrange(1, 8))]
+            if turn % 60 == 30:
+                await proxy.cut()
+            for _ in range(rng.randrange(12)):
+                await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                # What was not cancelled in time succeeded, or failed as it should.
+                assert not isinstance(result, BaseException) or isinstance(
+                    result, (asyncio.CancelledError, ClientError)
+                ), result
+        await eventually(lambda: one.connected)
+        await one.unsubscribe([unique("t")])
+        await eventually(lambda: one._driver is not None and not one._driver.connection.unfinished)
+        await one.ping()
+        while one.waiting:
+            await one.deliver_message()
+        assert (one._offline_bytes, len(one._offline), len(one._receivers)) == (0, 0, 0)
+        assert one._changes == set()
+        await one.subscribe([(unique("end"), QOS_2)])
+        for number in range(20):
+            await one.publish(unique("end"), b"%d" % number, qos=QOS_2)
+            assert (await one.deliver_message(5)).data == b"%d" % number
