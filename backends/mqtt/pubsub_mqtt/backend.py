@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Mapping
@@ -190,6 +191,8 @@ class MQTTBackend(Backend):
         self._highest = 0
         self._current: dict[int, WireSub] = {}
         self._known: set[int] = set()
+        self._order = itertools.count(1)
+        self._repeated: dict[int, int] = {}
         self._turns: dict[str, _Turn] = {}
         self._captures: dict[str, _Capture] = {}
         self._captured = 0
@@ -437,12 +440,19 @@ class MQTTBackend(Backend):
             return granted
 
     async def repeat_retained(self, want: WireSub) -> None:
-        """Subscribe once more, which makes the broker send retained messages again."""
+        """Subscribe once more, which makes the broker send retained messages again.
+
+        Of several calls that wait for each other, one asks the broker for all.
+        """
         if want.group is not None:
             return
+        asked = next(self._order)
         async with self._lock(want.filter):
-            if want.id in self._current:
-                await self._subscribe(want, retained=True)
+            if want.id not in self._current or self._repeated.get(want.id, 0) > asked:
+                return
+            began = next(self._order)
+            await self._subscribe(want, retained=True)
+            self._repeated[want.id] = began
 
     async def _subscribe(self, want: WireSub, *, retained: bool) -> int:
         if not want.echo and not self._v5:
@@ -474,6 +484,7 @@ class MQTTBackend(Backend):
         wire = self._wire_filter(want)
         async with self._lock(wire):
             self._known.discard(want.id)
+            self._repeated.pop(want.id, None)
             self._current.pop(want.id, None)
             self._choose_settling()
             await self.driver.unsubscribe(wire)
