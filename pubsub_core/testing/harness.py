@@ -89,6 +89,11 @@ class Link(Protocol):
         """Port to connect to instead of the server's; None to use the server's."""
         ...
 
+    @property
+    def swallowed(self) -> int:
+        """Bytes that were lost while it was frozen."""
+        ...
+
     async def open(self) -> None:
         """Make it ready."""
         ...
@@ -132,6 +137,11 @@ class ProxyLink:
     def port(self) -> int | None:
         return self.proxy.port
 
+    @property
+    def swallowed(self) -> int:
+        """Bytes that the black hole took, both ways."""
+        return sum(self.proxy.lost.values())
+
     async def open(self) -> None:
         await self.proxy.start()
 
@@ -164,6 +174,11 @@ class MemoryLink:
     def __init__(self, trial: Trial) -> None:
         self._space = Space.named(trial.word)
         self._buses: list[Bus] = []
+
+    @property
+    def swallowed(self) -> int:
+        """There is nothing to swallow."""
+        return 0
 
     @property
     def port(self) -> int | None:
@@ -679,9 +694,12 @@ class Trial:
 
     @contextlib.asynccontextmanager
     async def outage(self, link: Link) -> AsyncGenerator[None, None]:
-        """Take the broker away for the length of the block: restarted where it can be."""
+        """Take the broker away for the length of the block: restarted where it can be.
+
+        In mode stress other trials use the same server, and only the link goes down.
+        """
         server = self.ledger.server
-        if self.harness.restart and server is not None:
+        if self.harness.restart and server is not None and self.mode is not Mode.STRESS:
             self.ledger.restarted = True
             await self.within(server.halt(), 10)
             try:

@@ -203,7 +203,7 @@ async def every_native_error_classified(t: Trial) -> None:
         assert error.backend == t.info.name, f"{native.name}: no backend in {error!r}"
 
 
-@case(153, fast=False)
+@case(153, fast=False, alone=True)
 async def cli_pub_sub_caps_doctor_smoke(t: Trial) -> None:
     """The command line reaches the broker."""
     for command in (["caps", t.url()], ["pub", t.url(), t.topic(), "x"]):

@@ -80,7 +80,7 @@ async def _python(t: Trial, program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@case(1)
+@case(1, alone=True)
 async def info_readable_without_client_library(t: Trial) -> None:
     """The announcement can be read where the client library is not installed."""
     found = await _python(
@@ -99,7 +99,7 @@ async def info_readable_without_client_library(t: Trial) -> None:
     assert found.stdout.strip() == t.info.name
 
 
-@case(2)
+@case(2, alone=True)
 async def missing_dependency_names_install_line(t: Trial) -> None:
     """A client library that is not installed becomes an error with the command to type."""
     folder = tempfile.TemporaryDirectory(prefix="pubsub-conformance-")
