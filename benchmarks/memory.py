@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,7 @@ from rich.table import Table
 from pubsub_core import Message, connect
 
 PAYLOAD = b"x" * 100
-Candidate = Callable[[int], Awaitable[float]]
+Candidate = Callable[[int], Coroutine[Any, Any, float]]
 
 
 def queue(size: int) -> Candidate:
