@@ -29,7 +29,7 @@ from pubsub_core.options import (
 from pubsub_core.secrets import Secret
 from pubsub_core.settings import BusOptions, CodecRule
 
-from .test_secrets import CANARY, told
+from tests.test_secrets import CANARY, told
 
 # --- URLs ------------------------------------------------------------------------------
 
