@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sets, few rounds: seconds")
     quick = parser.parse_args().quick
     sizes = (100, 10_000) if quick else (100, 10_000, 200_000)
-    number, rounds = (500, 3) if quick else (4000, 15)
+    number, rounds = (500, 3) if quick else (4000, 11)
     print(f"Python {sys.version.split()[0]}; times per look-up\n")
     speed(sizes, number, rounds)
     flatness(sizes, min(number, 300), rounds)

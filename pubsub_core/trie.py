@@ -91,13 +91,11 @@ class HandlerTrie(Generic[V]):
         "_cache",
         "_cache_size",
         "_exact",
-        "_hides_dollar",
-        "_levels_of_nothing",
+        "_is_emitter",
         "_lock",
         "_next",
         "_root",
         "_rule",
-        "_strips_slash",
         "_wild",
     )
 
@@ -108,9 +106,7 @@ class HandlerTrie(Generic[V]):
             raise ValueError(f"cache_size is {cache_size}; use 0 to keep no results")
         self._rule: Rule = rule
         self._cache_size = cache_size
-        self._strips_slash = rule.startswith("emitter")
-        self._hides_dollar = rule == "mqtt"
-        self._levels_of_nothing = () if self._strips_slash else ("",)
+        self._is_emitter = rule.startswith("emitter")
         self._lock = RLock()
         self._next = 0
         self._exact: dict[str, _Entry[V]] = {}
@@ -203,17 +199,22 @@ class HandlerTrie(Generic[V]):
         if kept is not None:
             return kept
 
-        key = topic.removesuffix("/") if self._strips_slash else topic
-        entry = self._exact.get(key)
+        entry = None
+        if self._exact:
+            entry = self._exact.get(_as_channel(topic) if self._is_emitter else topic)
         hits: list[_Entry[V]] = [] if entry is None else [entry]
         if self._wild:
             # Everything in one frame, and nodes as tuples, because unpacking one costs less
             # than reading three attributes: together that halved the time.
             word, child, children, plus, below, here = self._root
-            levels = iter(key.split("/") if key else self._levels_of_nothing)
-            if (plus or below) and self._hides_dollar and key.startswith("$"):
+            parts = topic.split("/")
+            if self._is_emitter:
+                if not parts[-1]:
+                    del parts[-1]
+            elif (plus or below) and topic.startswith("$"):
                 # Only what begins with this very word; the root's wildcards stay out.
                 plus = below = None
+            levels = iter(parts)
             # While only one node can match, no list of nodes is needed.
             for level in levels:
                 if below is not None:
@@ -290,8 +291,7 @@ class HandlerTrie(Generic[V]):
                 for kept in (self._exact, self._wild)
                 for key, entry in kept.items()
             )
-        end = "/" if self._strips_slash else ""
-        return tuple(key + end for _, key in ordered)
+        return tuple(key for _, key in ordered)
 
     def clear(self) -> None:
         """Remove everything."""
@@ -331,8 +331,8 @@ class HandlerTrie(Generic[V]):
             if path[-1] == "#":
                 return filter, path[:-1], True
             return filter, path, False
-        key = filter.removesuffix("/")
-        path = key.split("/") if key else []
+        key = _as_channel(filter)
+        path = key.split("/")[:-1]
         if rule == "emitter":
             return key, path, True
         if path and path[-1] == "#":
@@ -418,6 +418,11 @@ _Link: TypeAlias = "_Node[V] | None"
 _Slot: TypeAlias = "_Entry[V] | None"
 _NO_WORD: Final = "/"  # is no level of any topic
 _NOTHING: Final = (_NO_WORD, None, None, None, None, None)
+
+
+def _as_channel(text: str) -> str:
+    """Return a filter or topic as Emitter writes it; no text at all is the root."""
+    return text if not text or text.endswith("/") else f"{text}/"
 
 
 def _in_order(hits: list[_Entry[V]]) -> tuple[V, ...]:

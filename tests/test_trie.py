@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import random
+import re
 import sys
 import threading
 import time
@@ -46,8 +47,7 @@ def _mqtt(text: str, topic: str) -> bool:
 
 
 def _channel(text: str) -> list[str]:
-    text = text.removesuffix("/")
-    return text.split("/") if text else []
+    return text.removesuffix("/").split("/") if text else []
 
 
 def _emitter(text: str, topic: str) -> bool:
@@ -216,6 +216,16 @@ def test_a_trailing_slash_says_nothing_to_emitter(name: Rule) -> None:
     assert len(trie) == 0
 
 
+def test_the_empty_channel_is_the_root() -> None:
+    prefix, mqtt = HandlerTrie[int]("emitter"), HandlerTrie[int]("emitter-mqtt")
+    for trie in (prefix, mqtt):
+        trie.add("", 1)
+        assert trie.filters() == ("",)
+        assert trie.match("") == (1,)
+    assert prefix.match("a/b/") == prefix.match("/") == (1,)
+    assert mqtt.match("a/b/") == mqtt.match("/") == ()
+
+
 def test_emitter_has_no_dollar_rule_and_exact_no_wildcards() -> None:
     emitter, exact = HandlerTrie[int]("emitter"), HandlerTrie[int]("exact")
     emitter.add("+/", 1)
@@ -306,7 +316,9 @@ class TrieMachine(RuleBasedStateMachine):
         self.pairs: list[tuple[str, int]] = []
 
     def key(self, text: str) -> str:
-        return text.removesuffix("/") + "/" if self.name.startswith("emitter") else text
+        if self.name.startswith("emitter") and text and not text.endswith("/"):
+            return f"{text}/"
+        return text
 
     @rule(data=st.data(), value=st.integers(0, 3))
     def add(self, data: st.DataObject, value: int) -> None:
@@ -602,3 +614,37 @@ def test_docstring_examples() -> None:
     result = doctest.testmod(trie_module)
     assert result.attempted >= 10
     assert result.failed == 0
+
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "trie.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_of_the_document_run() -> None:
+    names: dict[str, Any] = {}
+    claims = 0
+    for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL):
+        if "def " in block:
+            exec(block, names)
+            continue
+        for line in block.splitlines():
+            statement, _, comment = line.partition("  # ")
+            if not statement.startswith("handlers."):
+                exec(statement, names)
+                continue
+            result = eval(statement, names)
+            if comment:
+                assert result == eval(re.split("[:;]", comment)[0])
+                claims += 1
+    assert claims == 5
+
+
+def test_the_table_of_the_document_holds() -> None:
+    rows = re.findall(
+        r"^\| `(\S+)` \| `(\S+)` ((?:\| \**(?:yes|no)\** ){4})\|$", DOCUMENT, re.MULTILINE
+    )
+    assert len(rows) == 10
+    for text, topic, answers in rows:
+        for name, answer in zip(RULES, re.findall(r"yes|no", answers), strict=True):
+            trie = HandlerTrie[str](name)
+            trie.add(text, text)
+            assert bool(trie.match(topic)) is (answer == "yes"), (text, topic, name)
