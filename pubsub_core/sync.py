@@ -37,7 +37,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
 
@@ -798,30 +798,78 @@ class _Caller:
             f"sync {name}()",
             f"the async bus there: `await bus.{name}(...)` of `pubsub_core.connect`",
         )
-        work = _run(function)
+        call = _Call(function)
         try:
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._loop.call_soon_threadsafe(call.start)
         except RuntimeError:
-            work.close()
             raise _closed(name) from None
         try:
-            while True:
-                try:
-                    return future.result(_CHECK)
-                except TimeoutError:
-                    if future.done():
-                        raise
-                    # What a loop was asked for while it ended is neither run nor cancelled.
-                    if self._loop.is_closed():
-                        work.close()
-                        raise _closed(name) from None
+            return call.wait(self._loop)
         except CancelledError:
             raise _closed(name) from None
         finally:
-            # Ctrl-C, or anything else that ends the wait, ends what is waited for. Done
-            # futures ignore it.
-            future.cancel()
-            del future  # it may hold an exception, and that this frame
+            # Ctrl-C, or anything else that ends the wait, ends what is waited for.
+            call.give_up(self._loop)
+            del call  # it may hold an exception, and that this frame
+
+
+class _Call(Generic[R]):
+    """One call on its way through the loop.
+
+    `asyncio.run_coroutine_threadsafe` would do, but makes the coroutine in the calling
+    thread: a Ctrl-C between making it and handing it over leaves one that is never awaited.
+    """
+
+    def __init__(self, function: Callable[[], Awaitable[R]]) -> None:
+        self._function = function
+        self._future: Future[R] = Future()
+        self._task: asyncio.Task[R] | None = None
+
+    # --- in the calling thread -----------------------------------------------------------
+
+    def wait(self, loop: asyncio.AbstractEventLoop, limit: float | None = None) -> R:
+        """Return the result; raises CancelledError when the loop ended without one."""
+        while True:
+            try:
+                return self._future.result(_CHECK if limit is None else limit)
+            except TimeoutError:
+                if self._future.done():
+                    return self._future.result()
+                if limit is not None:
+                    raise
+                # What a loop was asked for while it ended is neither run nor cancelled.
+                if loop.is_closed():
+                    raise CancelledError from None
+
+    def give_up(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Cancel what still runs."""
+        if self._future.cancel():
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._cancel)
+
+    # --- in the loop's thread ------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin, unless nobody waits any more."""
+        if not self._future.cancelled():
+            self._task = asyncio.get_running_loop().create_task(_run(self._function))
+            self._task.add_done_callback(self._done)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _done(self, task: asyncio.Task[R]) -> None:
+        if task.cancelled():
+            self._future.cancel()
+            return
+        error = task.exception()  # looked at, so that nobody is told of an unheard one
+        if not self._future.set_running_or_notify_cancel():
+            return
+        if error is not None:
+            self._future.set_exception(error)
+        else:
+            self._future.set_result(task.result())
 
 
 class _LoopEnded(BusClosed):
@@ -931,13 +979,10 @@ class _Portal(_Caller):
                 *(bus.close(drain=_EXIT_DRAIN) for bus in self.buses), return_exceptions=True
             )
 
-        work = close()
-        try:
-            asyncio.run_coroutine_threadsafe(work, self._loop).result(_EXIT_LIMIT)
-        except RuntimeError:  # the loop has ended
-            work.close()
-        except (TimeoutError, CancelledError):
-            pass
+        call = _Call(close)
+        with contextlib.suppress(RuntimeError, TimeoutError, CancelledError):
+            self._loop.call_soon_threadsafe(call.start)
+            call.wait(self._loop, _EXIT_LIMIT)
         self._stop()
         self._thread.join(_JOIN_LIMIT)
 
