@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,22 @@ async def broker() -> AsyncIterator[ScriptedBroker]:
 async def proxy(mosquitto: MosquittoServer) -> AsyncIterator[FaultProxy]:
     async with FaultProxy("127.0.0.1", mosquitto.port) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def refusing(
+    mosquitto: MosquittoServer,
+    mosquitto_tls: MosquittoServer,
+    mosquitto_wrong_host: MosquittoServer,
+    mosquitto_expired: MosquittoServer,
+) -> Mapping[str, MosquittoServer]:
+    """Servers whose certificate does not hold, by what is wrong."""
+    return {
+        "unknown authority": mosquitto_tls,
+        "wrong host": mosquitto_wrong_host,
+        "expired": mosquitto_expired,
+        "not TLS at all": mosquitto,
+    }
 
 
 def url_of(proxy: FaultProxy) -> str:
@@ -534,15 +550,9 @@ class TestConnecting:
         "kind", ["unknown authority", "wrong host", "expired", "not TLS at all"]
     )
     async def test_a_certificate_that_does_not_hold_is_refused_at_once(
-        self, kind: str, authority: Authority, request: pytest.FixtureRequest
+        self, kind: str, authority: Authority, refusing: Mapping[str, MosquittoServer]
     ) -> None:
-        names = {
-            "unknown authority": "mosquitto_tls",
-            "wrong host": "mosquitto_wrong_host",
-            "expired": "mosquitto_expired",
-            "not TLS at all": "mosquitto",
-        }
-        server: MosquittoServer = request.getfixturevalue(names[kind])
+        server = refusing[kind]
         cafile = None if kind == "unknown authority" else authority.cafile
         # A server that only closes may be starting, so that is worth another attempt.
         one = MQTTClient(config={"reconnect_retries": 0 if kind == "not TLS at all" else -1})

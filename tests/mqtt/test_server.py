@@ -210,8 +210,9 @@ class TestMosquitto:
         with pytest.raises(ConnectError, match=r"none\.crt"):
             await server.start()
 
+    @pytest.mark.parametrize("how", ["it ends", "SIGTERM", "SIGKILL"])
     async def test_leaves_no_process_when_its_interpreter_ends(
-        self, mosquitto_installed: None
+        self, mosquitto_installed: None, how: str
     ) -> None:
         program = (
             "import asyncio\n"
@@ -219,15 +220,23 @@ class TestMosquitto:
             "server = MosquittoServer(unix=True)\n"
             "asyncio.run(server.start())\n"
             "print(server.pid, server.unix_path, flush=True)\n"
+            "input()\n"
         )
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", program, stdout=subprocess.PIPE
+            sys.executable, "-c", program, stdout=subprocess.PIPE, stdin=subprocess.PIPE
         )
+        assert child.stdout is not None
         async with asyncio.timeout(20):
-            out, _ = await child.communicate()
-        pid, path = out.split()
+            pid, path = (await child.stdout.readline()).split()
+            assert alive(int(pid))
+            if how == "SIGTERM":
+                child.terminate()
+            elif how == "SIGKILL":
+                child.kill()
+            await child.communicate(b"\n" if how == "it ends" else None)
         await eventually(lambda: not alive(int(pid)), what="the process is gone")
-        assert not Path(path.decode()).parent.exists()
+        folder = Path(path.decode()).parent
+        await eventually(lambda: not folder.exists(), what="the folder is gone")
 
     async def test_is_stopped_at_once_when_it_does_not_obey(
         self, mosquitto_own: MosquittoServer, monkeypatch: pytest.MonkeyPatch

@@ -386,9 +386,7 @@ class MQTTClient:
                 self.dropped += 1
                 return None
             try:
-                return await driver.publish(
-                    topic, data, qos=qos, retain=retain, on_sent=attempts.append
-                )
+                return await self._send(driver.connection, topic, data, qos, retain, attempts)
             except NotConnected:
                 if self.config.offline != "buffer":
                     raise
@@ -397,6 +395,32 @@ class MQTTClient:
                 if not waits or self.config.offline != "buffer":
                     raise
             await asyncio.sleep(0)
+
+    async def _send(
+        self,
+        connection: Connection,
+        topic: str,
+        data: bytes,
+        qos: int,
+        retain: bool,
+        attempts: list[Outgoing],
+    ) -> Outgoing:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def finished(_: Outgoing) -> None:
+            if not done.done():
+                done.set_result(None)
+
+        out = connection.publish(topic, data, qos=qos, retain=retain, on_done=finished)
+        attempts.append(out)
+        try:
+            await done
+        except asyncio.CancelledError:
+            connection.abandon(out)
+            raise
+        if out.error is not None:
+            raise out.error
+        return out
 
     def _defaults_of(self, topic: str) -> tuple[int, bool]:
         """Return quality of service and retain flag for a publish that does not say."""

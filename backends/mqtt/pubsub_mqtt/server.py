@@ -164,6 +164,7 @@ class MosquittoServer(_Server):
         self._extra_config = extra_config
         self._executable = executable
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._directory: Path | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
@@ -328,9 +329,10 @@ class MosquittoServer(_Server):
                 cwd=directory,
             )
         self._process = process
+        self._guard = _guard(process.pid, directory)
         if self._finalizer is not None:
             self._finalizer.detach()
-        self._finalizer = weakref.finalize(self, _clean_up, process, directory)
+        self._finalizer = weakref.finalize(self, _clean_up, process, self._guard, directory)
 
     def _config(self, directory: Path) -> str:
         lines = [f"user {_user_name()}"] if os.geteuid() == 0 else []
@@ -415,6 +417,9 @@ class MosquittoServer(_Server):
                 self._process.kill()
             self._process.wait()
             self._process = None
+        if self._guard is not None:
+            _dismiss(self._guard)
+            self._guard = None
 
     def _forget(self) -> None:
         if self._finalizer is not None:
@@ -686,9 +691,40 @@ def _hash(password: str) -> str:
     return "$".join(["", "7", str(rounds), *encoded])
 
 
-def _clean_up(process: subprocess.Popen[bytes], directory: Path) -> None:
+def _guard(pid: int, directory: Path) -> subprocess.Popen[bytes]:
+    """Start a shell that ends Mosquitto when this process is gone, however it ended.
+
+    Killed, or ended by SIGTERM, an interpreter runs no finalizer. What stays open until then is
+    the shell's standard input. The folder in the command line tells Mosquitto from whoever
+    may have its process id by then.
+    """
+    script = (
+        "read -r _; "
+        '{ tr "\\0" " " <"/proc/$0/cmdline" || ps -o args= -p "$0"; } | grep -qF "$1" '
+        '&& kill -9 "$0"; rm -rf "$1"'
+    )
+    return subprocess.Popen(  # noqa: S603  our own script; both arguments are ours
+        ["/bin/sh", "-c", script, str(pid), str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _dismiss(guard: subprocess.Popen[bytes]) -> None:
+    guard.kill()
+    guard.wait()
+    if guard.stdin is not None:
+        guard.stdin.close()
+
+
+def _clean_up(
+    process: subprocess.Popen[bytes], guard: subprocess.Popen[bytes], directory: Path
+) -> None:
     """End a server whose owner forgot it, or when the interpreter ends."""
     if process.poll() is None:
         process.kill()
     process.wait()
+    _dismiss(guard)
     shutil.rmtree(directory, ignore_errors=True)
