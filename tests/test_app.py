@@ -38,6 +38,7 @@ from pubsub_core.events import Gap, Status
 from pubsub_core.message import Message
 from pubsub_core.middleware import CallNext, Context, Direction, Retry
 from pubsub_core.sync import SyncBus
+from pubsub_mqtt.server import MosquittoServer
 
 WITHIN = 10.0
 
@@ -459,6 +460,29 @@ async def test_a_bus_is_at_hand_only_while_it_runs(url: str) -> None:
         app.bus()
     with pytest.raises(BusClosed):
         await running.bus().publish("a", b"")
+
+
+async def test_the_same_application_runs_on_a_real_broker(
+    mosquitto: MosquittoServer, unique: Callable[[str], str]
+) -> None:
+    app, got = App(strict=True), list[Any]()
+    prefix = unique("app")
+
+    @app.on(prefix + "/{device}/temp")
+    async def watch(message: Message[Reading], device: str, bus: Bus) -> None:
+        await bus.publish(f"{prefix}/alerts/{device}", f"{message.payload.celsius:g}")
+
+    @app.on(prefix + "/alerts/{device}")
+    def alert(payload: str, device: str, bus: SyncBus) -> None:
+        got.append((payload, device))
+        if len(got) == 1:
+            bus.publish(f"{prefix}/fridge/temp", Reading(3.0))
+
+    async with asyncio.timeout(WITHIN), app.running({"main": mosquitto.url}) as running:
+        await running.bus().publish(f"{prefix}/oven/temp", Reading(99.5))
+        await eventually(lambda: len(got) == 2)
+    assert got == [("99.5", "oven"), ("3", "fridge")]
+    assert running.code == 0
 
 
 # --- middleware and hooks ---------------------------------------------------------------

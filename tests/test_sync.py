@@ -32,7 +32,7 @@ from pubsub_core.errors import (
 from pubsub_core.events import InterestKind, Status, StatusChanged
 from pubsub_core.eventstream import EventStream
 from pubsub_core.interest import Notifications, Presence
-from pubsub_core.message import Message
+from pubsub_core.message import Message, Receipt
 from pubsub_core.middleware import CallNext, Context
 from pubsub_core.subscription import Subscription
 from pubsub_core.sync import (
@@ -42,6 +42,7 @@ from pubsub_core.sync import (
     SyncPresence,
     SyncSubscription,
 )
+from pubsub_mqtt.server import MosquittoServer
 
 WITHIN = 10.0
 
@@ -354,6 +355,18 @@ def test_a_bus_can_be_looked_at(url: str) -> None:
         assert "'a'" in repr(bus.subscribe("a"))
         with pytest.raises(NotSupported):
             bus.native(SyncBus)
+
+
+def test_everyday_use_over_a_real_broker(
+    mosquitto: MosquittoServer, unique: Callable[[str], str]
+) -> None:
+    topic = unique("sync")
+    with sync.connect(mosquitto.url) as bus:
+        with bus.subscribe(f"{topic}/+", int) as numbers:
+            results = bus.publish_many((f"{topic}/{n}", n) for n in range(20))
+            assert {type(result) for result in results} == {Receipt}
+            assert [numbers.get(timeout=WITHIN).payload for _ in range(20)] == list(range(20))
+        assert 0 <= bus.ping() < WITHIN
 
 
 # --- errors -----------------------------------------------------------------------------
