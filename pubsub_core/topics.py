@@ -417,7 +417,8 @@ def overlap(a: str, b: str) -> bool:
         return True
     shorter = min(len(left), len(right))
     longest = left if len(left) > shorter else right
-    return longest[shorter] == "#"
+    # Of "+" and "/#" the only topic in common would be the empty text, which is none.
+    return longest[shorter] == "#" and (shorter > 1 or longest[0] != "")
 
 
 # --- limits ------------------------------------------------------------------------------
