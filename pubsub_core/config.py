@@ -13,8 +13,9 @@ The options in a URL's query belong to the layer that gives the URL, below the k
 beside it, and go with that URL when a nearer layer replaces it. A value is replaced whole:
 tables are not mixed.
 
-When a nearer layer's URL changes the backend, keys that only the replaced backend knows are
-set aside rather than refused, so that one profile turns the same program to ``memory://``.
+When a nearer layer's URL changes the backend, options of the replaced backend are set aside
+rather than refused or carried over, so that one profile turns the same program to
+``memory://`` and no password reaches a broker it was not meant for.
 Secrets given by reference are fetched when the bus is built and not before, and those that
 were set aside are never fetched.
 
@@ -41,11 +42,13 @@ from .options import (
     accepts_text,
     build,
     field_types,
-    is_hidden,
+    inner_type,
+    is_secret,
     json_schema,
     parse_url,
     reference_schema,
     split,
+    structured,
     unknown_option,
 )
 from .plugins import Registry, registry
@@ -66,6 +69,7 @@ _PREFIX = "PUBSUB_BUS_"
 _VARIABLES = ("PUBSUB_CONFIG", "PUBSUB_PLUGINS", "PUBSUB_PROFILE", "PUBSUB_STRICT_PLUGINS")
 _TOP = ("bus", "profile")
 _MASK = "***"
+_GIVEN_URL = "the URL"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 # How an error begins that is about a key in the file.
 _KEYS_IN_FILE = ("bus.", "bus ", "profile.", "profile ", "[")
@@ -175,8 +179,11 @@ class _Value:
     rank: int
     """Index of the layer, nearest first."""
     from_query: bool = False
-    hidden: bool = False
-    """Whether it stays masked; settled for what is set aside."""
+    hidden: bool = True
+    wanted: Any = None
+    """Whether it stays masked, and its type; settled for what is set aside."""
+    owner: str = ""
+    """The backend that it is for; settled for what is set aside."""
 
 
 @dataclass(slots=True)
@@ -326,7 +333,8 @@ class Config:
             owner = BusOptions if key in field_types(BusOptions) else plan.info.options
             if key in plan.values:
                 found = plan.values[key]
-                text = _shown(found.value, wanted, hidden=is_hidden(owner, key))
+                hidden = inner_type(owner, key)[1]
+                text = _shown(found.value, wanted, hidden=hidden)
                 rows.append(Explained(key, text, found.source))
             else:
                 rows.append(Explained(key, _default(owner, key), Source(SourceKind.DEFAULT)))
@@ -338,9 +346,9 @@ class Config:
         rows += [
             Explained(
                 key,
-                _shown(found.value, None, hidden=found.hidden),
+                _shown(found.value, found.wanted, hidden=found.hidden),
                 found.source,
-                f"set aside: {plan.info.name}, which the nearest url chose, has no such option",
+                f"set aside: it is for {found.owner}, and the nearest url chose {plan.info.name}",
             )
             for key, found in plan.set_aside.items()
         ]
@@ -428,7 +436,7 @@ class Config:
         document = _Document(None, {})
         layers = [
             _Layer(SourceKind.ARGUMENT, overrides, "argument "),
-            _Layer(SourceKind.ARGUMENT, {"url": url}, variables={"url": "the URL"}),
+            _Layer(SourceKind.ARGUMENT, {"url": url}, variables={"url": _GIVEN_URL}),
         ]
         plan = self._plan("", layers, document, fetch=fetch)
         plan.name = str(plan.address)
@@ -461,7 +469,7 @@ class Config:
             for key, value in layer.values.items():
                 if key != "url":
                     values[key] = _Value(value, layer.source(key), at)
-        aside = self._set_aside(values, info, rank, layers, urls[1:], document)
+        aside = self._set_aside(values, info, layers, urls, document)
         return _Plan(
             name,
             url,
@@ -494,35 +502,51 @@ class Config:
         self,
         values: Mapping[str, _Value],
         info: BackendInfo,
-        rank: int,
         layers: list[_Layer],
-        replaced: Iterable[int],
+        urls: list[int],
         document: _Document,
     ) -> dict[str, _Value]:
-        """Pick what only a backend knows whose URL a nearer layer replaced."""
-        known = {*field_types(BusOptions), *field_types(info.options)}
-        earlier: dict[str, type[Any]] = {}
-        undetermined = False
-        for at in replaced:
-            found = _Value(layers[at].values["url"], layers[at].source("url"), at)
-            try:
-                text = self._url_text(found, document, fetch=False)
-                scheme = _address(text, found.source)[0].scheme
-                options = registry().by_scheme(scheme).options
-                earlier.update(dict.fromkeys(field_types(options), options))
-            except ConfigError:
-                # Not installed here, or kept where only that backend's user can look.
-                undetermined = True
-        aside = {
-            key: value
-            for key, value in values.items()
-            if key not in known
-            and not value.from_query
-            and (key in earlier or (undetermined and value.rank > rank))
-        }
-        for key, value in aside.items():
-            value.hidden = key not in earlier or is_hidden(earlier[key], key)
+        """Pick what is for a backend whose URL a nearer layer replaced.
+
+        A key beside or beyond the nearest URL is for the backend of the first URL from there
+        on. Where that is another backend, its options are not carried over even if the new
+        one has options of those names: a password for one broker is none for another.
+        """
+        general = field_types(BusOptions)
+        replaced = {at: self._backend_of(layers[at], document) for at in urls[1:]}
+        others = [other for other in replaced.values() if other is not None and other is not info]
+        aside: dict[str, _Value] = {}
+        for key, value in values.items():
+            if key in general or value.from_query:
+                continue
+            owner: BackendInfo | None = info
+            if value.rank > urls[0]:
+                at = next((at for at in urls if at >= value.rank), None)
+                owner = info if at is None else replaced[at]
+            known = key in field_types(info.options)
+            if owner is None:
+                # Not installed, or its URL is kept elsewhere: perhaps the same backend.
+                found, set_aside = None, not known
+            elif owner is not info and key in field_types(owner.options):
+                found, set_aside = owner, True
+            else:
+                found = next((other for other in others if key in field_types(other.options)), None)
+                set_aside = not known and found is not None
+            if set_aside:
+                if found:
+                    value.wanted, value.hidden = inner_type(found.options, key)
+                value.owner = found.name if found else "the backend of an earlier url"
+                aside[key] = value
         return aside
+
+    def _backend_of(self, layer: _Layer, document: _Document) -> BackendInfo | None:
+        """Return the backend of a replaced URL, or None where that is not known here."""
+        url = _Value(layer.values["url"], layer.source("url"), 0)
+        try:
+            text = self._url_text(url, document, fetch=False)
+            return registry().by_scheme(_address(text, url.source)[0].scheme)
+        except ConfigError:
+            return None
 
     def _built(self, plan: _Plan, document: _Document) -> BusConfig:
         info = plan.info
@@ -918,8 +942,10 @@ def _address(url: str, source: Source) -> tuple[Address, dict[str, str]]:
         return parse_url(url)
     except BadOption as exc:
         # The class and its texts are ours and show nothing of the URL.
-        exc.message = f"{source.place}: {exc.message}" if source.place != "the URL" else exc.message
-        exc.option = source.place if exc.option == "url" else exc.option
+        if source.place != _GIVEN_URL:
+            exc.message = f"{source.place}: {exc.message}"
+            exc.args = (exc.message,)
+            exc.option = source.place if exc.option == "url" else exc.option
         raise
 
 
@@ -929,7 +955,7 @@ def _address(url: str, source: Source) -> tuple[Address, dict[str, str]]:
 def _scopes(name: str, profile: str | None) -> set[str]:
     scopes = {"", "bus", f"bus.{name}"}
     if profile:
-        scopes |= {f"profile.{profile}", f"profile.{profile}.bus.{name}", "profile"}
+        scopes |= {f"profile.{profile}", f"profile.{profile}.bus.{name}"}
     return scopes
 
 
@@ -941,7 +967,7 @@ def _structure(document: _Document) -> Iterator[tuple[str, BadOption]]:
     yield from _buses_structure(document.data, "")
     profiles = document.data.get("profile", {})
     if not _is_table(profiles):
-        yield "profile", _no_table("profile", "[profile.NAME.bus.NAME]")
+        yield "", _no_table("profile", "[profile.NAME.bus.NAME]")
         return
     for profile, table in profiles.items():
         place = f"profile.{profile}"
@@ -995,34 +1021,48 @@ def _shown_url(value: Any) -> str:
         value = _reference_in_text(value)
     if isinstance(value, str):
         return mask_url(value)
-    return _shown(value, None, hidden=True)
+    return _shown(value, str, hidden=True)
 
 
 def _shown(value: Any, wanted: Any, *, hidden: bool) -> str:
-    """Write a value as TOML would, or as a mask."""
-    if isinstance(value, Secret):
+    """Write a value as TOML would, its secrets masked and its references told."""
+    reference = _reference_of(value, wanted)
+    if reference is not None:
+        return f"{_MASK} ({reference})"
+    if wanted is not None and not accepts_text(wanted):
+        value = structured(value)
+    if hidden or isinstance(value, Secret) or _wants_secret(wanted):
         return _MASK
-    if hidden or _is_reference(value, wanted):
-        reference = _told_reference(value)
-        return f"{_MASK} ({reference})" if reference else _MASK
+    if isinstance(value, str) and wanted is not None and is_secret(wanted):
+        return _MASK  # no table, though it should be one with secrets in it
+    if _is_table(value):
+        parts: list[str] = []
+        for key, item in value.items():
+            inner, masked = inner_type(wanted, key)
+            parts.append(f"{key} = {_shown(item, inner, hidden=masked)}")
+        return "{" + ", ".join(parts) + "}"
+    if _is_list(value):
+        inner = inner_type(wanted)[0]
+        return "[" + ", ".join(_shown(item, inner, hidden=False) for item in value) + "]"
     return _written(value)
 
 
-def _is_reference(value: Any, wanted: Any) -> bool:
-    if isinstance(value, str):
-        value = _reference_in_text(value)
-    return _is_table(value) and wanted is not None and accepts_text(wanted)
-
-
-def _told_reference(value: Any) -> str:
+def _reference_of(value: Any, wanted: Any) -> Reference | None:
+    """Return the reference that stands where text is wanted, if one does."""
+    if wanted is not None and not accepts_text(wanted):
+        return None
     if isinstance(value, str):
         value = _reference_in_text(value)
     if not _is_table(value):
-        return ""
+        return None
     try:
-        return str(parse_reference(value, place="reference"))
+        return parse_reference(value, place="reference")
     except BadOption:
-        return ""
+        return None
+
+
+def _wants_secret(wanted: Any) -> bool:
+    return wanted is not None and is_secret(wanted) and accepts_text(wanted)
 
 
 def _written(value: Any) -> str:
@@ -1087,10 +1127,8 @@ def _lint_literals(layers: Iterable[_Layer], plan: _Plan, document: _Document) -
             if key == "url":
                 found = isinstance(value, str) and mask_url(value) != value and _has_secret(value)
             else:
-                hidden = looks_secret(key) or (
-                    key in field_types(plan.info.options) and is_hidden(plan.info.options, key)
-                )
-                found = _literal(value, hidden=hidden)
+                inner, hidden = inner_type(plan.info.options, key)
+                found = _literal(value, inner, hidden=hidden)
             if found:
                 yield Finding(
                     "warning",
@@ -1108,15 +1146,19 @@ def _has_secret(url: str) -> bool:
     return bool(address.password) or any(looks_secret(key) for key in query)
 
 
-def _literal(value: Any, *, hidden: bool) -> bool:
+def _literal(value: Any, wanted: Any, *, hidden: bool) -> bool:
     """Return whether a literal secret is in that value."""
     if isinstance(value, str):
-        return hidden and bool(value)
+        return bool(value) and (hidden or (wanted is not None and is_secret(wanted)))
     if _is_table(value):
-        if hidden and _told_reference(value):
+        if _reference_of(value, wanted) is not None:
             return False
-        return any(_literal(item, hidden=looks_secret(str(key))) for key, item in value.items())
-    return _is_list(value) and any(_literal(item, hidden=hidden) for item in value)
+        for key, item in value.items():
+            inner, masked = inner_type(wanted, key)
+            if _literal(item, inner, hidden=hidden or masked):
+                return True
+    inner = inner_type(wanted)[0]
+    return _is_list(value) and any(_literal(item, inner, hidden=hidden) for item in value)
 
 
 # --- schema ----------------------------------------------------------------------------

@@ -52,12 +52,14 @@ __all__ = [
     "describe_type",
     "field_help",
     "field_types",
+    "inner_type",
     "is_hidden",
     "is_secret",
     "json_schema",
     "parse_url",
     "reference_schema",
     "split",
+    "structured",
     "unknown_option",
 ]
 
@@ -398,7 +400,7 @@ class _Builder:
         if dataclasses.is_dataclass(bare) and _is_class(bare):
             if isinstance(value, bare):
                 return value
-            value = _structured(value, "{")
+            value = structured(value)
             if isinstance(value, Mapping):
                 return self.dataclass(bare, cast("Mapping[str, Any]", value), place)
             raise self._bad(value, wanted, place, hidden=hidden)
@@ -496,7 +498,7 @@ class _Builder:
         bare = _bare(wanted)
         origin: Any = get_origin(bare)
         items = get_args(bare)
-        value = _structured(value, "[")
+        value = structured(value)
         if isinstance(value, str):
             parts: list[Any] = [part.strip() for part in value.split(",")] if value else []
         elif _is_iterable(value) and not isinstance(value, (bytes, Mapping)):
@@ -517,7 +519,7 @@ class _Builder:
         return rebuild(made)
 
     def _table(self, value: Any, wanted: Any, place: str, *, hidden: bool) -> dict[str, Any]:
-        value = _structured(value, "{")
+        value = structured(value)
         if not _is_table(value):
             raise self._bad(value, wanted, place, hidden=hidden)
         arguments = get_args(_bare(wanted))
@@ -539,13 +541,13 @@ class _Builder:
         )
 
 
-def _structured(value: Any, opening: str) -> Any:
+def structured(value: Any) -> Any:
     """Read text that looks like a TOML list or table as one; else return it as it is."""
-    if not (isinstance(value, str) and value.lstrip().startswith(opening)):
+    if not (isinstance(value, str) and value.lstrip().startswith(("[", "{"))):
         return value
     try:
         return tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return value
 
 
@@ -588,6 +590,28 @@ def is_secret(wanted: Any) -> bool:
     if _is_class(bare) and dataclasses.is_dataclass(bare):
         return any(is_secret(inner) for inner in field_types(bare).values())
     return any(is_secret(inner) for inner in get_args(bare) if inner is not Ellipsis)
+
+
+def inner_type(wanted: Any, key: str | None = None) -> tuple[Any, bool]:
+    """Return the type of what is under *key* in a table (of an item, for None).
+
+    The second value says whether it stays hidden for its name or declaration. The type is
+    None where it is not known.
+    """
+    hidden = key is not None and looks_secret(key)
+    for part in _parts(wanted):
+        bare = _bare(part)
+        arguments = get_args(bare)
+        if key is None:
+            if get_origin(bare) in (tuple, list, set, frozenset, Sequence):
+                return arguments[0], hidden
+        elif _is_class(bare) and dataclasses.is_dataclass(bare):
+            declared = [field for field in dataclasses.fields(bare) if field.name == key]
+            if declared:
+                return field_types(bare).get(key), hidden or not declared[0].repr
+        elif get_origin(bare) in (dict, Mapping) and len(arguments) == 2:
+            return arguments[1], hidden
+    return None, hidden
 
 
 def accepts_text(wanted: Any) -> bool:
