@@ -125,6 +125,8 @@ class Buffer:
         # Whether `put` must look at any of the four above.
         self._special = self._newest is not None
         self._paused = False
+        # Whether what comes too late is settled, so that it does not fill the broker's window.
+        self._settles = True
         self.received = 0
         self.dropped = 0
         self.dropped_bytes = 0
@@ -190,22 +192,33 @@ class Buffer:
             elif delivery is not None:
                 delivery.decide(Verdict.ACK)
 
-    def end(self, verdict: Verdict) -> None:
-        """Take and give nothing more; what waits is settled with *verdict*."""
+    def end(self, verdict: Verdict | None) -> None:
+        """Take and give nothing more; what waits is settled with *verdict*.
+
+        With None nothing is settled any more: the broker still has what was not handled,
+        and gives it to the next session, if it keeps one.
+        """
         if not self._ended:
             self.finish()
-        for _, delivery in self._held or ():
-            if delivery is not None:
-                delivery.decide(verdict)
+        self._settles = verdict is not None
+        waiting = [delivery for _, delivery in self._held or ()]
         self._held = None
         while self._items:
             item = self.pop()
-            if not isinstance(item, Gap) and item[1] is not None:
-                item[1].decide(verdict)
+            if not isinstance(item, Gap):
+                waiting.append(item[1])
+        if verdict is not None:
+            for delivery in waiting:
+                if delivery is not None:
+                    delivery.decide(verdict)
 
     def finish(self) -> None:
-        """Take nothing more; what waits can still be taken."""
+        """Take nothing more; what waits can still be taken.
+
+        What still arrives is not acknowledged: nobody will handle it here.
+        """
         self._ended = self._special = True
+        self._settles = False
         self._wake_all()
 
     def fail(self, error: PubSubError) -> None:
@@ -218,7 +231,7 @@ class Buffer:
     def _put_specially(self, frame: InFrame, delivery: Delivery | None) -> bool:
         """Return whether `put` shall go on."""
         if not self.open:
-            if delivery is not None:
+            if delivery is not None and self._settles:
                 delivery.decide(Verdict.ACK)
             return False
         if self._held is not None:

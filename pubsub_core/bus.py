@@ -260,18 +260,20 @@ class Bus:
         } - {caller}
         for subscription in subscriptions:
             if subscription.handler_task is None:
-                subscription.end()
+                subscription.abandon()
             else:
                 subscription.buffer.finish()
         if handlers:
             await asyncio.wait(handlers, timeout=drain)
         self._accepting = False
         for subscription in subscriptions:
-            subscription.end()
+            subscription.abandon()
         self._views.end()
         await asyncio.gather(*(each.stop_handler(caller) for each in subscriptions))
+        await self._publisher.drain(deadline - asyncio.get_running_loop().time())
         await session.stop_trying()
-        self._publisher.give_up(None)
+        if abandoned := self._publisher.give_up(None):
+            logger.warning("bus %r: closed with %d messages not sent", self.name, abandoned)
         try:
             await self._backend.close(drain=max(0.0, deadline - asyncio.get_running_loop().time()))
         except Exception:
@@ -407,10 +409,13 @@ class Bus:
     def stats(self) -> BusStats:
         """The counters, as they are now."""
         router = None if self._wiring_object is None else self._wiring_object.router
+        publisher = self._publisher_object
         return dataclasses.replace(
             self._stats,
             received=0 if router is None else router.received,
             unrouted=0 if router is None else router.unrouted,
+            offline=0 if publisher is None else publisher.waiting,
+            dropped=self._stats.dropped + (0 if publisher is None else publisher.displaced),
         )
 
     def supports(self, cap: Cap) -> Support:

@@ -20,7 +20,7 @@ class Waiting:
     """One message in the outbox.
 
     Attributes:
-        future: What became of it. Cancelling it withdraws the message if it is not `sent`.
+        future: What became of it; cancelled by `Outbox.withdraw`.
         sent: Whether it was handed to the backend.
     """
 
@@ -33,11 +33,31 @@ class Waiting:
         self.sent = False
 
 
+class _Blocked:
+    """A publish that waits for room."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
 class Outbox:
     """A bounded queue of publishes that wait for a session.
 
     What waits is sent in the order of the calls once there is one, and nothing published
     meanwhile overtakes it: while `busy`, the bus puts everything here.
+
+    Attributes:
+        dropped: Messages that ``drop_oldest`` or ``drop_newest`` dropped.
     """
 
     def __init__(self, *, messages: int, bytes: int, overflow: OfflineOverflow) -> None:
@@ -45,15 +65,18 @@ class Outbox:
         self._most_bytes = bytes
         self._overflow = overflow
         self._queue: deque[Waiting] = deque()
+        # How many of these were withdrawn and only wait to be swept out.
+        self._withdrawn = 0
         self._bytes = 0
-        self._room: deque[asyncio.Future[None]] = deque()
+        # Publishes that wait for room, in the order of the calls.
+        self._blocked: deque[_Blocked] = deque()
         self._flushing = False
         self._numbers = itertools.count()
-        self._ended = False
+        self._ended: Callable[[OutFrame], PubSubError] | None = None
         self.dropped = 0
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return len(self._queue) - self._withdrawn
 
     @property
     def bytes(self) -> int:
@@ -68,7 +91,7 @@ class Outbox:
     @property
     def busy(self) -> bool:
         """Whether a publish must queue up here to keep the order."""
-        return self._flushing or bool(self._queue)
+        return self._flushing or len(self) > 0 or bool(self._blocked)
 
     async def put(self, frame: OutFrame, backend: str) -> Waiting:
         """Keep *frame*; its future tells what became of it.
@@ -77,21 +100,21 @@ class Outbox:
 
         Raises:
             Overflow: There is no room, and the policy is ``error`` or ``drop_newest``.
+            PubSubError: There will be no session any more.
         """
         size = len(frame.payload)
+        if self._overflow == "block" and size <= self._most_bytes:
+            await self._wait_for_room(size)
+        if self._ended is not None:
+            raise self._ended(frame)
         while self._full(size):
-            if self._overflow == "drop_oldest" and self._queue:
+            if self._overflow == "drop_oldest" and size <= self._most_bytes and len(self):
                 self._drop_oldest(backend)
                 continue
-            if self._overflow == "block" and size <= self._most_bytes and self._most > 0:
-                room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                self._room.append(room)
-                await room
-                continue
-            self.dropped += 1
+            if self._overflow in ("drop_oldest", "drop_newest"):
+                self.dropped += 1
             raise Overflow(
-                f"the offline buffer is full with {len(self._queue)} messages "
-                f"({self._bytes} bytes)",
+                f"the offline buffer is full with {len(self)} messages ({self._bytes} bytes)",
                 hint="wait until the bus is online, or raise offline_messages, offline_bytes",
                 backend=backend,
                 topic=frame.topic,
@@ -102,6 +125,21 @@ class Outbox:
         self._bytes += size
         return waiting
 
+    def withdraw(self, waiting: Waiting) -> None:
+        """Give up *waiting*: its place is free at once, unless it is under way already."""
+        if waiting.future.done():
+            return
+        waiting.future.cancel()
+        if waiting.sent:
+            return
+        self._withdrawn += 1
+        self._bytes -= len(waiting.frame.payload)
+        # Now and then, so that each withdrawal costs the same however many wait.
+        if self._withdrawn * 2 >= len(self._queue):
+            self._queue = deque(each for each in self._queue if not each.future.cancelled())
+            self._withdrawn = 0
+        self._wake()
+
     async def flush(
         self, send: Callable[[OutFrame], Awaitable[Receipt]], online: Callable[[], bool]
     ) -> None:
@@ -111,11 +149,8 @@ class Outbox:
         self._flushing = True
         pending: set[asyncio.Future[None]] = set()
         try:
-            while self._queue and online():
-                waiting = self._take()
-                if waiting.future.done():
-                    continue
-                pending.add(asyncio.ensure_future(self._send(waiting, send)))
+            while len(self) and online():
+                pending.add(asyncio.ensure_future(self._send_next(send)))
                 if len(pending) >= _AT_ONCE:
                     _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 else:
@@ -127,48 +162,66 @@ class Outbox:
         finally:
             self._flushing = False
 
-    def fail(self, error: Callable[[OutFrame], PubSubError]) -> None:
-        """End every wait: there will be no session."""
-        self._ended = True
-        while self._queue:
+    def fail(self, error: Callable[[OutFrame], PubSubError]) -> int:
+        """End every wait: there will be no session. Return how many messages are given up."""
+        self._ended = error
+        given_up = len(self)
+        while len(self):
             waiting = self._take()
-            if not waiting.future.done():
-                waiting.future.set_exception(error(waiting.frame))
-                # Whoever published without waiting for it has no one to raise to.
-                waiting.future.exception()
+            waiting.future.set_exception(error(waiting.frame))
+            # Whoever published without waiting for it has no one to raise to.
+            waiting.future.exception()
+        for blocked in self._blocked:
+            blocked.wake()
         self._flushing = False
+        return given_up
+
+    async def _wait_for_room(self, size: int) -> None:
+        blocked = _Blocked()
+        self._blocked.append(blocked)
+        try:
+            while self._ended is None and (self._blocked[0] is not blocked or self._full(size)):
+                await blocked.wait()
+        finally:
+            # Also when cancelled: the next one must not wait for a wake-up that this one had.
+            self._blocked.remove(blocked)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._blocked:
+            self._blocked[0].wake()
 
     def _full(self, size: int) -> bool:
-        while self._queue and self._queue[0].future.done():
-            self._take()
-        return len(self._queue) >= self._most or self._bytes + size > self._most_bytes
+        return len(self) >= self._most or self._bytes + size > self._most_bytes
 
     def _take(self) -> Waiting:
-        waiting = self._queue.popleft()
-        self._bytes -= len(waiting.frame.payload)
-        while self._room:
-            room = self._room.popleft()
-            if not room.done():
-                room.set_result(None)
-                break
-        return waiting
+        """Take the oldest message that nobody withdrew; there must be one."""
+        while True:
+            waiting = self._queue.popleft()
+            if waiting.future.cancelled():
+                self._withdrawn -= 1
+                continue
+            self._bytes -= len(waiting.frame.payload)
+            self._wake()
+            return waiting
 
     def _drop_oldest(self, backend: str) -> None:
         waiting = self._take()
         self.dropped += 1
-        if not waiting.future.done():
-            waiting.future.set_exception(
-                Overflow(
-                    "a newer message took this one's place in the offline buffer",
-                    hint="raise offline_messages or offline_bytes, or choose another "
-                    "offline_overflow",
-                    backend=backend,
-                    topic=waiting.frame.topic,
-                )
+        waiting.future.set_exception(
+            Overflow(
+                "a newer message took this one's place in the offline buffer",
+                hint="raise offline_messages or offline_bytes, or choose another offline_overflow",
+                backend=backend,
+                topic=waiting.frame.topic,
             )
-            waiting.future.exception()
+        )
+        waiting.future.exception()
 
-    async def _send(self, waiting: Waiting, send: Callable[[OutFrame], Awaitable[Receipt]]) -> None:
+    async def _send_next(self, send: Callable[[OutFrame], Awaitable[Receipt]]) -> None:
+        if not len(self):
+            return  # withdrawn since this was planned
+        waiting = self._take()
         future = waiting.future
         waiting.sent = True
         try:
@@ -177,9 +230,11 @@ class Outbox:
             # Not sent: the session was lost and the engine has not noticed yet. It waits
             # for the next one, in its old place.
             waiting.sent = False
-            if not self._ended:
+            if future.done():
+                return  # withdrawn meanwhile
+            if self._ended is None:
                 self._put_back(waiting)
-            elif not future.done():
+            else:
                 future.set_exception(error)
                 future.exception()
         except PubSubError as error:

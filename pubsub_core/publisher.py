@@ -53,7 +53,7 @@ class Publisher:
         clock: Clock,
         stats: BusStats,
         need: Callable[[Cap], None],
-        spawn: Callable[[Coroutine[Any, Any, Any], str], object],
+        spawn: Callable[[Coroutine[Any, Any, Any], str], asyncio.Task[Any]],
     ) -> None:
         self._backend = backend
         self._name = backend.context.info.name
@@ -69,6 +69,7 @@ class Publisher:
             bytes=options.offline_bytes,
             overflow=options.offline_overflow,
         )
+        self._flushes: set[asyncio.Task[Any]] = set()
         self._rate: RateGuard | None = None
         self._qos = options.qos
         self._echo = options.echo
@@ -207,12 +208,33 @@ class Publisher:
     def online(self) -> None:
         """Send what waited for a session."""
         if len(self._outbox):
-            self._spawn(self._flush(), "flush")
+            self._start_flush()
 
-    def give_up(self, error: PubSubError | None) -> None:
-        """End every wait: there will be no session, because of *error* or of closing."""
-        self._outbox.fail(lambda out: self._closed(out) if error is None else error)
-        self._stats.offline = 0
+    async def drain(self, seconds: float) -> None:
+        """Wait, so long at most, until what waited for the session at hand is sent."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self._outbox.busy and self._flushes and self._session.online:
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                return
+            await asyncio.wait(self._flushes, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+
+    def give_up(self, error: PubSubError | None) -> int:
+        """End every wait: there will be no session, because of *error* or of closing.
+
+        Return how many messages never left the offline buffer.
+        """
+        return self._outbox.fail(lambda out: self._closed(out) if error is None else error)
+
+    @property
+    def waiting(self) -> int:
+        """Messages that wait for a session now."""
+        return len(self._outbox)
+
+    @property
+    def displaced(self) -> int:
+        """Messages that the offline buffer's overflow policy dropped."""
+        return self._outbox.dropped
 
     async def _send_waiting(
         self, out: OutFrame, timeout: float | None, confirm: ConfirmedBy | str | None
@@ -239,7 +261,7 @@ class Publisher:
             if isinstance(error, PubSubError):
                 raise
             if waiting is not None:
-                waiting.future.cancel()
+                self._outbox.withdraw(waiting)
                 sent = waiting.sent
             raise PublishTimeout(
                 f"no confirmation of {out.topic!r} within {seconds:g} s",
@@ -250,7 +272,7 @@ class Publisher:
             ) from error
         except asyncio.CancelledError:
             if waiting is not None:
-                waiting.future.cancel()
+                self._outbox.withdraw(waiting)
             raise
 
     async def _offline(self, out: OutFrame) -> Waiting | None:
@@ -265,17 +287,20 @@ class Publisher:
             if policy == "raise":
                 raise session.not_connected()
         waiting = await self._outbox.put(out, self._name)
-        self._stats.offline = len(self._outbox)
         if session.online:
-            self._spawn(self._flush(), "flush")
+            self._start_flush()
         return waiting
+
+    def _start_flush(self) -> None:
+        task = self._spawn(self._flush(), "flush")
+        self._flushes.add(task)
+        task.add_done_callback(self._flushes.discard)
 
     async def _flush(self) -> None:
         session = self._session
         # Without the last condition a second flush would spin and never let the first go on.
         while session.online and len(self._outbox) and not self._outbox.flushing:
             await self._outbox.flush(self._backend.publish, lambda: session.online)
-        self._stats.offline = len(self._outbox)
 
     async def _pace(self, rate: RateGuard, topic: str, seconds: float) -> None:
         delay = rate.delay(topic)

@@ -17,7 +17,7 @@ class BusStats:
         received: Messages that the backend delivered.
         unrouted: Of these, messages that no subscription wanted any more.
         offline: Messages waiting for a session now.
-        dropped: Publishes dropped by the offline policy.
+        dropped: Publishes dropped by the offline policy, or by its overflow policy.
         handler_failures: Messages whose handler or decoding raised.
         dead_letters: Messages published to a dead-letter topic.
         sessions: Sessions that were online so far.

@@ -127,6 +127,7 @@ class Subscription(Generic[T]):
         self._delivered = 0
         self._failed = 0
         self._started = False
+        self._abandoned = False
         self._current: _Settler | None = None
         self._task: asyncio.Task[None] | None = None
         self._thread: HandlerThread | None = None
@@ -185,13 +186,21 @@ class Subscription(Generic[T]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if exc_type is not None and self._current is not None:
+            # The block was left in the middle of this message.
+            self._current.finish(Verdict.NACK if self._bus.can_nack else Verdict.REJECT)
         await self.close()
 
     async def close(self) -> None:
         """End the subscription; nothing is delivered after this returns. Idempotent.
 
+        The message that was iterated to last counts as handled.
+
         Safe from within its own handler, which is then left to finish.
         """
+        if self._current is not None:
+            self._current.finish(_ACK)
+            self._current = None
         self.end()
         try:
             await self._stop(self)
@@ -245,6 +254,11 @@ class Subscription(Generic[T]):
     def end(self) -> None:
         """Take nothing more; what is buffered is given up, waiting consumers return."""
         self.buffer.end(Verdict.NACK if self._bus.can_nack else Verdict.REJECT)
+
+    def abandon(self) -> None:
+        """End because the bus is closed: what was not handled stays with the broker."""
+        self._abandoned = True
+        self.buffer.end(Verdict.NACK if self._bus.can_nack else None)
 
     def start(self) -> None:
         """Begin to hand messages to the handler, where there is one."""
@@ -348,7 +362,7 @@ class Subscription(Generic[T]):
                 if item is None:
                     return
             if isinstance(item, Gap):
-                await self._guarded(call(item), self.filter)
+                await self._guarded(call, item)
                 continue
             made = self._message(item)
             if made is None:
@@ -362,7 +376,8 @@ class Subscription(Generic[T]):
                 else:
                     await chain(self._context(message))
             except asyncio.CancelledError:
-                settler.finish(Verdict.NACK if self._bus.can_nack else Verdict.REJECT)
+                if not self._abandoned:
+                    settler.finish(Verdict.NACK if self._bus.can_nack else Verdict.REJECT)
                 if self._cancelled():
                     raise
                 # The handler's own cancellation ends this message, not the subscription.
@@ -397,13 +412,18 @@ class Subscription(Generic[T]):
         task = asyncio.current_task()
         return task is not None and task.cancelling() > 0
 
-    async def _guarded(self, result: Awaitable[Any] | None, topic: str) -> None:
+    async def _guarded(self, call: Callable[[Any], Awaitable[Any] | None], gap: Gap) -> None:
         try:
+            result = call(gap)
             if result is not None:
                 await result
+        except asyncio.CancelledError:
+            if self._cancelled():
+                raise
+            self._failed += 1
         except Exception as error:  # noqa: BLE001 - user code may raise anything
             self._failed += 1
-            self._report(error, topic)
+            self._report(error, self.filter)
 
     def _caller(self, handler: Handler) -> Callable[[Any], Awaitable[Any] | None]:
         if is_async(handler):

@@ -103,10 +103,16 @@ class HandlerThread:
                 return
             self._busy = True
             loop, future, handler, argument = call
+            result: Any = None
+            error: BaseException | None = None
             try:
-                result, error = handler(argument), None
-            except Exception as exc:  # noqa: BLE001 - handed to whoever awaits the future
-                result, error = None, exc
+                result = handler(argument)
+            except StopIteration as exc:
+                # A future refuses this one; a coroutine would turn it into the same.
+                error = RuntimeError("the handler raised StopIteration")
+                error.__cause__ = exc
+            except BaseException as exc:  # noqa: BLE001 - raised where the future is awaited
+                error = exc
             try:
                 loop.call_soon_threadsafe(_resolve, future, result, error)
             except RuntimeError:  # the loop was closed while the handler ran

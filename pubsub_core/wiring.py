@@ -43,7 +43,7 @@ class Owner(Protocol):
         """Tell an event."""
         ...
 
-    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> object:
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run *work* beside."""
         ...
 
@@ -105,8 +105,11 @@ class Wiring:
         """Take *subscription* away; return when the broker has confirmed, if it must know."""
         self.unpause(subscription)
         wire = self.router.detach(subscription)
-        if wire is None:
-            return
+        if wire is not None:
+            # In a task of its own: whoever is cancelled here must not leave it at the broker.
+            await asyncio.shield(self._owner.spawn(self._forget(wire), "unsubscribe"))
+
+    async def _forget(self, wire: Wire) -> None:
         key = wire.key
         async with self._lock(key):
             # Somebody may have subscribed again while we waited for our turn.

@@ -174,6 +174,21 @@ def test_dropped_messages_are_settled() -> None:
     assert settled[2:] == [("c", Verdict.ACK)]
 
 
+def test_what_arrives_or_waits_while_a_bus_closes_stays_with_the_broker() -> None:
+    settled: list[object] = []
+    buffer = buffer_of()
+    for tag in ("waits", "late"):
+        buffer.put(frame(tag), Delivery(tag, 1, lambda tag, _: settled.append(tag)))
+        buffer.finish()
+    assert drain(buffer) == ["waits"]
+    other = buffer_of()
+    other.put(frame("waits"), Delivery("waits", 1, lambda tag, _: settled.append(tag)))
+    other.end(None)
+    other.put(frame("late"), Delivery("late", 1, lambda tag, _: settled.append(tag)))
+    assert not other.ready
+    assert settled == []
+
+
 @pytest.mark.parametrize(
     ("verdicts", "final"),
     [
