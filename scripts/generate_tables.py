@@ -1,7 +1,8 @@
-"""Writes the tables of README.md that say which broker can do what.
+"""Writes the tables of README.md: which broker can do what, and what exit codes mean.
 
 They are made from what the backends of this distribution declare (`BackendInfo`), so they
-cannot say anything else than ``pubsub caps``. Text between the markers is replaced::
+cannot say anything else than ``pubsub caps``, and from the command's own table. Text between the
+markers is replaced::
 
     <!-- table: capabilities -->
     <!-- end of table -->
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from pubsub_core import capabilities
 from pubsub_core.capabilities import Cap, Level, Support
+from pubsub_core.cli.exits import MEANINGS
 from pubsub_core.interfaces import BackendInfo
 
 __all__ = ["main", "refreshed"]
@@ -147,9 +149,15 @@ def guarantee_table() -> str:
     return _rows(rows) + "".join(notes)
 
 
+def exit_code_table() -> str:
+    """Return what the exit codes of the command mean."""
+    return _rows([["exit code", "meaning"], *([str(int(c)), m] for c, m in MEANINGS.items())])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "capabilities": capability_table,
     "guarantees": guarantee_table,
+    "exit_codes": exit_code_table,
 }
 
 

@@ -1,0 +1,48 @@
+"""History, replay and presence, which memory has and MQTT does not.
+
+    python room.py
+
+On a broker without them the program ends before any traffic, with the reason::
+
+    python room.py mqtt://localhost
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from pubsub_core import Cap, NotSupported, connect
+
+
+async def main(where: str) -> None:
+    needed = {Cap.HISTORY, Cap.REPLAY, Cap.PRESENCE}
+    async with (
+        connect(where, require=needed, username="Ann") as ann,
+        connect(where, require=needed, username="Ben") as ben,
+    ):
+        for text in ("one", "two", "three"):
+            await ann.publish("chat/room1", text)
+        async for old in ann.history("chat/room1", str, last=2):
+            print("history:", old.payload)
+
+        async with ann.presence("chat/room1") as room:
+            print("here now:", [member.name for member in room.members])
+            async with ben.subscribe("chat/#", str, replay=1) as chat:
+                event = await room.get(timeout=5)
+                if event.member is not None:
+                    print(event.kind, event.member.name)
+                await ann.publish("chat/room1", "hello")
+                for _ in range(2):
+                    message = await chat.get(timeout=5)
+                    print(f"{message.origin}: {message.payload}")
+            event = await room.get(timeout=5)
+            if event.member is not None:
+                print(event.kind, event.member.name)
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "memory://chat"))
+    except NotSupported as error:
+        sys.exit(f"not on this broker: {error}")

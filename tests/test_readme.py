@@ -1,0 +1,373 @@
+"""What README.md and the other documents say is true: their programs run, their links lead on.
+
+A block of Python or TOML that begins with a file's name (``# oven.py``) is that file; a block of
+a console is a session in the folder that holds the files of its chapter. ``$`` begins a
+command, what follows is its output, and ``…`` stands for anything. A command that ends in ``&``
+runs until the end of the chapter. Blocks after ``<!-- fragment -->`` are read but not run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pubsub_mqtt.server import MosquittoServer
+from tests.servers import Authority, Certificate
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BIN = Path(sys.executable).parent
+PORT = "1883"
+"""Port of the broker in the text; in the test it is a free one."""
+DEADLINE = 30.0
+
+_BLOCK = re.compile(
+    r"(?P<fragment><!-- fragment -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+_NAME = re.compile(r"# (?P<name>[\w.]+\.(?:py|toml))\n")
+
+
+@dataclass
+class Chapter:
+    """The text below one heading, until the next."""
+
+    title: str
+    files: dict[str, str] = field(default_factory=dict[str, str])
+    sessions: list[str] = field(default_factory=list[str])
+    fragments: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+
+    @property
+    def commands(self) -> list[tuple[str, str]]:
+        """Each command with the output that is said to follow."""
+        found: list[tuple[str, str]] = []
+        for session in self.sessions:
+            for part in re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]:
+                command, _, output = part.partition("\n")
+                found.append((command, output))
+        return found
+
+
+def _chapters() -> Iterator[Chapter]:
+    text = README.read_text(encoding="utf-8")
+    outside = _BLOCK.sub(lambda match: "\n" * match[0].count("\n"), text)
+    # Headings are looked for where no block is: a comment in Python looks like one.
+    starts = [0]
+    lines = outside.split("\n")
+    starts += [number for number, line in enumerate(lines) if line.startswith("#") and number]
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        body = "\n".join(text.split("\n")[start:end])
+        chapter = Chapter(lines[start].lstrip("# "))
+        for match in _BLOCK.finditer(body):
+            name = _NAME.match(match["body"])
+            if match["fragment"]:
+                chapter.fragments.append((match["language"], match["body"]))
+            elif match["language"] == "console":
+                chapter.sessions.append(match["body"])
+            elif name is not None:
+                chapter.files[name["name"]] = match["body"]
+            else:
+                raise AssertionError(f"README.md, {chapter.title}: a block without a file's name")
+        yield chapter
+
+
+CHAPTERS = list(_chapters())
+SET_UP, *REST = CHAPTERS
+RUN = [chapter for chapter in REST if chapter.commands]
+_FILES = {name: text for chapter in CHAPTERS for name, text in chapter.files.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _environment() -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PUBSUB_")}
+    return environment | {
+        "PATH": f"{BIN}{os.pathsep}{environment.get('PATH', os.defpath)}",
+        "PYTHONWARNINGS": "error",
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "200",
+    }
+
+
+class Shell:
+    """Runs commands in one folder, and ends what still runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._running: list[subprocess.Popen[str]] = []
+
+    def run(self, command: str) -> str:
+        if command.endswith(" &"):
+            self._start(command.removesuffix(" &"))
+            return ""
+        done = subprocess.run(
+            ["bash", "-euc", command],
+            cwd=self.folder,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,  # as in a terminal
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert done.returncode == 0, f"$ {command}\n{done.stdout}"
+        return done.stdout
+
+    def _start(self, command: str) -> None:
+        process = subprocess.Popen(
+            shlex.split(command),
+            cwd=self.folder,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+            executable=str(BIN / shlex.split(command)[0]),
+        )
+        self._running.append(process)
+        assert process.stdout is not None
+        # A server's first line says that it is ready; pytest's deadline ends a wait in vain.
+        assert "ready" in process.stdout.readline()
+
+    def close(self) -> None:
+        for process in self._running:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.communicate(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                raise
+            assert process.returncode == 0
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    shell = Shell(tmp_path)
+    yield shell
+    shell.close()
+
+
+def _matches(expected: str, output: str) -> bool:
+    # A line that is only … stands for any number of lines.
+    pattern = "".join(
+        r"(?:.*\n)*" if line == "…\n" else re.escape(line).replace("…", ".*")
+        for line in expected.splitlines(keepends=True)
+    )
+    return re.fullmatch(pattern, output) is not None
+
+
+@pytest.mark.parametrize("chapter", RUN, ids=lambda chapter: chapter.title)
+def test_a_chapter_does_what_it_says(chapter: Chapter, shell: Shell) -> None:
+    port = str(_free_port())
+    for name, text in _FILES.items():
+        (shell.folder / name).write_text(text.replace(PORT, port), encoding="utf-8")
+    for command, expected in chapter.commands:
+        output = shell.run(command.replace(PORT, port))
+        output = "".join(f"{line.rstrip()}\n" for line in output.splitlines())
+        assert _matches(expected.strip("\n") + "\n" if expected.strip() else "", output), (
+            f"$ {command}\nsaid:\n{output}\nREADME.md says:\n{expected}"
+        )
+
+
+def test_every_file_is_run() -> None:
+    run = " ".join(command for chapter in RUN for command, _ in chapter.commands)
+    for name in _FILES:
+        assert name == "pubsub.toml" or name in run, f"README.md: {name} is never run"
+
+
+def test_fragments_are_well_formed() -> None:
+    for chapter in CHAPTERS:
+        for language, body in chapter.fragments:
+            match language:
+                case "python":
+                    compile(body, chapter.title, "exec")
+                case "toml":
+                    tomllib.loads(body)
+                case _:
+                    raise AssertionError(f"{chapter.title}: nobody can check {language!r}")
+
+
+def test_the_configuration_that_is_shown_is_legal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pubsub_core.config import Config
+
+    (body,) = (
+        body
+        for chapter in CHAPTERS
+        if chapter.title == "Configuration"
+        for language, body in chapter.fragments
+        if language == "toml"
+    )
+    path = tmp_path / "pubsub.toml"
+    path.write_text(body, encoding="utf-8")
+    path.chmod(0o600)
+    environ = {"MQTT_PASSWORD": "x"}
+    config = Config.load(path, environ=environ)
+    assert [str(finding) for finding in config.lint()] == []
+    assert config.bus("main").info.name == "mqtt"
+    assert Config.load(path, environ=environ, profile="test").bus("main").info.name == "memory"
+
+
+def test_the_set_up_is_two_commands_of_one_line() -> None:
+    (demo, _), (tests, _) = SET_UP.commands
+    # What .ci/run takes out of this file and runs.
+    assert demo.endswith("pubsub demo")
+    assert tests.endswith("pytest")
+    for command in (demo, tests):
+        assert command.startswith("python3 -m venv ")
+        assert "\n" not in command
+
+
+def test_the_tables_are_current() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "generate_tables", ROOT / "scripts" / "generate_tables.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = README.read_text(encoding="utf-8")
+    assert tables.refreshed(text) == text, "run python scripts/generate_tables.py"
+    # It would notice: a table that says something else is put right.
+    spoiled = text.replace("| `history` |", "| `mystery` |")
+    assert spoiled != text
+    assert tables.refreshed(spoiled) == text
+
+
+# --- examples --------------------------------------------------------------------------------
+
+EXAMPLES = ROOT / "examples"
+
+
+def _example(*command: str, **environment: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=EXAMPLES,
+        env=_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_every_example_is_listed_and_tested() -> None:
+    listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    for path in EXAMPLES.rglob("*.py"):
+        name = path.relative_to(EXAMPLES).as_posix()
+        assert f"({name})" in listed
+        assert f'"{name}"' in Path(__file__).read_text(encoding="utf-8"), f"{name} is not tested"
+
+
+def test_example_quickstart_in_memory() -> None:
+    assert _example("quickstart.py") == (
+        0,
+        "confirmed by the broker\nexample/oven/temp oven 81.5\n",
+        "",
+    )
+
+
+def test_example_quickstart_on_a_broker(mosquitto: MosquittoServer) -> None:
+    code, out, err = _example("quickstart.py", mosquitto.url)
+    assert (code, err) == (0, "")
+    assert out.endswith("example/oven/temp oven 81.5\n")
+
+
+def test_example_oven_in_memory() -> None:
+    done = _example("oven/oven.py", PUBSUB_PROFILE="test", ONCE="1")
+    assert done == (0, "oven is too hot: 95 °C\n", "")
+
+
+async def test_example_oven_on_a_broker(mosquitto_own: MosquittoServer) -> None:
+    done = await asyncio.to_thread(
+        _example, "oven/oven.py", PUBSUB_BUS_MAIN_URL=mosquitto_own.url, ONCE="1"
+    )
+    assert done == (0, "oven is too hot: 95 °C\n", "")
+
+
+def test_example_room() -> None:
+    code, out, err = _example("room.py")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "history: two",
+        "history: three",
+        "here now: []",
+        "joined Ben",
+        "replay: three",
+        "live: hello",
+        "left Ben",
+    ]
+
+
+def test_example_room_says_what_a_broker_lacks(mosquitto: MosquittoServer) -> None:
+    code, out, err = _example("room.py", mosquitto.url)
+    assert (code, out) == (1, "")
+    assert "history" in err
+    assert "presence" in err
+
+
+def test_example_plain() -> None:
+    code, out, err = _example("plain.py")
+    assert (code, err) == (0, "")
+    assert sorted(out.splitlines()) == ["handler: lab/oven/temp 81.5", "iterator: 81.5"]
+
+
+def test_example_tls(
+    mosquitto_client_certificates: MosquittoServer,
+    authority: Authority,
+    client_certificate: Certificate,
+) -> None:
+    url = mosquitto_client_certificates.url
+    mine = ("--cert", client_certificate.certfile, "--key", client_certificate.keyfile)
+    done = _example("tls.py", url, "--ca", authority.cafile, *mine)
+    assert done == (0, "hello over mqtts\n", "")
+    code, out, err = _example("tls.py", url)  # the system does not know this authority
+    assert (code, out) == (1, "")
+    assert err.startswith("tls")
+
+
+# --- links -----------------------------------------------------------------------------------
+
+_LINK = re.compile(r"\]\((?P<target>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
+_DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "backends/*/*.md", "examples/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+def _anchors(path: Path) -> set[str]:
+    text = _BLOCK.sub("", path.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", _DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for match in _LINK.finditer(_BLOCK.sub("", path.read_text(encoding="utf-8"))):
+        target, anchor = match["target"], match["anchor"]
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        there = (path.parent / target).resolve() if target else path
+        assert there.exists(), f"{path.name} links to {target}"
+        if anchor is not None:
+            assert anchor in _anchors(there), f"{path.name} links to {target}#{anchor}"
