@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import os
 import sys
+from typing import Any
 
 from pubsub_core import ConnectError, Secret, connect
 
@@ -32,7 +33,7 @@ async def main() -> None:
         "key_file": arguments.key,
         "username": arguments.user,
     }
-    options: dict[str, object] = {name: value for name, value in given.items() if value}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value}
     if password := os.environ.get("MQTT_PASSWORD"):
         options["password"] = Secret(password)  # masked wherever it could be shown
     async with connect(arguments.url, connect_timeout=5, **options) as bus:
