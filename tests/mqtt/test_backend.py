@@ -268,6 +268,14 @@ def test_what_prints_options_prints_no_secret() -> None:
     assert "canary" not in text
 
 
+def test_strict_utf8_forbids_what_brokers_close_connections_over() -> None:
+    assert backend(1883).limits.forbidden_characters == ""
+    forbidden = backend(1883, strict_utf8=True).limits.forbidden_characters
+    for character in ("\x01", "\x1f", "\x7f", "\x9f", "\ufdd0", "\uffff", "\U0001fffe"):
+        assert character in forbidden
+    assert not set("aä€😀 ") & set(forbidden)
+
+
 def test_topic_defaults_the_longest_filter_wins() -> None:
     made = backend(
         1883,

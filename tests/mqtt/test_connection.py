@@ -793,6 +793,37 @@ async def test_close_is_legal_in_any_state(mosquitto: MosquittoServer) -> None:
         await made.driver.ping()
 
 
+async def test_closing_ends_an_attempt_to_connect(silent: int) -> None:
+    made = Peer()
+    connecting = asyncio.create_task(made.open(tcp(silent)))
+    await eventually(lambda: made.connection.connecting)
+    await made.driver.close(drain=5)
+    async with asyncio.timeout(1):
+        with pytest.raises(ConnectError, match="closed while"):
+            await connecting
+    dialling = asyncio.create_task(made.open(tcp(silent)))
+    await asyncio.sleep(0)
+    await made.driver.close()
+    async with asyncio.timeout(1):
+        with pytest.raises(ConnectError, match="closed while"):
+            await dialling
+
+
+async def test_closing_twice_at_once_waits_once() -> None:
+    async with scripted() as broker:
+        broker.puback = False
+        made = Peer()
+        await made.open(tcp(broker.port))
+        publishing = asyncio.create_task(made.driver.publish("t", b"", qos=1))
+        await broker.arrived(PUBLISH)
+        closing = asyncio.gather(made.driver.close(drain=5), made.driver.close(drain=5))
+        await asyncio.sleep(0)
+        broker.send(b"\x40\x02\x00\x01")
+        async with asyncio.timeout(3):
+            await closing
+            await publishing
+
+
 async def test_a_driver_opens_again_after_a_loss(
     mosquitto: MosquittoServer, unique: Callable[..., str]
 ) -> None:

@@ -17,6 +17,7 @@ from paho.mqtt.client import Client
 from pubsub_core.errors import (
     AuthenticationFailed,
     ConnectError,
+    NotConnected,
     Outcome,
     PayloadTooLarge,
     PublishFailed,
@@ -628,6 +629,26 @@ def test_replay_stays_within_the_window(lines: type[Line]) -> None:
     assert len(line.done) == 10
 
 
+def test_a_replay_that_is_interrupted_keeps_its_order(lines: type[Line]) -> None:
+    line = lines(versions=(5,), expiry=60, client_id=None)
+    line.open()
+    for number in range(6):
+        line.publish("t", bytes((number,)), qos=1)
+    line.sent()
+    seen: list[int] = []
+    for _ in range(6):
+        line.now += 100
+        line.connection.end()
+        line.begin()
+        line.say(unhex("20 06 01 00 03 21 0002"))
+        line.connection.release()
+        first, *_ = line.packets()
+        seen.append(first[-1])
+        line.say(bytes((0x40, 2)) + packet_id(first).to_bytes(2, "big"))
+    assert seen == list(range(6))
+    assert line.connection.unfinished == 0
+
+
 def test_qos_0_fails_with_the_session_and_says_what_is_known(lines: type[Line]) -> None:
     line = lines()
     line.open(release=False)
@@ -667,6 +688,23 @@ def test_closing_gives_every_publish_its_outcome(lines: type[Line]) -> None:
     assert isinstance(waiting.error, PublishFailed)
     assert waiting.error.outcome is Outcome.NOT_SENT
     assert line.connection.unfinished == 0
+
+
+def test_nothing_follows_a_disconnect(lines: type[Line]) -> None:
+    line = lines()
+    line.open()
+    line.say(unhex("32 06 0001 74 0005 78"))
+    line.publish(qos=1)
+    line.sent()
+    line.connection.disconnect()
+    with pytest.raises(NotConnected):
+        line.publish()
+    with pytest.raises(NotConnected):
+        line.connection.publish_now("t", b"")
+    line.connection.settle(line.messages[0].serial)
+    line.say(unhex("40 02 0001"))
+    assert line.done[0].error is None, "answers still count"
+    assert line.sent() == unhex("e0 00")
 
 
 def test_an_abandoned_message_is_forgotten_with_the_broker_s_session(

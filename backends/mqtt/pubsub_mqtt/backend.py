@@ -49,6 +49,19 @@ _VERSIONS: dict[ProtocolName, tuple[Version, ...]] = {"auto": (5, 4), "5": (5,),
 _MAX_IDENTIFIER = 268_435_455
 _CACHED_DEFAULTS = 1024
 
+# MQTT 5.0 section 1.5.4: a receiver may close the connection over these; Mosquitto does.
+_DISCOURAGED = "".join(
+    map(
+        chr,
+        (
+            *range(0x01, 0x20),
+            *range(0x7F, 0xA0),
+            *range(0xFDD0, 0xFDF0),
+            *(plane << 16 | last for plane in range(17) for last in (0xFFFE, 0xFFFF)),
+        ),
+    )
+)
+
 
 def endpoint_of(address: Address, options: MQTTOptions) -> Endpoint:
     """Return where to connect to, defaults filled in.
@@ -329,6 +342,8 @@ class MQTTBackend(Backend):
     def limits(self) -> Limits:
         """The declared limits, or less where the broker's longest packet is shorter."""
         limits = self.context.info.limits
+        if self._options.strict_utf8:
+            limits = replace(limits, forbidden_characters=_DISCOURAGED)
         session = self.session
         if session is None or limits.max_payload is None:
             return limits
@@ -401,18 +416,21 @@ class MQTTBackend(Backend):
 
     async def publish(self, out: OutFrame) -> Receipt:
         """Publish; above QoS 0 a lost session does not end the wait, closing does."""
-        sent = await self.driver.publish(
-            out.topic,
-            out.payload,
-            qos=out.qos,
-            retain=out.retain,
-            properties=self._properties(out),
+        topic, qos = out.topic, out.qos
+        sent = self.driver.submit(
+            topic, out.payload, qos=qos, retain=out.retain, properties=self._properties(out)
         )
-        if out.qos == 0:
-            return Receipt(out.topic, ConfirmedBy.TRANSPORT)
-        return Receipt(
-            out.topic, ConfirmedBy.BROKER, subscribers=0 if sent.reason == 0x10 else None
-        )
+        # What `AsyncioDriver.outcome` does, without the price of another coroutine.
+        try:
+            await sent.tag
+        except asyncio.CancelledError:
+            self.connection.abandon(sent)
+            raise
+        if sent.error is not None:
+            raise sent.error
+        if qos == 0:
+            return Receipt(topic, ConfirmedBy.TRANSPORT)
+        return Receipt(topic, ConfirmedBy.BROKER, None, 0 if sent.reason == 0x10 else None)
 
     # --- subscribing ------------------------------------------------------------------
 

@@ -203,7 +203,6 @@ class Session:
     shared: bool | None = None
     identifiers: bool = False
     expiry: int = 0
-    server: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,6 +507,7 @@ class Connection:
         self._where = ""
 
         self._open = False
+        self._usable = False
         self._gate = False
         self._window = settings.max_inflight
         self._window2 = settings.max_inflight
@@ -611,7 +611,7 @@ class Connection:
         self._woken = False
         self._rest.clear()
         self._rest_size = self._need = 0
-        self._open = self._gate = False
+        self._open = self._usable = self._gate = False
         self.session = None
         self._keepalive = 0
         self._deferred.clear()
@@ -795,9 +795,10 @@ class Connection:
         self._gate = False
 
     def disconnect(self, reason: int = 0) -> None:
-        """Say DISCONNECT. The driver flushes and then calls `end`."""
-        if self._sock is None:
+        """Say DISCONNECT; nothing is sent after it. The driver flushes and calls `end`."""
+        if not self._usable:
             return
+        self._usable = self._gate = False
         if self.version == 5 and reason:
             self.write(bytes((_DISCONNECT, 1, reason)))
         else:
@@ -810,8 +811,8 @@ class Connection:
 
     def _take_all(self) -> list[Outgoing]:
         every = [
-            *self._resend.values(),
             *self._inflight.values(),
+            *self._resend.values(),
             *self._unflushed,
             *self._queue,
         ]
@@ -889,7 +890,7 @@ class Connection:
                 del self._resend[packet_id]
             else:
                 out.phase = _Phase.SENT  # the broker knows no PUBREC any more
-        self._open = True
+        self._open = self._usable = True
         self._accepted_at = self._clock()
         self.stats.sessions += 1
         self.on_session(session)
@@ -980,7 +981,7 @@ class Connection:
         if sock is None:
             return
         self._sock = None
-        self._open = self._gate = False
+        self._open = self._usable = self._gate = False
         self._deferred.clear()
         self._deferred_bytes = 0
         self._paused = False
@@ -998,11 +999,14 @@ class Connection:
                     out.phase = _Phase.QUEUED
                 gone.append(out)
         self._unflushed.clear()
-        self._resend = {**self._resend, **self._inflight}
+        # Those in flight are older than what still waits to be sent again.
+        self._resend = {**self._inflight, **self._resend}
         self._inflight = {}
         self._under_way2 = 0
         kept: deque[Outgoing] = deque()
         for out in self._queue:
+            if out.phase is _Phase.DONE:
+                continue
             if out.qos:
                 kept.append(out)
             else:
@@ -1046,7 +1050,7 @@ class Connection:
             NotConnected: There is no session.
             PublishFailed: The session at hand cannot carry it.
         """
-        if not self._open:
+        if not self._usable:
             raise NotConnected("there is no session", backend="mqtt", topic=topic)
         lead, tail, size = self._encode(topic, payload, qos, retain, properties)
         head = _PUBLISH | qos << 1 | retain
@@ -1071,8 +1075,7 @@ class Connection:
         Raises:
             NotConnected, PublishFailed: As `publish`.
         """
-        sock = self._sock
-        if not self._open or sock is None:
+        if not self._usable:
             raise NotConnected("there is no session", backend="mqtt", topic=topic)
         if not self._gate or self._queue:
             return False
@@ -1095,9 +1098,7 @@ class Connection:
         out.on_done = _discard
         out.abandoned = True
         if out.phase is _Phase.QUEUED and out.packet_id == 0:
-            out.phase = _Phase.DONE
-            with contextlib.suppress(ValueError):
-                self._queue.remove(out)
+            out.phase = _Phase.DONE  # and `_pump` passes it over
 
     def pending(self, packet_id: int) -> Outgoing | None:
         """Return the unfinished message with that packet id."""
@@ -1174,6 +1175,9 @@ class Connection:
         queue = self._queue
         while queue:
             out = queue[0]
+            if out.phase is _Phase.DONE:
+                queue.popleft()
+                continue
             if out.qos == 0:
                 queue.popleft()
                 self._send_qos0(out)
@@ -1247,7 +1251,7 @@ class Connection:
             SubscribeFailed: paho refuses the filter.
         """
         paho = self._paho
-        if not self._open or paho is None:
+        if not self._usable or paho is None:
             raise NotConnected("there is no session", backend="mqtt")
         request = Request(tuple(want.filter for want in wants), on_done)
         try:
@@ -1289,7 +1293,7 @@ class Connection:
     def unsubscribe(self, filters: Sequence[str], on_done: Callable[[Request], None]) -> Request:
         """Send one UNSUBSCRIBE; see `subscribe`."""
         paho = self._paho
-        if not self._open or paho is None:
+        if not self._usable or paho is None:
             raise NotConnected("there is no session", backend="mqtt")
         request = Request(tuple(filters), on_done)
         _, packet_id = paho.unsubscribe(list(filters))
@@ -1329,7 +1333,7 @@ class Connection:
 
     def ping(self, on_done: Callable[[ConnectError | None], None]) -> None:
         """Send PINGREQ; *on_done* is called when its answer arrives or the session ends."""
-        if not self._open:
+        if not self._usable:
             raise NotConnected("there is no session", backend="mqtt")
         self._send_ping(on_done)
 
@@ -1377,10 +1381,10 @@ class Connection:
         if qos == 2:
             asked = self._received[packet_id][1]
             self._received[packet_id] = (True, asked)
-            if not asked:
+            if not asked or not self._usable:
                 return
             command = _PUBREC
-        elif qos == 1 and self._open:
+        elif qos == 1 and self._usable:
             command = _PUBACK
         else:
             return

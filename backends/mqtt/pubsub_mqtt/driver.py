@@ -262,7 +262,9 @@ class AsyncioDriver:
         self._writing = False
         self._timer: asyncio.TimerHandle | None = None
         self._drained: deque[asyncio.Future[None]] = deque()
-        self._idle: asyncio.Future[None] | None = None
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._closes = 0
+        self._closing = asyncio.Lock()
         self._at_once = 0
 
     # --- sessions ---------------------------------------------------------------------
@@ -277,11 +279,12 @@ class AsyncioDriver:
         """
         connection = self.connection
         self._loop = asyncio.get_running_loop()
+        closes = self._closes
         try:
             async with asyncio.timeout(timeout):
                 while True:
                     try:
-                        return await self._attempt(endpoint)
+                        return await self._attempt(endpoint, closes)
                     except ConnectError as error:
                         if not connection.try_older(error):
                             raise
@@ -301,23 +304,27 @@ class AsyncioDriver:
             connection.first_version()
             raise
 
-    async def _attempt(self, endpoint: Endpoint) -> Session:
+    async def _attempt(self, endpoint: Endpoint, closes: int) -> Session:
         try:
             sock = await dial(endpoint)
         except ConnectError:
             raise
         except (OSError, ValueError) as exc:
             raise dial_error(exc, str(endpoint)) from exc
+        if closes != self._closes:
+            sock.close()
+            raise _closed_meanwhile()
         loop = asyncio.get_running_loop()
         self._loop = loop
         self._opening = loop.create_future()
+        self._descriptor = sock.fileno()
+        self._writing = False
         try:
             self.connection.begin(sock, where=str(endpoint))
         except BaseException:
+            self._detach(sock)
             sock.close()
             raise
-        self._descriptor = sock.fileno()
-        self._writing = False
         self._watch()
         if sock.pending():
             loop.call_soon(self._readable)
@@ -335,31 +342,28 @@ class AsyncioDriver:
         """
         connection = self.connection
         loop = asyncio.get_running_loop()
-        try:
-            if connection.connected:
-                deadline = loop.time() + drain
-                if drain > 0:
-                    connection.release()
-                    await self._finished(drain)
+        async with self._closing:  # whoever comes second finds it done
+            try:
                 if connection.connected:
-                    connection.disconnect(reason)
-                    await self._goodbye(max(deadline - loop.time(), 0.0))
-        finally:
-            connection.end()
-            connection.fail_pending()
+                    deadline = loop.time() + drain
+                    if drain > 0:
+                        connection.release()
+                        await self._finished(drain)
+                    if connection.connected:
+                        connection.disconnect(reason)
+                        await self._goodbye(max(deadline - loop.time(), _LINGER))
+            finally:
+                self.abort()
+                connection.fail_pending()
 
     async def _finished(self, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
         if not self.connection.unfinished:
             return
-        self._idle = loop.create_future()
-        try:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._idle.append(waiter)
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._idle
-        except TimeoutError:
-            pass
-        finally:
-            self._idle = None
+                await waiter
 
     async def _goodbye(self, seconds: float) -> None:
         """Send what waits and the end of the stream; let the broker close first.
@@ -372,8 +376,9 @@ class AsyncioDriver:
         if sock is None:
             return
         try:
-            async with asyncio.timeout(max(seconds, _LINGER)):
+            async with asyncio.timeout(seconds):
                 await self.drain(0)
+            async with asyncio.timeout(_LINGER):
                 if connection.socket is not sock:
                     return
                 self._detach(sock)
@@ -388,7 +393,10 @@ class AsyncioDriver:
 
         Publishes above QoS 0 are kept for the next session.
         """
+        self._closes += 1
         self.connection.end()
+        if self._opening is not None and not self._opening.done():
+            self._opening.set_exception(_closed_meanwhile())
 
     def _accepted(self, session: Session) -> None:
         if self._opening is not None and not self._opening.done():
@@ -420,12 +428,8 @@ class AsyncioDriver:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._drained:
-            waiter = self._drained.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        _resolve_all(self._drained)
+        _resolve_all(self._idle)
 
     # --- the selector -----------------------------------------------------------------
 
@@ -451,15 +455,17 @@ class AsyncioDriver:
             self._watch()
         elif sock.pending():
             self._loop.call_soon(self._readable)
-        if self._idle is not None and not connection.unfinished and not self._idle.done():
-            self._idle.set_result(None)
+        if self._idle and not connection.unfinished:
+            _resolve_all(self._idle)
 
     def _wake(self) -> None:
-        if self._loop is not None and not self._writing:
+        if self._loop is not None and self._descriptor >= 0 and not self._writing:
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         connection = self.connection
+        if self._descriptor < 0:
+            return
         empty = connection.flush()
         loop, descriptor = self._loop, self._descriptor
         if loop is None or descriptor < 0:
@@ -472,12 +478,9 @@ class AsyncioDriver:
             self._writing = True
             loop.add_writer(descriptor, self._flush)
         if self._drained and connection.unsent <= _HIGH_WATER // 4:
-            while self._drained:
-                waiter = self._drained.popleft()
-                if not waiter.done():
-                    waiter.set_result(None)
-        if self._idle is not None and not connection.unfinished and not self._idle.done():
-            self._idle.set_result(None)
+            _resolve_all(self._drained)
+        if self._idle and not connection.unfinished:
+            _resolve_all(self._idle)
 
     def _tick(self) -> None:
         self._timer = None
@@ -527,6 +530,51 @@ class AsyncioDriver:
         self._flush()
         return not self._writing
 
+    def submit(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        properties: bytes = NO_PROPERTIES,
+    ) -> Outgoing:
+        """Begin to publish; the `Outgoing.tag` is a future to be given to `outcome`.
+
+        Its `Outgoing.packet_id` is 0 while it is queued, and known before the answer.
+
+        Raises:
+            NotConnected, PublishFailed: As `Connection.publish`.
+        """
+        out = self.connection.publish(
+            topic, payload, qos=qos, retain=retain, properties=properties, on_done=_wake_publisher
+        )
+        # Not asyncio.get_running_loop(), which makes a system call on Python 3.11.
+        loop = self._loop
+        out.tag = (
+            asyncio.get_running_loop().create_future() if loop is None else loop.create_future()
+        )
+        return out
+
+    async def outcome(self, out: Outgoing) -> Outgoing:
+        """Wait for what becomes of a message that was submitted.
+
+        At QoS 0 that is known when the operating system has it, above when the broker
+        answered, in this session or a later one. Cancelling it gives up waiting; see
+        `Connection.abandon`.
+
+        Raises:
+            PublishFailed: With its outcome.
+        """
+        try:
+            await out.tag
+        except asyncio.CancelledError:
+            self.connection.abandon(out)
+            raise
+        if out.error is not None:
+            raise out.error
+        return out
+
     async def publish(
         self,
         topic: str,
@@ -537,40 +585,14 @@ class AsyncioDriver:
         properties: bytes = NO_PROPERTIES,
         on_sent: Callable[[Outgoing], None] | None = None,
     ) -> Outgoing:
-        """Publish, and return when the outcome is known.
+        """Publish, and return when the outcome is known; see `submit` and `outcome`.
 
-        At QoS 0 that is when the operating system has it, above when the broker answered,
-        in this session or a later one. Cancelling it gives up waiting; see
-        `Connection.abandon`.
-
-        *on_sent* is called when the message is under way or queued, before the answer; its
-        `Outgoing.packet_id` is 0 while it is queued.
-
-        Raises:
-            NotConnected: There is no session.
-            PublishFailed: With its outcome.
+        *on_sent* is called in between, before there can be an answer.
         """
-        connection = self.connection
-        out = connection.publish(
-            topic,
-            payload,
-            qos=qos,
-            retain=retain,
-            properties=properties,
-            on_done=_wake_publisher,
-        )
+        out = self.submit(topic, payload, qos=qos, retain=retain, properties=properties)
         if on_sent is not None:
             on_sent(out)
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        out.tag = waiter
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            connection.abandon(out)
-            raise
-        if out.error is not None:
-            raise out.error
-        return out
+        return await self.outcome(out)
 
     async def subscribe(self, *wants: Subscribe) -> Request:
         """Send one SUBSCRIBE and return when the broker answered; see `Connection.refusal`.
@@ -634,6 +656,17 @@ class AsyncioDriver:
 def _resolve(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+def _resolve_all(waiters: deque[asyncio.Future[None]]) -> None:
+    while waiters:
+        _resolve(waiters.popleft())
+
+
+def _closed_meanwhile() -> ConnectError:
+    return ConnectError(
+        "the connection was closed while it was being made", backend="mqtt", retryable=False
+    )
 
 
 def _wake_publisher(out: Outgoing) -> None:

@@ -137,6 +137,10 @@ class MQTTOptions:
     default_retain: bool = field(
         default=False, metadata=_help("retain flag of a publish that does not say")
     )
+    strict_utf8: bool = field(
+        default=False,
+        metadata=_help("refuse topics with control characters and noncharacters"),
+    )
     shared_subscriptions: bool | None = field(
         default=None,
         metadata=_help("whether an MQTT 3.1.1 broker has share groups; it cannot be asked"),
