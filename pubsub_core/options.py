@@ -797,7 +797,8 @@ def _written(value: Any) -> str:
 def json_schema(cls: type[Any]) -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of a table that `build` accepts for *cls*.
 
-    Fields that only code can give are left out. Where a secret may stand, the schema refers
+    Fields that only code can give (of a type that no text can say, or declared with
+    ``metadata={"code_only": True}``) are left out. Where a secret may stand, the schema refers
     to ``#/$defs/reference``, which is included.
     """
     schema = _dataclass_schema(cls)
@@ -835,7 +836,7 @@ def _dataclass_schema(cls: type[Any]) -> dict[str, Any]:
     for field in dataclasses.fields(cls):
         wanted = field_types(cls).get(field.name)
         schema = _schema(wanted) if field.init else None
-        if schema is None:
+        if schema is None or field.metadata.get("code_only"):
             continue
         default = _default(field)
         if default is dataclasses.MISSING:

@@ -20,6 +20,7 @@ from pubsub_core.config import Config, Explained, Finding, Source, SourceKind
 from pubsub_core.errors import BadOption, ConfigError, PluginError, UnknownBackend
 from pubsub_core.hookspecs import hookimpl
 from pubsub_core.interfaces import BackendInfo
+from pubsub_core.options import field_help
 from pubsub_core.plugins import Registry, use_registry
 from pubsub_core.secrets import Secret
 from pubsub_core.settings import BusOptions, CodecRule
@@ -998,3 +999,37 @@ def test_every_reference_in_the_schema_leads_somewhere() -> None:
     targets = set(re.findall(r'"\$ref": "#/\$defs/([^"]+)"', text))
     assert targets <= set(schema["$defs"])
     assert "reference" in targets
+
+
+# --- the documentation -----------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+def test_the_file_that_is_shown_works(tmp_path: Path) -> None:
+    (text,) = blocks(PAGE, "toml")
+    with use_registry(Registry.load_installed({})):
+        config = loaded(text, tmp_path, BROKER_PASSWORD=CANARY)
+        assert config.lint() == []
+        bus = config.bus("main")
+        assert str(bus.address) == "mqtts://broker.example"
+        assert bus.options.password == Secret(CANARY)
+        assert loaded(text, tmp_path, PUBSUB_PROFILE="test").bus("main").info.name == "memory"
+
+
+def test_the_code_that_is_shown_runs() -> None:
+    _, code = blocks(PAGE, "python")
+    with use_registry(Registry.load_installed({})):
+        exec(compile(code, "configuration.md", "exec"), {})
+
+
+def test_the_table_of_options_is_current() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", PAGE, re.MULTILINE)
+    assert rows == [
+        (row.name, f"`{row.default}`" if row.default else "", row.type, row.help)
+        for row in field_help(BusOptions)
+    ]

@@ -28,7 +28,6 @@ from pubsub_core.options import (
 )
 from pubsub_core.secrets import Secret
 from pubsub_core.settings import BusOptions, CodecRule
-
 from tests.test_secrets import CANARY, told
 
 # --- URLs ------------------------------------------------------------------------------
@@ -170,6 +169,7 @@ class Options:
     data: bytes = b""
     anything: Any = None
     context: ssl.SSLContext | None = None
+    hook: Any = field(default=None, metadata={"code_only": True})
 
 
 def made(**values: Any) -> Options:
@@ -533,4 +533,5 @@ def test_schema() -> None:
     assert properties["auth"]["required"] == ["user"]
     assert properties["auth"]["additionalProperties"] is False
     assert "context" not in properties
+    assert "hook" not in properties
     assert schema["$defs"]["reference"]["type"] == "object"

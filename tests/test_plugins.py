@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
 import threading
+import tomllib
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +27,7 @@ from pubsub_core.capabilities import (
     Redelivery,
     Support,
 )
+from pubsub_core.config import Config
 from pubsub_core.errors import (
     ConfigError,
     MissingDependency,
@@ -32,7 +35,7 @@ from pubsub_core.errors import (
     PluginError,
     UnknownBackend,
 )
-from pubsub_core.hookspecs import hookimpl
+from pubsub_core.hookspecs import Hooks, hookimpl
 from pubsub_core.interfaces import API_VERSION, Backend, BackendInfo
 from pubsub_core.plugins import (
     GROUP,
@@ -687,3 +690,48 @@ def test_load_object() -> None:
         load_object("pubsub_core.errors")
     with pytest.raises(AttributeError):
         load_object("pubsub_core.errors:Nothing")
+
+
+# --- the documentation, on a package that is really installed --------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def test_the_plugin_that_is_shown_works(package: Path) -> None:
+    (table,) = blocks("toml")
+    plugin, code = blocks("python")
+    points: dict[str, str] = tomllib.loads(table)["project"]["entry-points"][GROUP]
+    (package / "plugin.py").write_text(plugin)
+    metadata = package.parent / "pubsub_acme-1.2.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: pubsub-acme\nVersion: 1.2\n")
+    lines = [f"{name} = {target}" for name, target in points.items()]
+    (metadata / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines]))
+    importlib.invalidate_caches()
+    found = Registry.load_installed({})
+    info = found.by_scheme("acmes")
+    assert info.name == "acme"
+    record = next(record for record in found.plugins if record.name == "acme")
+    assert record.origin == "pubsub-acme 1.2"
+    assert "pubsub_acme.backend" not in sys.modules
+    with pytest.raises(PluginError, match=r"plugin 'acme' \(pubsub-acme 1\.2\)"):
+        found.load(info)  # the page shows no backend.py
+    with use_registry(found):
+        bus = Config(environ={}).bus("acme://h?heartbeat=2", {"token": CANARY})
+        assert bus.options.heartbeat == 2.0
+        assert CANARY not in repr(bus)
+        exec(compile(code, "plugins.md", "exec"), {})
+    assert "acme" not in {
+        info.name for info in Registry.load_installed({"PUBSUB_PLUGINS": "memory"}).infos
+    }
+
+
+def test_the_table_of_hooks_is_current() -> None:
+    table = PAGE.partition("## Hooks")[2].partition("## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)
+    hooks = {name: hook.__doc__ for name, hook in vars(Hooks).items() if name.startswith("pubsub_")}
+    assert rows == [*hooks.items()]
