@@ -1,4 +1,4 @@
-"""Writes the tables of README.md: which broker can do what, and what exit codes mean.
+"""Writes the tables of the documents: what brokers can do, what exit codes mean.
 
 They are made from what the backends of this distribution declare (`BackendInfo`), so they
 cannot say anything else than ``pubsub caps``, and from the command's own table. Text between the
@@ -29,10 +29,9 @@ from pubsub_core.capabilities import Cap, Level, Support
 from pubsub_core.cli.exits import MEANINGS
 from pubsub_core.interfaces import BackendInfo
 
-__all__ = ["main", "refreshed"]
+__all__ = ["TABLES", "main", "refreshed"]
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 
 _MARK = {
     Level.NATIVE: "yes",
@@ -154,40 +153,46 @@ def exit_code_table() -> str:
     return _rows([["exit code", "meaning"], *([str(int(c)), m] for c, m in MEANINGS.items())])
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "capabilities": capability_table,
-    "guarantees": guarantee_table,
-    "exit_codes": exit_code_table,
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {
+        "capabilities": capability_table,
+        "guarantees": guarantee_table,
+        "exit_codes": exit_code_table,
+    },
 }
 
 
-def refreshed(text: str) -> str:
-    """Return *text* with every table in it made anew.
+def refreshed(path: Path, text: str) -> str:
+    """Return *text*, which is that of *path*, with every table in it made anew.
 
     Raises:
         ValueError: A table is missing, or nobody knows how to make one.
     """
+    tables = TABLES[path]
     found = {match["name"] for match in _TABLE.finditer(text)}
-    if found != set(TABLES):
-        raise ValueError(f"tables in the text: {sorted(found)}; expected: {sorted(TABLES)}")
-    return _TABLE.sub(lambda match: match["begin"] + TABLES[match["name"]]() + match["end"], text)
+    if found != set(tables):
+        raise ValueError(f"tables in {path.name}: {sorted(found)}; expected: {sorted(tables)}")
+    return _TABLE.sub(lambda match: match["begin"] + tables[match["name"]]() + match["end"], text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the tables, or check them; return an exit code."""
-    parser = argparse.ArgumentParser(description="Make the tables of README.md.")
+    parser = argparse.ArgumentParser(description="Make the tables of the documents.")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 when out of date")
     options = parser.parse_args(arguments)
-    text = README.read_text(encoding="utf-8")
-    new = refreshed(text)
-    if new == text:
-        return 0
-    if options.check:
-        print("README.md: tables are not current; run python scripts/generate_tables.py")
-        return 1
-    README.write_text(new, encoding="utf-8")
-    print("README.md: tables written")
-    return 0
+    stale = 0
+    for path in TABLES:
+        text = path.read_text(encoding="utf-8")
+        new = refreshed(path, text)
+        if new == text:
+            continue
+        stale += 1
+        if options.check:
+            print(f"{path.name}: tables are not current; run python scripts/generate_tables.py")
+        else:
+            path.write_text(new, encoding="utf-8")
+            print(f"{path.name}: tables written")
+    return 1 if stale and options.check else 0
 
 
 if __name__ == "__main__":
