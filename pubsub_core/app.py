@@ -569,7 +569,7 @@ class Running:
     def _seconds(self) -> float:
         if self._drain is not None:
             return self._drain
-        options = [bus._options for bus in self._buses.values()]  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - the same package
+        options = [bus.options for bus in self._buses.values()]
         return max((each.drain for each in options), default=0.0)
 
     async def _run_hook(self, hook: Callable[..., Any]) -> None:

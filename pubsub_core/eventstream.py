@@ -1,4 +1,4 @@
-"""What happens to a bus, as an async iterator."""
+"""What happens to a bus, for everybody who listens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Self
 
 from .events import BusEvent, Status, StatusChanged
 
-__all__ = ["EventStream"]
+__all__ = ["EventHub", "EventStream"]
 
 _EVENTS = 1024
 
@@ -72,3 +72,40 @@ class EventStream:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)
+
+
+class EventHub:
+    """Keeps the status of a bus and tells its streams what happens.
+
+    Attributes:
+        status: The last change of status.
+    """
+
+    def __init__(self) -> None:
+        self.status = StatusChanged(Status.NEW)
+        self._streams: list[EventStream] = []
+
+    def put(self, event: BusEvent) -> None:
+        """Tell every stream; never waits."""
+        if isinstance(event, StatusChanged):
+            self.status = event
+        for stream in tuple(self._streams):
+            stream.put(event)
+
+    def stream(self) -> EventStream:
+        """Return a stream that begins with the status at hand."""
+        stream = EventStream(self.status, self._forget)
+        if self.status.status is Status.CLOSED:
+            stream.close()
+        else:
+            self._streams.append(stream)
+        return stream
+
+    def end(self) -> None:
+        """Let every stream end."""
+        for stream in tuple(self._streams):
+            stream.close()
+
+    def _forget(self, stream: EventStream) -> None:
+        if stream in self._streams:
+            self._streams.remove(stream)

@@ -123,7 +123,11 @@ class Publisher:
             check_limits(topic, self.limits, self._name)
         if type(payload) is bytes and codec is None:
             if (
-                qos is None is ttl is headers is content_type is parts
+                qos is None
+                and ttl is None
+                and headers is None
+                and content_type is None
+                and parts is None
                 and not retain
                 and (self._most is None or len(payload) <= self._most)
             ):

@@ -22,7 +22,7 @@ from .threads import HandlerThread, is_async
 from .topics import TopicFilter
 
 if TYPE_CHECKING:
-    from .bus import Bus
+    from .engine import Engine
 
 __all__ = ["Handler", "Subscription", "SubscriptionStats"]
 
@@ -43,21 +43,21 @@ _ACK = Verdict.ACK
 class _Settler:
     """One message's single decision; a second one is ignored."""
 
-    __slots__ = ("_bus", "_delivery")
+    __slots__ = ("_delivery", "_host")
 
-    def __init__(self, bus: Bus, delivery: Delivery | None) -> None:
-        self._bus = bus
+    def __init__(self, host: Engine, delivery: Delivery | None) -> None:
+        self._host = host
         self._delivery = delivery
 
     def __call__(self, verdict: Verdict) -> None:
-        self._bus.check_verdict(verdict)
+        self._host.check_verdict(verdict)
         self.finish(verdict)
 
     def finish(self, verdict: Verdict) -> None:
         delivery, self._delivery = self._delivery, None
         if delivery is not None:
             # Messages may be acknowledged from a plain handler's thread.
-            self._bus.on_loop(delivery.decide, verdict)
+            self._host.on_loop(delivery.decide, verdict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Subscription(Generic[T]):
 
     def __init__(
         self,
-        bus: Bus,
+        host: Engine,
         filter: TopicFilter,
         *,
         group: str | None,
@@ -104,7 +104,7 @@ class Subscription(Generic[T]):
         start: Callable[[Subscription[Any]], Awaitable[None]],
         stop: Callable[[Subscription[Any]], Awaitable[None]],
     ) -> None:
-        self._bus = bus
+        self._host = host
         self._filter = filter
         self.group = group
         self.qos = qos
@@ -119,9 +119,9 @@ class Subscription(Generic[T]):
         self.buffer = Buffer(
             filter.text,
             settings,
-            now=bus.clock.time,
-            pause=lambda: bus.pause(self),
-            unpause=lambda: bus.unpause(self),
+            now=host.clock.time,
+            pause=lambda: host.pause(self),
+            unpause=lambda: host.unpause(self),
         )
         self.put = self.buffer.put
         self._delivered = 0
@@ -131,7 +131,7 @@ class Subscription(Generic[T]):
         self._current: _Settler | None = None
         self._task: asyncio.Task[None] | None = None
         self._thread: HandlerThread | None = None
-        self._unusable = _Settler(bus, None)
+        self._unusable = _Settler(host, None)
         self._chain: CallNext | None = None
         self._retained: set[str] = set()
 
@@ -188,7 +188,7 @@ class Subscription(Generic[T]):
     ) -> None:
         if exc_type is not None and self._current is not None:
             # The block was left in the middle of this message.
-            self._current.finish(Verdict.NACK if self._bus.can_nack else Verdict.REJECT)
+            self._current.finish(Verdict.NACK if self._host.can_nack else Verdict.REJECT)
         await self.close()
 
     async def close(self) -> None:
@@ -253,20 +253,20 @@ class Subscription(Generic[T]):
 
     def end(self) -> None:
         """Take nothing more; what is buffered is given up, waiting consumers return."""
-        self.buffer.end(Verdict.NACK if self._bus.can_nack else Verdict.REJECT)
+        self.buffer.end(Verdict.NACK if self._host.can_nack else Verdict.REJECT)
 
     def abandon(self) -> None:
         """End because the bus is closed: what was not handled stays with the broker."""
         self._abandoned = True
-        self.buffer.end(Verdict.NACK if self._bus.can_nack else None)
+        self.buffer.end(Verdict.NACK if self._host.can_nack else None)
 
     def start(self) -> None:
         """Begin to hand messages to the handler, where there is one."""
         self._started = True
         if self._handler is None:
-            self._chain = self._bus.receive_chain(_keep)
+            self._chain = self._host.receive_chain(_keep)
         elif self._task is None:
-            self._task = self._bus.spawn(self._serve(self._handler), f"handler {self.filter}")
+            self._task = self._host.spawn(self._serve(self._handler), f"handler {self.filter}")
 
     @property
     def handler_task(self) -> asyncio.Task[None] | None:
@@ -311,7 +311,7 @@ class Subscription(Generic[T]):
         if self._plain and delivery is None:
             message = Message(frame.topic, frame.payload, _NO_PARAMS, frame, self._unusable)
             return cast("Message[T]", message), self._unusable
-        settler = self._unusable if delivery is None else _Settler(self._bus, delivery)
+        settler = self._unusable if delivery is None else _Settler(self._host, delivery)
         payload: Any = frame.payload
         if self._decoder is not None:
             try:
@@ -327,7 +327,7 @@ class Subscription(Generic[T]):
         settler.finish(Verdict.REJECT)
         policy = self.settings.on_decode_error
         if policy == "dead_letter":
-            self._bus.dead_letter(self.settings.dead_letter or "", frame, error)
+            self._host.dead_letter(self.settings.dead_letter or "", frame, error)
         elif policy == "raise":
             if self._handler is None:
                 raise error
@@ -341,26 +341,27 @@ class Subscription(Generic[T]):
         )
         failed.__cause__ = error
         logger.error("%s (subscription %r)", failed, self.filter, exc_info=error)
-        self._bus.handler_failed(failed)
+        self._host.handler_failed(failed)
 
     # --- handlers ----------------------------------------------------------------------
 
     async def _serve(self, handler: Handler) -> None:
         call = self._caller(handler)
-        chain = self._bus.receive_chain(_through(call))
+        chain = self._host.receive_chain(_through(call))
         buffer = self.buffer
         burst = 0
         while True:
             if buffer.ready:
-                item: Item | Gap | None = buffer.pop()
+                item = buffer.pop()
             else:
                 try:
-                    item = await buffer.take()
+                    taken = await buffer.take()
                 except PubSubError as error:
                     self._report(error, self.filter)
                     return
-                if item is None:
+                if taken is None:
                     return
+                item = taken
             if isinstance(item, Gap):
                 await self._guarded(call, item)
                 continue
@@ -377,7 +378,7 @@ class Subscription(Generic[T]):
                     await chain(self._context(message))
             except asyncio.CancelledError:
                 if not self._abandoned:
-                    settler.finish(Verdict.NACK if self._bus.can_nack else Verdict.REJECT)
+                    settler.finish(Verdict.NACK if self._host.can_nack else Verdict.REJECT)
                 if self._cancelled():
                     raise
                 # The handler's own cancellation ends this message, not the subscription.
@@ -386,7 +387,7 @@ class Subscription(Generic[T]):
                 self._failed += 1
                 self._report(error, message.topic)
                 if self.settings.dead_letter is not None:
-                    self._bus.dead_letter(self.settings.dead_letter, message.frame, error)
+                    self._host.dead_letter(self.settings.dead_letter, message.frame, error)
                 settler.finish(Verdict.REJECT)
             else:
                 self._delivered += 1
@@ -404,7 +405,7 @@ class Subscription(Generic[T]):
             payload=message.payload,
             headers=dict(message.headers),
             message=message,
-            bus=self._bus,
+            bus=self._host.bus,
             subscription=self,
         )
 

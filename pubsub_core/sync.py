@@ -54,7 +54,7 @@ from .interest import InterestView, Notifications, Presence
 from .interfaces import BackendInfo, HistoryQuery
 from .message import Member, Message, Part, Receipt
 from .middleware import Middleware
-from .settings import OverflowPolicy
+from .settings import BusOptions, OverflowPolicy
 from .stats import BusStats
 from .subscription import Handler, Subscription, SubscriptionStats
 
@@ -269,6 +269,11 @@ class SyncBus(_Synchronous):
     def limits(self) -> Limits:
         """Sizes and rates that are kept here, before anything is sent."""
         return self._bus.limits
+
+    @property
+    def options(self) -> BusOptions:
+        """The options of the bus, from whatever source they came."""
+        return self._bus.options
 
     @property
     def stats(self) -> BusStats:

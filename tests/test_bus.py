@@ -470,9 +470,9 @@ async def test_a_hole_is_marked_and_filled_from_history(lab: str) -> None:
 async def test_what_a_resumed_session_delivers_early_waits_for_its_subscription(lab: str) -> None:
     """A program that restarts with its old session loses nothing before it subscribes."""
     async with connect(lab) as bus:
-        router = bus._wiring.router
+        router = bus._engine.wiring.router
         router.keep_orphans()
-        bus.route(_in("jobs/1", b"kept for us"))
+        router.route(_in("jobs/1", b"kept for us"))
         assert router.unrouted == 0
         async with bus.subscribe("other") as other, bus.subscribe("jobs/+") as jobs:
             assert (await jobs.get(timeout=1)).payload == b"kept for us"

@@ -76,26 +76,10 @@ def eventually(condition: Callable[[], object]) -> None:
 
 # --- the same names ---------------------------------------------------------------------
 
-# What backends, subscriptions and the session engine call, and users do not.
+# What the engine calls, and users do not.
 MACHINERY = {
-    "authorization",
-    "can",
-    "can_nack",
-    "check_verdict",
-    "dead_letter",
-    "handler_failed",
-    "interest",
-    "note",
-    "notice",
     "on_handler_failure",
-    "on_loop",
-    "pause",
-    "receive_chain",
-    "restore",
-    "route",
-    "spawn",
-    "status_changed",
-    "unpause",
+    "abandon",
     "apply",
     "buffer",
     "end",
@@ -133,9 +117,8 @@ def public(cls: type[Any]) -> set[str]:
 
 @pytest.mark.parametrize(("asynchronous", "synchronous"), PAIRS)
 def test_every_name_has_its_counterpart(asynchronous: type[Any], synchronous: type[Any]) -> None:
-    machinery = MACHINERY - ({"interest"} if asynchronous is Notifications else set())
-    assert public(asynchronous) - machinery - public(synchronous) == set()
-    attributes = {"stats", "clock"} if asynchronous is Bus else set()
+    assert public(asynchronous) - MACHINERY - public(synchronous) == set()
+    attributes = {"clock"} if asynchronous is Bus else set()
     assert public(synchronous) - public(asynchronous) - EXTRA == attributes - public(asynchronous)
 
 

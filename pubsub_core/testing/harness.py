@@ -423,7 +423,7 @@ class Recorder:
     """
 
     def __init__(self, bus: Bus) -> None:
-        backend: Any = bus._backend  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - no public way to what is underneath
+        backend: Any = bus._engine.backend  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - no public way to what is underneath
         self.subscribed: list[WireSub] = []
         self.unsubscribed: list[WireSub] = []
         self.sinks: list[Sink] = []

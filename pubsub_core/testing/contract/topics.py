@@ -52,7 +52,7 @@ def _legal_topics(t: Trial, limits: Any, count: int) -> list[str]:
 async def topic_wire_bijection(t: Trial) -> None:
     """Every legal topic goes to the wire and comes back, and no two become one."""
     bus = await t.connect()
-    backend = bus._backend  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - as Recorder
+    backend = bus._engine.backend  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - as Recorder
     wires: dict[str, str] = {}
     for name in _legal_topics(t, bus.limits, 500):
         topic = t.topic(name)
