@@ -126,6 +126,37 @@ async def test_cancelling_a_connect_closes_its_socket(silent: int) -> None:
     assert made.connection.socket is None
 
 
+@pytest.mark.parametrize("transport", ["tcp", "tls", "websocket"])
+async def test_connecting_may_be_cancelled_at_any_point(
+    mosquitto: MosquittoServer,
+    mosquitto_tls: MosquittoServer,
+    authority: Authority,
+    transport: str,
+) -> None:
+    endpoint = {
+        "tcp": Endpoint("localhost", mosquitto.port),
+        "tls": Endpoint("localhost", mosquitto_tls.port, tls=TLSSettings(ca_file=authority.cafile)),
+        "websocket": Endpoint(
+            "localhost", mosquitto.websocket_port, websocket=WebSocketTarget("/mqtt")
+        ),
+    }[transport]
+    turns = finished = 0
+    while finished < 3:
+        made = Peer()
+        task = asyncio.create_task(made.open(endpoint))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            assert made.connection.socket is None
+        else:
+            finished += 1
+        await made.driver.close()
+        turns = turns + 1 if turns < 20 else turns * 2
+
+
 async def test_a_refused_connection_says_so() -> None:
     with socket.socket() as unused:
         unused.bind((HOST, 0))

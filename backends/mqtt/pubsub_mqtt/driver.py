@@ -124,11 +124,11 @@ async def _race(addresses: Sequence[tuple[int, Any]]) -> socket.socket:
     A simple form of RFC 8305 (Happy Eyeballs): a broken IPv6 route costs 250 ms.
     """
     tasks: list[asyncio.Task[socket.socket]] = []
-    won: socket.socket | None = None
+    won: asyncio.Task[socket.socket] | None = None
     error: OSError | None = None
+    waiting = deque(addresses)
+    pending: set[asyncio.Task[socket.socket]] = set()
     try:
-        waiting = deque(addresses)
-        pending: set[asyncio.Task[socket.socket]] = set()
         while won is None and (waiting or pending):
             if waiting:
                 family, address = waiting.popleft()
@@ -142,23 +142,26 @@ async def _race(addresses: Sequence[tuple[int, Any]]) -> socket.socket:
             )
             for task in done:
                 failure = task.exception()
-                if failure is None and won is None:
-                    won = task.result()
+                if failure is None:
+                    won = won or task
                 elif isinstance(failure, OSError):
                     error = error or failure
-                elif failure is not None:
+                else:
                     raise failure
     finally:
+        # Nothing is awaited here: a second cancellation would lose the sockets.
         for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        for task in tasks:
-            if not task.cancelled() and task.exception() is None and task.result() is not won:
-                task.result().close()
+            if task is not won:
+                task.cancel()
+                task.add_done_callback(_close_result)
     if won is None:
         raise error or OSError("the name has no address")
-    return won
+    return won.result()
+
+
+def _close_result(task: asyncio.Task[socket.socket]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()
 
 
 async def _addresses(endpoint: Endpoint) -> list[tuple[int, Any]]:
