@@ -637,7 +637,8 @@ class Config:
         if where in schemes:
             hints.insert(0, f"for the backend write {where}://")
         raise ConfigError(
-            f"there is no bus {where!r}{self._in_file(self._read())}", hint="; ".join(hints)
+            f"there is no bus {where!r}{self._in_file(self._read())}",
+            hint="; ".join(hints).replace("?; ", "? "),
         )
 
     def _in_file(self, document: _Document) -> str:

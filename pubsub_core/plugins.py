@@ -456,7 +456,7 @@ class Registry:
         if self.failures:
             failed = "; ".join(error.message for error in self.failures)
             hints.append(f"plugins that failed: {failed}")
-        return UnknownBackend(message, hint="; ".join(hints))
+        return UnknownBackend(message, hint="; ".join(hints).replace("?; ", "? "))
 
     def _broken(
         self, info: BackendInfo, problem: str, cause: BaseException | None = None
@@ -490,7 +490,7 @@ class Registry:
             raise self._broken(info, f"{target} failed to load: {_told(exc)}") from exc
 
 
-class _Refused(Exception):  # noqa: N818 - carries a sentence to `Registry._admit`, no further
+class _Refused(Exception):
     """A plugin that imported, and still breaks the contract."""
 
 

@@ -224,6 +224,16 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
         Config.load(path, environ={})
 
 
+def test_a_file_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    path = tmp_path / "pubsub.toml"
+    path.write_text("a = " + "[" * 20_000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        Config.load(path, environ={})
+    deep = Config(environ={"PUBSUB_BUS_MAIN": "{a = " + "[" * 20_000})
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        deep.bus("main")
+
+
 def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
     path = tmp_path / "pubsub.toml"
     path.write_bytes(b'\xef\xbb\xbf[bus.main]\r\nurl = "memory://"\r\n')
@@ -664,7 +674,7 @@ def test_a_bus_that_is_not_there_suggests_and_says_where_it_looked(
         Config.load(file, environ={}).bus("mian")
     text = str(caught.value)
     assert f"there is no bus 'mian' in {file}" in text
-    assert "did you mean 'main'?; known: main, edge" in text
+    assert "did you mean 'main'? known: main, edge" in text
     assert "PUBSUB_BUS_MIAN_URL" in text
     with pytest.raises(ConfigError) as caught:
         Config.load(environ={"HOME": "/h"}).bus("memory")
