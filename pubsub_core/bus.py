@@ -46,7 +46,7 @@ from .interfaces import (
     HistoryQuery,
     WatchKind,
 )
-from .message import InFrame, Member, Message, Part, Receipt
+from .message import Headers, InFrame, Member, Message, Part, Receipt
 from .middleware import (
     Context,
     Direction,
@@ -364,7 +364,7 @@ class Bus:
                 direction=Direction.PUBLISH,
                 topic=topic,
                 payload=payload,
-                headers=dict(headers or {}),
+                headers=dict(Headers(headers or ())),
                 options={
                     "qos": qos,
                     "retain": retain,

@@ -233,8 +233,10 @@ class Engine:
             )
 
     def _alternatives(self, *caps: Cap) -> tuple[str, ...]:
-        names = [set(self._registry.alternatives(cap)) for cap in caps]
-        return tuple(sorted(set.intersection(*names) - {self.info.name})) if names else ()
+        able = set(self._registry.alternatives(caps[0]))
+        for cap in caps[1:]:
+            able &= set(self._registry.alternatives(cap))
+        return tuple(sorted(able - {self.info.name}))
 
     async def request(
         self, call: Callable[[], Awaitable[T]], what: str, timeout: float | None = None

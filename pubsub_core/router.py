@@ -175,7 +175,7 @@ class Router:
             wire.last = frame
             targets = wire.targets()
         else:
-            targets = []
+            targets = list[Subscription[Any]]()
             for wire in wires:
                 wire.last = frame
                 targets += wire.targets()

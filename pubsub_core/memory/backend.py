@@ -223,10 +223,10 @@ class MemoryBackend(Backend):
             self._kept.append(frame)
 
     def _await_settling(self, frame: InFrame, group: Group | None) -> InFrame:
-        identities = frame.subscriptions or ()
+        (identity,) = frame.subscriptions or (0,)
         tag = next(self._tags)
         deadline = self.clock.monotonic() + self.options.ack_timeout
-        subscription = self.subscriptions[identities[0]]
+        subscription = self.subscriptions[identity]
         self._unsettled[tag] = (subscription, group, frame, deadline)
         self._watch_deadlines()
         return msgspec.structs.replace(frame, tag=tag)
