@@ -5,6 +5,7 @@ python plain.py
 
 from __future__ import annotations
 
+import queue
 import threading
 
 from pubsub_core import Message, sync
@@ -12,11 +13,10 @@ from pubsub_core import Message, sync
 
 def main() -> None:
     with sync.connect("memory://") as bus:
-        done = threading.Event()
+        handled: queue.Queue[Message[float]] = queue.Queue()
 
         def handle(message: Message[float]) -> None:
-            print("handler:", message.topic, message.payload)
-            done.set()
+            handled.put(message)  # in a thread of the subscription's own
 
         with (
             bus.subscribe("lab/+/temp", float) as readings,
@@ -25,8 +25,9 @@ def main() -> None:
             sender = threading.Thread(target=bus.publish, args=("lab/oven/temp", 81.5))
             sender.start()
             print("iterator:", readings.get(timeout=5).payload)
+            message = handled.get(timeout=5)
+            print("handler:", message.topic, message.payload)
             sender.join()
-            done.wait(5)
 
 
 if __name__ == "__main__":
