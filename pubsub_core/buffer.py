@@ -24,6 +24,10 @@ __all__ = ["Buffer", "DecodePolicy", "Delivery", "Item", "SubscriptionSettings"]
 DecodePolicy = Literal["raise", "skip", "dead_letter"]
 
 
+_LATE = 10.0
+"""Seconds after which no live copy is expected of what a history gave."""
+
+
 class Delivery:
     """A frame that waits for a decision of every subscription that received it."""
 
@@ -120,9 +124,12 @@ class Buffer:
         self._newest: dict[str, _Entry] | None = {} if settings.overflow == "latest" else None
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._held: list[Item] | None = None
+        # What a history gave, and until when a live copy of it may still arrive.
+        self._known: set[tuple[str, str]] = set()
+        self._known_until = 0.0
         self._ended = False
         self._failure: PubSubError | None = None
-        # Whether `put` must look at any of the four above.
+        # Whether `put` must look at any of the above.
         self._special = self._newest is not None
         self._paused = False
         # Whether what comes too late is settled, so that it does not fill the broker's window.
@@ -192,6 +199,22 @@ class Buffer:
             elif delivery is not None:
                 delivery.decide(Verdict.ACK)
 
+    def bridge(self, frames: Iterable[InFrame]) -> None:
+        """Take stored *frames* that fill a hole, each once.
+
+        One that was stored after the new session had subscribed also arrives by itself,
+        sooner or later; that copy is then settled and not put in.
+        """
+        known: set[tuple[str, str]] = set()
+        for frame in frames:
+            self.put(frame, None)
+            if frame.id is not None:
+                known.add((frame.topic, frame.id))
+        if known:
+            self._known = known
+            self._known_until = self._now() + _LATE
+            self._special = True
+
     def end(self, verdict: Verdict | None) -> None:
         """Take and give nothing more; what waits is settled with *verdict*.
 
@@ -234,6 +257,10 @@ class Buffer:
             if delivery is not None and self._settles:
                 delivery.decide(Verdict.ACK)
             return False
+        if self._known and frame.id is not None and self._is_known(frame.topic, frame.id):
+            if delivery is not None:
+                delivery.decide(Verdict.ACK)
+            return False
         if self._held is not None:
             self._held.append((frame, delivery))
             if len(self._held) > self._most:
@@ -255,6 +282,15 @@ class Buffer:
             older.frame, older.delivery = frame, delivery
             return False
         return True
+
+    def _is_known(self, topic: str, identity: str) -> bool:
+        if self._now() > self._known_until:
+            self._known.clear()
+            self._special = self._newest is not None or self._held is not None
+            return False
+        known = (topic, identity) in self._known
+        self._known.discard((topic, identity))
+        return known
 
     # --- overflow ----------------------------------------------------------------------
 

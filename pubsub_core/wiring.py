@@ -226,10 +226,11 @@ class Wiring:
                 continue  # other members of the group have had them
             query = HistoryQuery(since=since - _SLACK)
             missed = [frame async for frame in backend.history(wire.want.filter, query)]
-            for frame in _after(missed, wire.last, since):
-                wire.last = frame
+            missed = _after(missed, wire.last, since)
+            if missed:
+                wire.last = missed[-1]
                 for subscription in wire.subscriptions:
-                    subscription.put(frame, None)
+                    subscription.buffer.bridge(missed)
 
     # --- pressure ------------------------------------------------------------------------
 
