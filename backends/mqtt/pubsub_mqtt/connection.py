@@ -1,9 +1,9 @@
 """One MQTT connection: paho-mqtt, a window in front of it, and the outcome of each publish.
 
-This is the only module that knows paho-mqtt. It knows no event loop: a driver (see
-`pubsub_mqtt.driver`) brings a socket, calls `Connection.feed` when bytes arrived,
-`Connection.flush` when asked to, and `Connection.tick` when it is time; what happens comes
-back through callbacks.
+This module and `pubsub_mqtt.paho_client` below it are the only ones that know paho-mqtt. It
+knows no event loop: a driver (see `pubsub_mqtt.driver`) brings a socket, calls
+`Connection.feed` when bytes arrived, `Connection.flush` when asked to, and `Connection.tick`
+when it is time; what happens comes back through callbacks.
 
 What paho does: CONNECT and its properties, CONNACK, SUBSCRIBE, UNSUBSCRIBE and their
 acknowledgements, DISCONNECT, PING, and its own blocking loops. What is done here instead,
@@ -28,12 +28,9 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
-from paho.mqtt.client import Client, MQTTv5, MQTTv311
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.client import Client
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -49,7 +46,6 @@ from pubsub_core.errors import (
     SubscribeFailed,
     TakenOver,
 )
-from pubsub_core.secrets import Secret
 
 from .errors import (
     ProtocolError,
@@ -61,19 +57,19 @@ from .errors import (
     subscribe_error,
 )
 from .options import DEFAULT_MAX_PACKET, MAX_PACKET
+from .outgoing import Outgoing, Phase, Request
 from .packets import (
     NO_PROPERTIES,
-    PAHO_ERRORS,
     Incoming,
     PublishProperties,
     encode_length,
     malformed,
-    paho_properties,
     publish_properties,
     read_length,
     read_publish_properties,
-    reason_text,
 )
+from .paho_client import PahoClient, paho_properties, reason_text
+from .session import ConnectionStats, Session, SessionSettings, Subscribe, Version, Will
 from .transport import BufferedSocket, PeerClosed, random_client_id
 
 if TYPE_CHECKING:
@@ -98,8 +94,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("pubsub_mqtt")
-
-Version = Literal[4, 5]
 
 _CONNACK: Final = 0x20
 _PUBLISH: Final = 0x30
@@ -137,206 +131,6 @@ _REFUSING = frozenset({0x80, 0x81, 0x82, 0x83, 0x87, 0x90, 0x95, 0x99, 0x9A, 0x9
 """Reasons of a DISCONNECT that a single packet can have caused."""
 
 
-@dataclass(frozen=True, slots=True)
-class Will:
-    """The message the broker publishes when the connection ends without DISCONNECT."""
-
-    topic: str
-    payload: bytes = field(default=b"", repr=False)
-    qos: int = 0
-    retain: bool = False
-    delay: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSettings:
-    """What CONNECT says, and our own limits.
-
-    Attributes:
-        client_id: None for a random one; ``""`` lets the broker choose.
-        keepalive: Seconds; 0 switches the watchdog off, too.
-        versions: Protocol levels to try, first to last: 5 and 4 (which is 3.1.1).
-        clean_start: Begin without what an earlier session left. Under MQTT 5 this counts
-            for the first session of a connection; later ones continue when the session
-            does not expire at once.
-        expiry: Seconds the broker keeps the session after the connection ended (MQTT 5).
-        receive_maximum: Bound of unacknowledged messages to us (MQTT 5), or None.
-        max_packet_size: Longest packet we accept.
-        max_inflight: Bound of our own unacknowledged messages.
-    """
-
-    client_id: str | None = None
-    username: str | None = None
-    password: Secret | None = None
-    keepalive: int = 60
-    versions: tuple[Version, ...] = (5, 4)
-    clean_start: bool = True
-    expiry: int = 0
-    receive_maximum: int | None = None
-    max_packet_size: int = DEFAULT_MAX_PACKET
-    max_inflight: int = 100
-    will: Will | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """What the broker's CONNACK says.
-
-    Attributes:
-        present: The broker continues an earlier session of this client identifier.
-        keepalive: In force: the broker's, where it sets one.
-        window: Most publishes above QoS 0 that may wait for the broker.
-        max_packet_size: Longest packet the broker accepts.
-        shared: Whether there are share groups; None where the broker cannot tell.
-        identifiers: Whether deliveries name the subscription they are for.
-    """
-
-    version: Version
-    present: bool
-    client_id: str
-    keepalive: int
-    window: int
-    max_packet_size: int = MAX_PACKET
-    maximum_qos: int = 2
-    retain: bool = True
-    wildcards: bool = True
-    shared: bool | None = None
-    identifiers: bool = False
-    expiry: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Subscribe:
-    """One filter of a SUBSCRIBE.
-
-    Attributes:
-        filter: As it goes on the wire, with any ``$share/name/`` in front.
-        no_local: Do not deliver what this client publishes (MQTT 5).
-        retain_handling: 0 send retained messages, 1 only for a new subscription, 2 never
-            (MQTT 5).
-        identifier: Subscription identifier, or 0 for none (MQTT 5).
-    """
-
-    filter: str
-    qos: int = 0
-    no_local: bool = False
-    retain_as_published: bool = False
-    retain_handling: int = 0
-    identifier: int = 0
-
-
-@dataclass(slots=True)
-class ConnectionStats:
-    """Counters that only grow."""
-
-    sessions: int = 0
-    packets_in: int = 0
-    packets_out: int = 0
-    bytes_in: int = 0
-    unknown_acks: int = 0
-    wrong_phase_acks: int = 0
-    duplicates: int = 0
-    resent: int = 0
-    refused_replays: int = 0
-    pings: int = 0
-
-
-class _Phase(IntEnum):
-    QUEUED = 0
-    """Not handed to the socket yet."""
-    SENT = 1
-    """Waits for PUBACK, or PUBREC at QoS 2."""
-    RELEASED = 2
-    """PUBREC arrived, PUBREL is sent, waits for PUBCOMP."""
-    DONE = 3
-
-
-class Outgoing:
-    """One message on its way to the broker, and in the end what became of it.
-
-    Attributes:
-        packet_id: 0 until it is sent; kept for every resend.
-        error: Why it failed; None while it is under way or when it succeeded.
-        reason: The broker's code; 0x10 says that nobody was subscribed.
-        tag: Free for whoever published it.
-    """
-
-    __slots__ = (
-        "abandoned",
-        "end",
-        "error",
-        "head",
-        "lead",
-        "on_done",
-        "packet_id",
-        "phase",
-        "qos",
-        "reason",
-        "refusals",
-        "resent_in",
-        "size",
-        "start",
-        "tag",
-        "tail",
-        "topic",
-    )
-
-    def __init__(
-        self,
-        topic: str,
-        qos: int,
-        head: int,
-        lead: bytes,
-        tail: tuple[bytes, ...],
-        size: int,
-        on_done: Callable[[Outgoing], None],
-    ) -> None:
-        self.topic = topic
-        self.qos = qos
-        self.size = size
-        self.phase = _Phase.QUEUED
-        self.packet_id = 0
-        self.error: PubSubError | None = None
-        self.reason = 0
-        self.tag: Any = None
-        self.head = head
-        self.lead = lead
-        self.tail = tail
-        self.on_done = on_done
-        self.abandoned = False
-        self.refusals = 0
-        self.resent_in = 0
-        self.start = 0
-        self.end = 0
-
-    @property
-    def done(self) -> bool:
-        """Whether the outcome is known."""
-        return self.phase is _Phase.DONE
-
-    @property
-    def sent(self) -> bool:
-        """Whether any part of it may have left this process."""
-        return self.phase is not _Phase.QUEUED or self.packet_id != 0
-
-    def __repr__(self) -> str:
-        return f"<Outgoing {self.topic!r} qos={self.qos} id={self.packet_id} {self.phase.name}>"
-
-
-class Request:
-    """A SUBSCRIBE or UNSUBSCRIBE that waits for its acknowledgement."""
-
-    __slots__ = ("codes", "error", "filters", "on_done", "packet_id", "said")
-
-    def __init__(self, filters: tuple[str, ...], on_done: Callable[[Request], None]) -> None:
-        self.filters = filters
-        self.on_done = on_done
-        self.packet_id = 0
-        self.codes: tuple[int, ...] = ()
-        self.said = ""
-        self.error: PubSubError | None = None
-
-
 def _discard(_: object) -> None:
     """Take what happens while nobody listens."""
 
@@ -344,113 +138,6 @@ def _discard(_: object) -> None:
 def _cost(message: Incoming) -> int:
     """Return about how many bytes a message that is kept takes."""
     return len(message.payload) + len(message.topic) + 200
-
-
-# --- paho -----------------------------------------------------------------------------
-
-
-class PahoClient(Client):
-    """Paho's client with its socket, its reading and writing, and its store replaced.
-
-    Every method here overrides a private one of paho; a test fails when paho renames one.
-    Its public methods stay usable, and so do its blocking loops.
-    """
-
-    def __init__(self, connection: Connection, *, client_id: str, version: Version) -> None:
-        clean: dict[str, Any] = {} if version == 5 else {"clean_session": True}
-        super().__init__(
-            CallbackAPIVersion.VERSION2,
-            client_id=client_id,
-            protocol=MQTTv5 if version == 5 else MQTTv311,
-            manual_ack=True,
-            **clean,
-        )
-        self._pubsub = connection
-
-    def _create_socket(self) -> Any:  # the one place where our socket comes in
-        return self._pubsub.next_socket()
-
-    def _packet_queue(
-        self, command: int, packet: bytes | bytearray, mid: int, qos: int, info: Any = None
-    ) -> MQTTErrorCode:
-        self._pubsub.write(bytes(packet))
-        return MQTTErrorCode.MQTT_ERR_SUCCESS
-
-    def _packet_read(self) -> MQTTErrorCode:
-        self._pubsub.feed()
-        if self._pubsub.connected or self._pubsub.connecting:
-            return MQTTErrorCode.MQTT_ERR_AGAIN
-        return MQTTErrorCode.MQTT_ERR_CONN_LOST
-
-    def _packet_write(self) -> MQTTErrorCode:
-        self._pubsub.flush()
-        if self._pubsub.connected or self._pubsub.connecting:
-            return MQTTErrorCode.MQTT_ERR_SUCCESS
-        return MQTTErrorCode.MQTT_ERR_CONN_LOST
-
-    def want_write(self) -> bool:
-        """Return whether bytes wait for the socket."""
-        return self._pubsub.wants_write
-
-    def _mid_generate(self) -> int:
-        return self._pubsub.next_id()
-
-    def start(self, keepalive: int, *, clean: bool, properties: Properties | None = None) -> None:
-        """Take the prepared socket and send CONNECT."""
-        # The address is not used: the socket is there already.
-        if self.protocol == MQTTv5:
-            self.connect("broker", 1, keepalive, clean_start=clean, properties=properties)
-        else:
-            self._clean_session = clean  # paho takes it from its constructor only
-            self.connect("broker", 1, keepalive)
-
-    def keep_session(self) -> None:
-        """Continue the session when paho's own loop reconnects (MQTT 5)."""
-        self._clean_start = False
-
-    def forget_socket(self) -> None:
-        """Let go of a socket that is closed already."""
-        self._sock = None
-
-    def wake(self) -> None:
-        """Make paho's own loop look at the buffer, if one is running."""
-        if self._sockpairW is not None:
-            with contextlib.suppress(BlockingIOError):
-                self._sockpairW.send(b"0")
-
-    def rest(self) -> None:
-        """Close what paho's `loop` keeps to be woken; its `loop_start` would leak it."""
-        self._reset_sockets(sockpair_only=True)
-
-    def _messages_reconnect_reset(self) -> None:
-        """Do nothing: no message is ever in paho's store."""
-
-    def _check_keepalive(self) -> None:
-        self._pubsub.tick()
-
-    def give(self, command: int, body: bytes) -> MQTTErrorCode:
-        """Let paho handle a packet that was read here.
-
-        Raises:
-            ProtocolError: paho finds it malformed.
-        """
-        self._in_packet = {
-            "command": command,
-            "have_remaining": 1,
-            "remaining_count": [],
-            "remaining_mult": 1,
-            "remaining_length": len(body),
-            "packet": bytearray(body),
-            "to_process": 0,
-            "pos": 0,
-        }
-        try:
-            rc = self._packet_handle()
-        except PAHO_ERRORS as exc:
-            raise malformed(printable(str(exc))) from exc
-        if rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_AGAIN):
-            raise malformed(f"paho's error {int(rc)}")
-        return rc
 
 
 # --- the connection -------------------------------------------------------------------
@@ -889,7 +576,7 @@ class Connection:
             if out.abandoned:  # nobody waits and the broker forgot it
                 del self._resend[packet_id]
             else:
-                out.phase = _Phase.SENT  # the broker knows no PUBREC any more
+                out.phase = Phase.SENT  # the broker knows no PUBREC any more
         self._open = self._usable = True
         self._accepted_at = self._clock()
         self.stats.sessions += 1
@@ -996,7 +683,7 @@ class Connection:
                 self._finish(out, None)
             else:
                 if out.start >= sock.begun:
-                    out.phase = _Phase.QUEUED
+                    out.phase = Phase.QUEUED
                 gone.append(out)
         self._unflushed.clear()
         # Those in flight are older than what still waits to be sent again.
@@ -1005,7 +692,7 @@ class Connection:
         self._under_way2 = 0
         kept: deque[Outgoing] = deque()
         for out in self._queue:
-            if out.phase is _Phase.DONE:
+            if out.phase is Phase.DONE:
                 continue
             if out.qos:
                 kept.append(out)
@@ -1097,8 +784,8 @@ class Connection:
         """
         out.on_done = _discard
         out.abandoned = True
-        if out.phase is _Phase.QUEUED and out.packet_id == 0:
-            out.phase = _Phase.DONE  # and `_pump` passes it over
+        if out.phase is Phase.QUEUED and out.packet_id == 0:
+            out.phase = Phase.DONE  # and `_pump` passes it over
 
     def pending(self, packet_id: int) -> Outgoing | None:
         """Return the unfinished message with that packet id."""
@@ -1166,7 +853,7 @@ class Connection:
             inflight[packet_id] = out
             out.resent_in = self.generation
             self.stats.resent += 1
-            if out.phase is _Phase.RELEASED:
+            if out.phase is Phase.RELEASED:
                 self.write(struct.pack("!BBH", _PUBREL | 2, 2, packet_id))
             else:
                 self._send(out, 0x08)
@@ -1175,7 +862,7 @@ class Connection:
         queue = self._queue
         while queue:
             out = queue[0]
-            if out.phase is _Phase.DONE:
+            if out.phase is Phase.DONE:
                 queue.popleft()
                 continue
             if out.qos == 0:
@@ -1190,7 +877,7 @@ class Connection:
                 self._under_way2 += 1
             queue.popleft()
             out.packet_id = self.next_id()
-            out.phase = _Phase.SENT
+            out.phase = Phase.SENT
             inflight[out.packet_id] = out
             self._send(out, 0)
 
@@ -1212,7 +899,7 @@ class Connection:
         out.start = sock.written
         self.write(bytes((out.head,)) + out.lead + b"".join(out.tail))
         out.end = sock.written
-        out.phase = _Phase.SENT
+        out.phase = Phase.SENT
         self._unflushed.append(out)
 
     def _confirm_flushed(self, done: int) -> None:
@@ -1223,7 +910,7 @@ class Connection:
     @staticmethod
     def _finish(out: Outgoing, error: PubSubError | None) -> None:
         out.error = error
-        out.phase = _Phase.DONE
+        out.phase = Phase.DONE
         out.on_done(out)
 
     def next_id(self) -> int:
@@ -1645,7 +1332,7 @@ class Connection:
         elif kind == _PUBREC:
             fits = qos == 2
         else:
-            fits = qos == 2 and out.phase is _Phase.RELEASED
+            fits = qos == 2 and out.phase is Phase.RELEASED
         if not fits:
             self.stats.wrong_phase_acks += 1
             if self.version == 5:
@@ -1656,7 +1343,7 @@ class Connection:
         self._last_ack = self._last_in
         failed = reason >= 0x80 and kind != _PUBCOMP
         if kind == _PUBREC and not failed:
-            out.phase = _Phase.RELEASED
+            out.phase = Phase.RELEASED
             out.reason = reason
             self.write(struct.pack("!BBH", _PUBREL | 2, 2, packet_id))
             return

@@ -9,13 +9,10 @@ Sources: MQTT 5.0 sections 1.5 (data types), 2.2.2 (properties) and 3.3 (PUBLISH
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
 from typing import Final
 
 import msgspec
-import paho.mqtt.properties
-from paho.mqtt.properties import Properties
 
 from pubsub_core.errors import Outcome, PublishFailed
 
@@ -23,16 +20,13 @@ from .errors import ProtocolError
 
 __all__ = [
     "NO_PROPERTIES",
-    "PAHO_ERRORS",
     "Incoming",
     "PublishProperties",
     "encode_length",
     "malformed",
-    "paho_properties",
     "publish_properties",
     "read_length",
     "read_publish_properties",
-    "reason_text",
 ]
 
 NO_PROPERTIES: Final = b"\x00"
@@ -240,31 +234,3 @@ def read_publish_properties(data: bytes, pos: int, stop: int) -> PublishProperti
     return PublishProperties(
         expiry, content_type, tuple(user), tuple(subscriptions), response_topic, correlation, utf8
     )
-
-
-# paho-mqtt 2.1 defines it in that module, 2.2 imports it there.
-_MQTT_EXCEPTION: type[Exception] = vars(paho.mqtt.properties)["MQTTException"]
-
-PAHO_ERRORS = (_MQTT_EXCEPTION, struct.error, IndexError, KeyError, ValueError)
-"""What paho-mqtt raises over a packet it cannot read, depending on its version."""
-
-
-def paho_properties(packet_type: int) -> Properties:
-    """Return paho's properties for a packet, empty."""
-    return Properties(packet_type)  # type: ignore[no-untyped-call] # paho has no types there
-
-
-def reason_text(body: bytes, packet_type: int) -> str:
-    """Return the reason string among the properties in *body*, or ``""``.
-
-    Raises:
-        ProtocolError: They cannot be read.
-    """
-    if not body:
-        return ""
-    properties = paho_properties(packet_type)
-    try:
-        properties.unpack(body)  # type: ignore[no-untyped-call] # paho has no types there
-    except PAHO_ERRORS:
-        raise malformed("its properties") from None
-    return str(getattr(properties, "ReasonString", ""))
