@@ -1,0 +1,1 @@
+"""The messagebus backend of pubsub_core."""

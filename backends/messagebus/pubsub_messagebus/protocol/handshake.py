@@ -1,0 +1,308 @@
+"""The handshake of the messagebus protocol: what a client says of itself, in both forms.
+
+It goes from the client to the server only; the server answers nothing, whether it accepts or
+refuses. Servers up to 3.0 read plain strings, those since 4.0 one connection string. A client
+must know which; `HandshakeDecoder` recognises both.
+
+The grammar of a connection string has no escaping: ``;`` cannot be part of a value.
+
+Source: jetblack-messagebus, the authenticators and ``ConnectionString`` parsing of 3.0 to 6.0.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from pubsub_core.secrets import Secret
+
+from .wire import DEFAULT_LIMITS, ProtocolError, Truncated, WireLimits, encode_string
+
+__all__ = [
+    "AuthenticationMethod",
+    "Credentials",
+    "HandshakeDecoder",
+    "HandshakeForm",
+    "basic_handshake",
+    "parse_connection_string",
+    "token_handshake",
+]
+
+HandshakeForm: TypeAlias = Literal["strings", "connection-string"]
+AuthenticationMethod: TypeAlias = Literal["null", "basic", "token"]
+
+_unpack = struct.Struct(">i").unpack_from
+_KNOWN = ("Username", "Password", "Token", "Impersonating", "ForwardedFor", "Application")
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a client said. Its repr holds no secret.
+
+    Attributes:
+        impersonating: The user it wants to stand for, or ``""``; blank is absent.
+        forwarded_for: The host it stands in front of, or ``""``; blank is absent.
+        application: Only the connection string can carry it.
+    """
+
+    method: AuthenticationMethod
+    username: str = ""
+    password: Secret = Secret("")  # noqa: RUF009 - immutable
+    token: Secret = Secret("")  # noqa: RUF009 - immutable
+    impersonating: str = ""
+    forwarded_for: str = ""
+    application: str = "unspecified"
+
+
+def _connection_string(pairs: list[tuple[str, str | None]]) -> bytes:
+    parts: list[str] = []
+    for key, value in pairs:
+        if value is None:
+            continue
+        if ";" in value:
+            raise ValueError(
+                f"{key} has a ';', which a connection string cannot carry; "
+                "use handshake='strings' where the server speaks it"
+            )
+        parts.append(f"{key}={value}")
+    return encode_string(";".join(parts))
+
+
+def _form(form: HandshakeForm | None, application: str | None) -> HandshakeForm:
+    if form is None:
+        return "connection-string" if application else "strings"
+    if form not in ("strings", "connection-string"):
+        raise ValueError(f"handshake={form!r}; use 'strings' or 'connection-string'")
+    if form == "strings" and application:
+        raise ValueError("application needs handshake='connection-string'")
+    return form
+
+
+def _check(text: object, what: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} is a str, not {type(text).__name__}")
+
+
+def basic_handshake(
+    username: str,
+    password: str,
+    impersonating: str | None = None,
+    forwarded_for: str | None = None,
+    application: str | None = None,
+    *,
+    form: HandshakeForm | None = None,
+) -> bytes:
+    """Return what a client with a user name and a password sends.
+
+    *form* None is ``strings``, or ``connection-string`` when there is an application.
+
+    Raises:
+        ValueError: A value cannot be carried in that form.
+    """
+    _check(username, "username")
+    _check(password, "password")
+    if _form(form, application) == "strings":
+        fields = (username, password, impersonating, forwarded_for)
+        return b"".join(encode_string(field) for field in fields)
+    return _connection_string(
+        [
+            ("Username", username),
+            ("Password", password),
+            ("Impersonating", impersonating or None),
+            ("ForwardedFor", forwarded_for or None),
+            ("Application", application or None),
+        ]
+    )
+
+
+def token_handshake(
+    token: str,
+    impersonating: str | None = None,
+    forwarded_for: str | None = None,
+    application: str | None = None,
+    *,
+    form: HandshakeForm | None = None,
+) -> bytes:
+    """Return what a client with a token sends; see `basic_handshake`."""
+    _check(token, "token")
+    if _form(form, application) == "strings":
+        return b"".join(encode_string(field) for field in (token, impersonating, forwarded_for))
+    return _connection_string(
+        [
+            ("Token", token),
+            ("Impersonating", impersonating or None),
+            ("ForwardedFor", forwarded_for or None),
+            ("Application", application or None),
+        ]
+    )
+
+
+def parse_connection_string(text: str) -> dict[str, str]:
+    """Return the values by key. Empty parts are passed over, also at the end.
+
+    Raises:
+        ProtocolError: A part has no ``=``, or a key stands twice.
+    """
+    found: dict[str, str] = {}
+    for part in text.split(";"):
+        if not part.strip():
+            continue
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ProtocolError("a part of the connection string has no '='")
+        if key in found:
+            name = key if key in _KNOWN else "a key"
+            raise ProtocolError(f"{name} stands twice in the connection string")
+        found[key] = value
+    return found
+
+
+def _present(value: str) -> str:
+    return value if value.strip() else ""
+
+
+class HandshakeDecoder:
+    """Reads the handshake of one client.
+
+    Args:
+        method: What the server expects. ``null`` expects nothing, and passes over the one
+            empty string that some C# clients send.
+        form: ``auto`` recognises both. A first string that is no connection string is a user
+            name of 3.0, and three more strings are waited for; hence a server needs a
+            deadline.
+
+    Attributes:
+        rest: What followed the handshake; to be fed to a `Decoder`.
+    """
+
+    def __init__(
+        self,
+        method: AuthenticationMethod,
+        *,
+        form: HandshakeForm | Literal["auto"] = "auto",
+        limits: WireLimits = DEFAULT_LIMITS,
+    ) -> None:
+        self._method: AuthenticationMethod = method
+        self._form = form
+        self._limit = limits.handshake_string
+        self._buffer = bytearray()
+        self._strings: list[str] = []
+        self._wanted = 1
+        self._eof = False
+        self._error: ProtocolError | None = None
+        self.rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes."""
+        self._buffer += data
+
+    def eof(self) -> None:
+        """Learn that nothing more will come."""
+        self._eof = True
+
+    def next_credentials(self) -> Credentials | None:
+        """Return what the client said, once, or None until more data arrives.
+
+        Raises:
+            ProtocolError: It is no handshake, or not this server's kind. Every later call
+                raises again. The text holds nothing of what was sent.
+        """
+        if self._error is not None:
+            raise self._error
+        try:
+            found = self._null() if self._method == "null" else self._read()
+        except ProtocolError as error:
+            self._error = error
+            raise
+        if found is None and self._eof:
+            self._error = Truncated("the stream ended inside the handshake")
+            raise self._error
+        if found is not None:
+            self.rest = bytes(self._buffer)
+            self._buffer.clear()
+        return found
+
+    def _null(self) -> Credentials | None:
+        head = bytes(self._buffer[:4])
+        if head == b"\0\0\0\0":
+            del self._buffer[:4]
+        elif not head or b"\0\0\0\0".startswith(head):
+            return None
+        return Credentials("null")
+
+    def _read(self) -> Credentials | None:
+        while len(self._strings) < self._wanted:
+            text = self._next_string()
+            if text is None:
+                return None
+            self._strings.append(text)
+            if len(self._strings) == 1:
+                found = self._first(text)
+                if found is not None:
+                    return found
+        strings = [*self._strings, ""]
+        if self._method == "basic":
+            username, password, impersonating, forwarded_for, *_ = strings
+            return Credentials(
+                "basic",
+                username=username,
+                password=Secret(password),
+                impersonating=_present(impersonating),
+                forwarded_for=_present(forwarded_for),
+            )
+        token, impersonating, forwarded_for, *_ = strings
+        return Credentials(
+            "token",
+            token=Secret(token),
+            impersonating=_present(impersonating),
+            forwarded_for=_present(forwarded_for),
+        )
+
+    def _first(self, text: str) -> Credentials | None:
+        """Judge the first string; None when it is the first of several."""
+        if not text:
+            raise ProtocolError("the handshake begins with an empty string")
+        required = ("Username", "Password") if self._method == "basic" else ("Token",)
+        if self._form != "strings":
+            certain = self._form == "connection-string" or (
+                # Nobody is called so; what is wrong with it shall be known now, not after the
+                # deadline.
+                text.startswith(tuple(f"{key}=" for key in ("Username", "Password", "Token")))
+            )
+            try:
+                values = parse_connection_string(text)
+            except ProtocolError:
+                if certain:
+                    raise
+                values = {}
+            if all(key in values for key in required):
+                return Credentials(
+                    self._method,
+                    username=values.get("Username", ""),
+                    password=Secret(values.get("Password", "")),
+                    token=Secret(values.get("Token", "")),
+                    impersonating=_present(values.get("Impersonating", "")),
+                    forwarded_for=_present(values.get("ForwardedFor", "")),
+                    application=_present(values.get("Application", "")) or "unspecified",
+                )
+            if certain:
+                raise ProtocolError(f"the connection string lacks {' or '.join(required)}")
+        self._wanted = 4 if self._method == "basic" else 3
+        return None
+
+    def _next_string(self) -> str | None:
+        buffer = self._buffer
+        if len(buffer) < 4:
+            return None
+        (size,) = _unpack(buffer)
+        if not 0 <= size <= self._limit:
+            raise ProtocolError(f"a handshake string of length {size}; the most is {self._limit}")
+        if len(buffer) < 4 + size:
+            return None
+        data = bytes(buffer[4 : 4 + size])
+        del buffer[: 4 + size]
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise ProtocolError("a string of the handshake is not UTF-8") from None
