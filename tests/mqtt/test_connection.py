@@ -32,7 +32,7 @@ from pubsub_mqtt.connection import Connection, Incoming, Session, SessionSetting
 from pubsub_mqtt.driver import AsyncioDriver, BlockingDriver, dial
 from pubsub_mqtt.errors import ProtocolError
 from pubsub_mqtt.server import AmqttServer, MosquittoServer
-from pubsub_mqtt.transport import Endpoint, TLSSettings, WebSocketTarget
+from pubsub_mqtt.transport import BufferedSocket, Endpoint, TLSSettings, WebSocketTarget
 from tests.conftest import PASSWORD
 from tests.mqtt.scripted import DISCONNECT, PUBLISH, SUBSCRIBE, scripted
 from tests.servers import Authority, Certificate, eventually
@@ -747,6 +747,45 @@ async def test_qos_0_waits_for_a_slow_link_instead_of_memory() -> None:
     await made.driver.close()
     server.close()
     await server.wait_closed()
+
+
+def test_what_is_pushed_has_left_and_arrives_with_the_flush() -> None:
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        listener.listen()
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    with theirs:
+        theirs.settimeout(5)
+        sock = BufferedSocket(ours, corks=True)
+        for number in range(10):
+            sock.write(b"%d" % number)
+            assert sock.push()
+            assert sock.idle
+            assert sock.done == sock.begun == sock.written == number + 1
+        began = time.monotonic()
+        assert sock.flush()
+        got = b""
+        while len(got) < 10:
+            got += theirs.recv(100)
+        assert got == b"0123456789"
+        assert time.monotonic() - began < 0.15, "the system itself would wait 0.2 s"
+        sock.close()
+
+
+async def test_a_lone_message_is_not_held_back(
+    mosquitto: MosquittoServer, unique: Callable[..., str]
+) -> None:
+    topic = unique()
+    async with peer(tcp(mosquitto.port)) as made:
+        await made.subscribe(topic)
+        took: list[float] = []
+        for number in range(5):
+            began = time.monotonic()
+            assert made.driver.try_publish(topic, b"x")
+            await made.got(number + 1)
+            took.append(time.monotonic() - began)
+        assert min(took) < 0.1
 
 
 # --- the end --------------------------------------------------------------------------

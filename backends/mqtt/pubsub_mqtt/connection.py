@@ -378,12 +378,19 @@ class Connection:
     def flush(self) -> bool:
         """Hand what waits to the operating system; return whether all of it went."""
         self._woken = False
+        return self._hand_over(BufferedSocket.flush)
+
+    def push(self) -> bool:
+        """Do as `flush`, which follows soon: the system may wait for it with small packets."""
+        return self._hand_over(BufferedSocket.push)
+
+    def _hand_over(self, how: Callable[[BufferedSocket], bool]) -> bool:
         sock = self._sock
         if sock is None:
             return True
         try:
             before = sock.done
-            empty = sock.flush()
+            empty = how(sock)
             if sock.done != before:
                 self._last_out = self._clock()
         except OSError as exc:

@@ -215,7 +215,7 @@ async def dial(endpoint: Endpoint) -> BufferedSocket:
         except BaseException:
             sock.close()
             raise
-    plain = BufferedSocket(sock)
+    plain = BufferedSocket(sock, corks=endpoint.corks)
     if endpoint.websocket is None:
         return plain
     try:
@@ -530,8 +530,7 @@ class AsyncioDriver:
             return None
         if not connection.publish_now(topic, payload, retain=retain, properties=properties):
             return None
-        self._flush()
-        return not self._writing
+        return connection.push()
 
     def submit(
         self,

@@ -43,6 +43,7 @@ logger = logging.getLogger("pubsub_mqtt")
 _READ = 65536
 _JOIN_LIMIT = 262_144
 _TLS_READS = 16
+_MORE: int = getattr(socket, "MSG_MORE", 0)
 
 _warned_insecure = False
 
@@ -164,6 +165,11 @@ class Endpoint:
         except ValueError:
             return False
         return True
+
+    @property
+    def corks(self) -> bool:
+        """Whether `BufferedSocket.push` may hold packets back."""
+        return self.nodelay and not self.unix_path
 
     def prepare(self, sock: socket.socket) -> None:
         """Set the options of a new TCP socket."""
@@ -290,8 +296,11 @@ class BufferedSocket:
     """A connected, non-blocking stream socket that reads and writes in large pieces.
 
     `write` only stores; `flush` hands everything to the operating system at once; `fill`
-    returns everything that arrived. What became of each byte written is known from
-    `written`, `begun` and `done`, three counters that only grow.
+    returns everything that arrived. `push` hands over as well, but asks the system (Linux) to
+    wait for the next `flush` before it makes packets of it: whoever publishes in a loop knows
+    that each message left this process, and the broker is not woken for every single one.
+    What became of each byte written is known from `written`, `begun` and `done`, three
+    counters that only grow.
 
     Attributes:
         written: Bytes given to `write` so far.
@@ -300,11 +309,17 @@ class BufferedSocket:
     """
 
     def __init__(
-        self, sock: socket.socket, *, framing: WebSocket | None = None, early: bytes = b""
+        self,
+        sock: socket.socket,
+        *,
+        framing: WebSocket | None = None,
+        early: bytes = b"",
+        corks: bool = False,
     ) -> None:
         """Wrap *sock*, which is connected and has any TLS and WebSocket handshake behind it.
 
-        *early* is payload that arrived together with the end of the handshake.
+        *early* is payload that arrived together with the end of the handshake. *corks* lets
+        `push` hold packets back; it needs TCP with ``TCP_NODELAY``.
         """
         sock.setblocking(False)
         self._sock = sock
@@ -316,6 +331,8 @@ class BufferedSocket:
         self._frame: memoryview | None = None
         self._frame_payload = 0
         self._more = False
+        self._corks = _MORE if corks and not self._tls and framing is None else 0
+        self._corked = False
         self.written = 0
         self.begun = 0
         self.done = 0
@@ -403,13 +420,28 @@ class BufferedSocket:
         """
         if self._framing is not None:
             return self._flush_frames(self._framing)
+        empty = self._flush_plain(0)
+        if self._corked:
+            # A last send without MSG_MORE would do as well; often there is none.
+            self._corked = False
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return empty
+
+    def push(self) -> bool:
+        """Hand over what waits, as `flush`, which must follow in the same turn of the loop."""
+        if not self._corks:
+            return self.flush()
+        self._corked = True
+        return self._flush_plain(self._corks)
+
+    def _flush_plain(self, flags: int) -> bool:
         out = self._out
         while out:
             if len(out) > 1:
                 self._join()
             chunk = out[0]
             size = len(chunk)
-            sent = self._send(chunk)
+            sent = self._send(chunk, flags)
             self.begun = max(self.begun, self.done + (size if self._tls else sent))
             self.done += sent
             if sent == size:
@@ -462,9 +494,9 @@ class BufferedSocket:
             self._frame = None
             self.done += self._frame_payload
 
-    def _send(self, data: bytes | memoryview) -> int:
+    def _send(self, data: bytes | memoryview, flags: int = 0) -> int:
         try:
-            return self._sock.send(data)
+            return self._sock.send(data, flags)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
 
@@ -530,7 +562,7 @@ def dial_blocking(endpoint: Endpoint, timeout: float) -> BufferedSocket:
             while not framing.open:
                 sock.settimeout(max(deadline - time.monotonic(), 0.001))
                 early, _ = framing.receive(sock.recv(_READ) or None)
-        return BufferedSocket(sock, framing=framing, early=early)
+        return BufferedSocket(sock, framing=framing, early=early, corks=endpoint.corks)
     except BaseException:
         sock.close()
         raise
