@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from .errors import NotConnected, Overflow, PublishFailed, PubSubError
+from .errors import NotConnected, Outcome, Overflow, PublishFailed, PubSubError
 from .message import OutFrame, Receipt
 from .settings import OfflineOverflow
 
@@ -22,12 +23,16 @@ class Waiting:
     Attributes:
         future: What became of it; cancelled by `Outbox.withdraw`.
         sent: Whether it was handed to the backend.
+        since: When it was put here, in seconds of the clock.
     """
 
-    __slots__ = ("frame", "future", "number", "sent")
+    __slots__ = ("frame", "future", "number", "sent", "since")
 
-    def __init__(self, number: int, frame: OutFrame, future: asyncio.Future[Receipt]) -> None:
+    def __init__(
+        self, number: int, frame: OutFrame, future: asyncio.Future[Receipt], since: float
+    ) -> None:
         self.number = number
+        self.since = since
         self.frame = frame
         self.future = future
         self.sent = False
@@ -57,10 +62,20 @@ class Outbox:
     meanwhile overtakes it: while `busy`, the bus puts everything here.
 
     Attributes:
-        dropped: Messages that ``drop_oldest`` or ``drop_newest`` dropped.
+        dropped: Messages that ``drop_oldest`` or ``drop_newest`` dropped, or that grew too old.
     """
 
-    def __init__(self, *, messages: int, bytes: int, overflow: OfflineOverflow) -> None:
+    def __init__(
+        self,
+        *,
+        messages: int,
+        bytes: int,
+        overflow: OfflineOverflow,
+        age: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._age = age
+        self._now = now
         self._most = messages
         self._most_bytes = bytes
         self._overflow = overflow
@@ -120,7 +135,7 @@ class Outbox:
                 topic=frame.topic,
             )
         future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
-        waiting = Waiting(next(self._numbers), frame, future)
+        waiting = Waiting(next(self._numbers), frame, future, self._now())
         self._queue.append(waiting)
         self._bytes += size
         return waiting
@@ -223,6 +238,9 @@ class Outbox:
             return  # withdrawn since this was planned
         waiting = self._take()
         future = waiting.future
+        if self._age is not None and self._now() - waiting.since > self._age:
+            self._expire(waiting, self._age)
+            return
         waiting.sent = True
         try:
             receipt = await send(waiting.frame)
@@ -251,6 +269,18 @@ class Outbox:
         else:
             if not future.done():
                 future.set_result(receipt)
+
+    def _expire(self, waiting: Waiting, age: float) -> None:
+        self.dropped += 1
+        waiting.future.set_exception(
+            PublishFailed(
+                f"waited longer than {age:g} s for a session",
+                outcome=Outcome.NOT_SENT,
+                hint="publish it again, or raise offline_age",
+                topic=waiting.frame.topic,
+            )
+        )
+        waiting.future.exception()
 
     def _put_back(self, waiting: Waiting) -> None:
         place = 0

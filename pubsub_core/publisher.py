@@ -68,6 +68,8 @@ class Publisher:
             messages=options.offline_messages,
             bytes=options.offline_bytes,
             overflow=options.offline_overflow,
+            age=options.offline_age,
+            now=clock.monotonic,
         )
         self._flushes: set[asyncio.Task[Any]] = set()
         self._rate: RateGuard | None = None

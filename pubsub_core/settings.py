@@ -76,6 +76,9 @@ class BusOptions:
     offline_bytes: _Count = field(
         default=16 * 1024 * 1024, metadata=_help("most payload bytes that it keeps")
     )
+    offline_age: _Positive | None = field(
+        default=None, metadata=_help("what waited longer than that is not sent any more")
+    )
     offline_overflow: OfflineOverflow = field(
         default="error", metadata=_help("what happens when the offline buffer is full")
     )

@@ -326,6 +326,29 @@ async def test_a_publish_that_waits_offline_times_out_as_not_sent(lab: str) -> N
         assert [message async for message in bus.history("a")] == []
 
 
+async def test_what_waited_too_long_offline_is_not_sent_any_more(lab: str) -> None:
+    clock = VirtualClock()
+    async with connect(lab, clock=clock, offline="buffer", offline_age=10.0) as bus:
+        await _cut(bus, lab)
+        old = asyncio.ensure_future(bus.publish("a", b"old"))
+        await until(lambda: bus.stats.offline == 1)
+        await clock.advance(11)
+        await until(lambda: clock.sleepers == 1)
+        new = asyncio.ensure_future(bus.publish("a", b"new"))
+        await until(lambda: bus.stats.offline == 2)
+        space_of(lab).refuse(False)
+        await clock.advance(31)
+        with pytest.raises(PublishFailed, match="offline_age") as caught:
+            async with asyncio.timeout(5):
+                await old
+        assert caught.value.outcome is Outcome.NOT_SENT
+        async with asyncio.timeout(5):
+            with pytest.raises(PublishFailed):
+                await new
+        assert bus.stats.dropped == 2
+        assert [message async for message in bus.history("a")] == []
+
+
 async def test_closing_ends_what_waits_offline_as_not_sent(lab: str) -> None:
     bus = await connect(lab, offline="buffer")
     await _cut(bus, lab)
