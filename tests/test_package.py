@@ -9,6 +9,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +18,28 @@ import pytest
 import pubsub_core
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("pubsub_core", "pubsub_mqtt")
+CHECKOUT = (ROOT / "backends").is_dir()
+
+
+def _packages() -> tuple[str, ...]:
+    """Return the names of our packages, the core first."""
+    if CHECKOUT:
+        settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        targets = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+        names = {Path(target).name for target in targets}
+    else:
+        files = importlib.metadata.files("pubsub-core") or []
+        names = {file.parts[0] for file in files if file.name == "__init__.py"}
+    assert "pubsub_core" in names
+    return ("pubsub_core", *sorted(names - {"pubsub_core"}))
+
+
+PACKAGES = _packages()
 # In a checkout, where the sources are; in the test of the wheel, where it is installed.
 FOLDERS = [
     Path(importlib.import_module(name).__path__[0])  # pyright: ignore[reportUnknownArgumentType]
     for name in PACKAGES
 ]
-CHECKOUT = (ROOT / "backends").is_dir()
 
 
 def _modules() -> Iterator[str]:
@@ -129,7 +145,7 @@ def test_the_version_is_the_distribution_s() -> None:
 
 # --- imports -----------------------------------------------------------------------------
 
-_LEFT_OUT = ("amqtt", "paho", "pubsub_mqtt", "pydantic", "rich", "typer", "wsproto")
+_LEFT_OUT = ("amqtt", "paho", "pydantic", "rich", "typer", "wsproto")
 
 
 @pytest.mark.parametrize(
@@ -138,14 +154,14 @@ _LEFT_OUT = ("amqtt", "paho", "pubsub_mqtt", "pydantic", "rich", "typer", "wspro
         "import pubsub_core",
         "from pubsub_core import *",
         "import pubsub_core.sync, pubsub_core.app, pubsub_core.middleware",
-        "import pubsub_mqtt",
+        *(f"import {name}" for name in PACKAGES[1:]),
         "import pubsub_core.plugins; assert pubsub_core.plugins.registry().infos",
     ],
 )
 def test_importing_brings_nothing_that_is_not_needed(statement: str) -> None:
     left_out = set(_LEFT_OUT)
-    if statement == "import pubsub_mqtt" or "registry" in statement:
-        left_out.remove("pubsub_mqtt")  # the registry reads its announcement
+    if "registry" not in statement:  # which reads the announcements
+        left_out |= {name for name in PACKAGES[1:] if name not in statement}
     code = f"import sys; {statement}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -225,9 +241,7 @@ def test_entry_points_and_script_lead_somewhere() -> None:
 
 @pytest.mark.skipif(not CHECKOUT, reason="looks at the checkout")
 def test_every_folder_of_a_backend_is_packaged() -> None:
-    from tomllib import loads
-
-    settings = loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packaged = {
         ROOT / each for each in settings["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     }

@@ -348,6 +348,28 @@ def test_example_tls(
     assert err.startswith("tls")
 
 
+# --- promises --------------------------------------------------------------------------------
+
+
+def test_every_test_that_a_promise_names_is_there() -> None:
+    from pubsub_core.testing.contract import CASES
+
+    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    promises = re.split(r"^## \d+\. ", text, flags=re.MULTILINE)[1:]
+    assert len(promises) == 14
+    cases = {case.name for case in CASES}
+    for promise in promises:
+        title = promise.partition("\n")[0]
+        named = re.findall(r"`(tests/[\w/]+\.py)`:((?:\s+`test_\w+`,?)+)", promise)
+        for path, listed in named:
+            source = (ROOT / path).read_text(encoding="utf-8")
+            for test in re.findall(r"`(test_\w+)`", listed):
+                assert re.search(rf"def {test}\b", source), f"{title}: {path} has no {test}"
+        found = set(re.findall(r"\*(\w+)\*", promise))
+        assert found <= cases, f"{title}: the suite has no {sorted(found - cases)}"
+        assert named or found, f"{title}: nothing proves it"
+
+
 # --- links -----------------------------------------------------------------------------------
 
 _LINK = re.compile(r"\]\((?P<target>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
