@@ -226,11 +226,11 @@ class _Demo:
             return f"demo/oven had {', '.join(f'{celsius:.1f}' for celsius in old)}"
 
         async def wildcards() -> str:
-            async with world.subscribe("demo/{device}/#") as everything:
-                await world.publish("demo/lamp/on", b"1")
+            async with world.subscribe("demo/{room}/lamp/#") as everything:
+                await world.publish("demo/hall/lamp/on", b"1")
                 message = await everything.get(_SETTLE)
                 return (
-                    f"demo/{{device}}/# received {message.topic}, device={message.params['device']}"
+                    f"demo/{{room}}/lamp/# received {message.topic}, room={message.params['room']}"
                 )
 
         async def groups() -> str:
