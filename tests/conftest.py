@@ -13,11 +13,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from pubsub_mqtt.server import AmqttServer, MosquittoServer, ServerTLS, find_mosquitto
 from tests.servers import Authority, Certificate, LeakCheck, run
 
 pytest_plugins = ["pubsub_core.testing.plugin"]
+
+# A deadline per example would measure the machine, not the code.
+settings.register_profile("pubsub", deadline=None)
+settings.load_profile("pubsub")
 
 PASSWORD = "opens sesame/%:@"
 """Password of the user ``alice`` at `mosquitto_users`; it needs escaping in a URL."""
