@@ -114,6 +114,8 @@ class TestMosquitto311(suite("mqtt")):  # type: ignore[misc]  # the base is made
     )
 
 
+# amqtt is slow, and judges less than Mosquitto does: CI runs it, every change need not.
+@pytest.mark.slow
 class TestAmqtt(suite("mqtt")):  # type: ignore[misc]  # the base is made at run time
     harness = Harness(
         url="mqtt://127.0.0.1:{port}",
