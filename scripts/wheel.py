@@ -37,7 +37,15 @@ TESTS = (
 )
 # What they import besides themselves.
 SUPPORT = ("__init__.py", "conftest.py", "servers.py", "data", "cli/conftest.py")
-NEEDS = ("cryptography", "hypothesis", "pydantic", "pytest", "pytest-asyncio", "pytest-timeout")
+NEEDS = (
+    "cryptography",
+    "hypothesis",
+    "pydantic",
+    "pytest",
+    "pytest-asyncio",
+    "pytest-timeout",
+    "pytest-xdist",
+)
 
 # Run by the new environment's Python, far from the repository.
 LOAD = """
