@@ -1,0 +1,132 @@
+"""What a service says to what its clients send: the part of an endpoint that differs.
+
+The endpoint owns packets, keepalive, deadlines, limits, WebSocket and TLS. A `Dialect` decides
+what CONNECT, PUBLISH, SUBSCRIBE, UNSUBSCRIBE and the end of a connection mean. It is asked
+before anything changes, and keeps all state that connections share: subscriptions, stored
+messages, who is there.
+
+Every method is called in the endpoint's event loop, one at a time, and must not block.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from .packets import STRICT, Connect, Leniency, Publish, Subscribe, Unsubscribe
+
+if TYPE_CHECKING:
+    from .connection import Client
+
+__all__ = ["Dialect", "HttpRequest", "HttpResponse", "Profile"]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Sizes, times and rules of a service.
+
+    Attributes:
+        levels: Protocol names and levels that are accepted. Another level is answered with
+            return code 1.
+        max_packet: Largest remaining length once CONNECT was accepted.
+        max_early_packet: The same before that.
+        handshake: Seconds from the connection to the end of CONNECT, TLS and WebSocket included.
+        idle: Seconds of silence that a client without keepalive may keep; None for ever.
+        max_queue: Bytes that may wait for a client that does not read.
+        slow_reader: What happens beyond: the client is closed, or what does not fit is
+            dropped. Both are counted.
+        max_received: Messages at QoS 2 that may wait for their PUBREL.
+        max_filters: Filters in one SUBSCRIBE or UNSUBSCRIBE.
+        sniff: Whether the first byte tells HTTP and WebSocket from MQTT on the same port.
+        subprotocols: WebSocket subprotocols, the preferred first. A client that offers none
+            of them is accepted without.
+        text_frames: Whether WebSocket text frames are taken for bytes.
+        leniency: What is forgiven in packets.
+    """
+
+    levels: frozenset[tuple[str, int]] = frozenset({("MQTT", 4)})
+    max_packet: int = 1_048_576
+    max_early_packet: int = 65_536
+    handshake: float = 10.0
+    idle: float | None = None
+    max_queue: int = 16 * 1_048_576
+    slow_reader: Literal["close", "drop"] = "close"
+    max_received: int = 4096
+    max_filters: int = 1000
+    sniff: bool = True
+    subprotocols: tuple[str, ...] = ("mqtt",)
+    text_frames: bool = False
+    leniency: Leniency = STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """One request that is no WebSocket upgrade.
+
+    Attributes:
+        path: Without the query, which is in *query*.
+        headers: Names in lower case.
+    """
+
+    method: str
+    path: str
+    query: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpResponse:
+    """What is answered; the connection is closed afterwards."""
+
+    status: int = 200
+    body: bytes = b""
+    content_type: str = "text/plain; charset=utf-8"
+
+
+class Dialect(abc.ABC):
+    """What one service makes of packets.
+
+    Attributes:
+        profile: Read when a connection begins.
+    """
+
+    profile: Profile = Profile()
+
+    @abc.abstractmethod
+    def connect(self, client: Client, packet: Connect) -> int:
+        """Return the CONNACK return code; anything but 0 closes the connection.
+
+        Two clients with the same identifier both stay, unless this closes one of them.
+        """
+
+    @abc.abstractmethod
+    def publish(self, client: Client, packet: Publish) -> bool:
+        """Take a message; answers, if any, go out before its acknowledgement.
+
+        Return True to have it acknowledged at once. After False the dialect calls
+        `Client.acknowledge` itself, when it has stored the message. Acknowledgements go out
+        in the order of the messages either way.
+        """
+
+    @abc.abstractmethod
+    def subscribe(self, client: Client, packet: Subscribe) -> Sequence[int]:
+        """Subscribe, and return a SUBACK code for each filter."""
+
+    @abc.abstractmethod
+    def unsubscribe(self, client: Client, packet: Unsubscribe) -> None:
+        """Unsubscribe; UNSUBACK follows whatever happened."""
+
+    @abc.abstractmethod
+    def disconnected(self, client: Client, *, clean: bool) -> None:
+        """Forget an accepted client, and publish its will where that is due.
+
+        *clean* says that the client sent DISCONNECT. Called once, never from within another
+        method of the dialect.
+        """
+
+    def http(self, request: HttpRequest) -> HttpResponse:
+        """Answer a request that is no WebSocket upgrade."""
+        return HttpResponse(400, b"Bad Request")
