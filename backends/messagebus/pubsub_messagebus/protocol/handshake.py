@@ -193,6 +193,11 @@ class HandshakeDecoder:
         self._error: ProtocolError | None = None
         self.rest = b""
 
+    @property
+    def inside(self) -> bool:
+        """Whether it has begun and is not complete."""
+        return bool(self._buffer or self._strings)
+
     def feed(self, data: bytes) -> None:
         """Take bytes."""
         self._buffer += data

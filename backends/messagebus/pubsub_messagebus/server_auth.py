@@ -1,0 +1,357 @@
+"""How a distributor checks who connects: nobody, a password file, a token, anything else.
+
+A `ServerAuthenticator` names the kind of handshake it expects and turns credentials into a
+`User`, or raises `Refused`. What costs time (a slow hash, a directory) runs in a thread.
+
+The password file is the original's: ``{"user": {"Salt": …, "Hash": …}}`` with
+``Hash = base64(SHA1(password + salt))``. Passwords added here get a scrypt hash beside it,
+under ``Scheme``; the original's are still accepted.
+
+Source: jetblack-messagebus ``PasswordManager`` and ``JwtAuthenticator``; RFC 7914.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import importlib
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pubsub_core.errors import BadOption, MissingDependency
+from pubsub_core.secrets import Secret
+
+from .protocol import AuthenticationMethod, Credentials
+from .roles import Permissions
+
+__all__ = [
+    "CallableServerAuthenticator",
+    "JwtServerAuthenticator",
+    "LdapServerAuthenticator",
+    "NullServerAuthenticator",
+    "PasswordFile",
+    "PasswordFileAuthenticator",
+    "Refused",
+    "ServerAuthenticator",
+    "User",
+]
+
+INSTALL: Final = "pip install 'pubsub-core[messagebus-server]'"
+
+# RFC 7914: 16 MiB and some 50 ms a password on a machine of 2025.
+_SCRYPT_N: Final = 2**14
+_SCRYPT_R: Final = 8
+_SCRYPT_P: Final = 1
+
+
+class Refused(Exception):
+    """These credentials are not accepted. The text holds none of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Who somebody turned out to be.
+
+    Attributes:
+        permissions: What is known of this user's rights, or None for the server's rules.
+    """
+
+    name: str
+    method: str
+    permissions: Permissions | None = None
+
+
+class ServerAuthenticator(abc.ABC):
+    """Checks credentials."""
+
+    handshake: AuthenticationMethod
+    """What clients must send."""
+
+    @abc.abstractmethod
+    async def authenticate(self, credentials: Credentials) -> User:
+        """Return who it is.
+
+        Raises:
+            Refused: Not acceptable; the connection is closed.
+        """
+
+
+class NullServerAuthenticator(ServerAuthenticator):
+    """Lets everybody in, as ``nobody``."""
+
+    handshake = "null"
+
+    async def authenticate(self, credentials: Credentials) -> User:
+        """Return nobody."""
+        return User("nobody", "NULL")
+
+
+def _original_hash(password: str, salt: bytes) -> bytes:
+    # The original's choice. It is checked, never written: adding a user uses scrypt.
+    return hashlib.sha1(password.encode() + salt).digest()  # noqa: S324
+
+
+def _scrypt(password: str, salt: bytes, n: int, r: int, p: int) -> bytes:
+    return hashlib.scrypt(password.encode(), salt=salt, n=n, r=r, p=p, dklen=32, maxmem=256 * n * r)
+
+
+class PasswordFile:
+    """Users and their salted hashes, in a file that is read again when it changes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._stamp: tuple[int, int] | None = None
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    def verify(self, username: str, password: str) -> bool:
+        """Whether that is the user's password; takes as long for a user that is not there.
+
+        Raises:
+            BadOption: The file cannot be read.
+        """
+        entry = self._load().get(username)
+        if entry is None:
+            _scrypt(password, b"nobody", _SCRYPT_N, _SCRYPT_R, _SCRYPT_P)
+            return False
+        try:
+            salt = base64.b64decode(entry["Salt"], validate=True)
+            wanted = base64.b64decode(entry["Hash"], validate=True)
+            scheme = entry.get("Scheme", "sha1")
+            if scheme == "sha1":
+                found = _original_hash(password, salt)
+            elif scheme == "scrypt":
+                n, r, p = int(entry["N"]), int(entry["R"]), int(entry["P"])
+                if n > 2**20 or r > 32 or p > 16:
+                    return False
+                found = _scrypt(password, salt, n, r, p)
+            else:
+                return False
+        except (KeyError, TypeError, ValueError, binascii.Error):
+            return False
+        return hmac.compare_digest(found, wanted)
+
+    def add(self, username: str, password: str) -> None:
+        """Add a user, or change a password; the file is replaced in one step, mode 0600."""
+        if not username or ";" in username:
+            raise ValueError("a user name is not empty, and has no ';'")
+        entries = dict(self._load()) if self.path.exists() else {}
+        salt = secrets.token_bytes(32)
+        hashed = _scrypt(password, salt, _SCRYPT_N, _SCRYPT_R, _SCRYPT_P)
+        entries[username] = {
+            "Scheme": "scrypt",
+            "N": _SCRYPT_N,
+            "R": _SCRYPT_R,
+            "P": _SCRYPT_P,
+            "Salt": base64.b64encode(salt).decode(),
+            "Hash": base64.b64encode(hashed).decode(),
+        }
+        self._store(entries)
+
+    def remove(self, username: str) -> bool:
+        """Remove a user; return whether there was one."""
+        entries = dict(self._load())
+        if entries.pop(username, None) is None:
+            return False
+        self._store(entries)
+        return True
+
+    def _store(self, entries: Mapping[str, Any]) -> None:
+        descriptor, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".passwords-")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(entries, file, indent=2, ensure_ascii=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(self.path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _load(self) -> Mapping[str, Mapping[str, Any]]:
+        try:
+            status = self.path.stat()
+            stamp = (status.st_mtime_ns, status.st_size)
+            if stamp != self._stamp:
+                self._entries = json.loads(self.path.read_text(encoding="utf-8"))
+                self._stamp = stamp
+        except (OSError, ValueError) as error:
+            raise BadOption(
+                f"the password file {self.path} cannot be read",
+                option="password_file",
+                hint="make one with python -m pubsub_messagebus.passwords FILE add USER",
+                backend="messagebus",
+            ) from error
+        return self._entries
+
+
+class PasswordFileAuthenticator(ServerAuthenticator):
+    """User name and password against a `PasswordFile`."""
+
+    handshake = "basic"
+
+    def __init__(
+        self, path: str | Path, *, permissions: Mapping[str, Permissions] | None = None
+    ) -> None:
+        self.file = PasswordFile(path)
+        self._permissions = permissions
+
+    async def authenticate(self, credentials: Credentials) -> User:
+        """Hash and compare, in a thread."""
+        good = await asyncio.to_thread(
+            self.file.verify, credentials.username, credentials.password.reveal()
+        )
+        if not good:
+            raise Refused("wrong user name or password")
+        permissions = None
+        if self._permissions is not None:
+            permissions = self._permissions.get(credentials.username, {})
+        return User(credentials.username, "BASIC", permissions)
+
+
+class CallableServerAuthenticator(ServerAuthenticator):
+    """Asks a coroutine function, which returns a `User` or raises `Refused`."""
+
+    def __init__(
+        self,
+        function: Callable[[Credentials], Awaitable[User]],
+        *,
+        handshake: AuthenticationMethod = "basic",
+    ) -> None:
+        self._function = function
+        self.handshake = handshake
+
+    async def authenticate(self, credentials: Credentials) -> User:
+        """Ask it."""
+        return await self._function(credentials)
+
+
+def _library(name: str, what: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependency(
+            f"{what} needs {name}", hint=INSTALL, backend="messagebus"
+        ) from error
+
+
+class JwtServerAuthenticator(ServerAuthenticator):
+    """A signed token whose ``sub`` is the user and which must expire. Needs PyJWT.
+
+    Args:
+        key: The shared secret (16 bytes at least), or a public key in PEM.
+        leeway: Seconds by which the clocks may differ.
+    """
+
+    handshake = "token"
+
+    def __init__(
+        self,
+        key: Secret | str,
+        *,
+        algorithms: Iterable[str] = ("HS256",),
+        leeway: float = 300.0,
+    ) -> None:
+        self._jwt = _library("jwt", "token authentication")
+        self._key = Secret(key) if isinstance(key, str) else key
+        self._algorithms = list(algorithms)
+        self._leeway = leeway
+        known = {f"{kind}{bits}" for kind in ("HS", "RS", "PS", "ES") for bits in (256, 384, 512)}
+        if not self._algorithms or not known.issuperset(self._algorithms):
+            raise BadOption(
+                f"algorithms={self._algorithms!r}",
+                option="algorithms",
+                hint="HS256, RS256 and the like; never none",
+                backend="messagebus",
+            )
+        if any(name.startswith("HS") for name in self._algorithms):
+            if len(self._key.reveal().encode()) < 16:
+                raise BadOption(
+                    "the shared secret is shorter than 16 bytes",
+                    option="token_key",
+                    backend="messagebus",
+                )
+            if len({name[:2] for name in self._algorithms}) > 1:
+                # A public key must never be taken for a shared secret.
+                raise BadOption(
+                    "HMAC and public keys do not mix", option="algorithms", backend="messagebus"
+                )
+
+    async def authenticate(self, credentials: Credentials) -> User:
+        """Check signature and expiry."""
+        try:
+            claims = self._jwt.decode(
+                credentials.token.reveal(),
+                self._key.reveal(),
+                algorithms=self._algorithms,
+                leeway=self._leeway,
+                options={"require": ["exp", "sub"], "verify_aud": False, "verify_iss": False},
+            )
+        except self._jwt.InvalidTokenError as error:
+            raise Refused(f"the token is not valid: {type(error).__name__}") from None
+        subject = claims["sub"]
+        if not isinstance(subject, str) or not subject:
+            raise Refused("the token names no user")
+        return User(subject, "JWT")
+
+
+class LdapServerAuthenticator(ServerAuthenticator):
+    """A simple bind at a directory with the given user name and password. Needs ldap3.
+
+    Args:
+        dn: Pattern of the name to bind with, e.g. ``uid={},ou=people,dc=example``.
+        connect: Makes the connection for a bind, for tests; None for ldap3's own.
+    """
+
+    handshake = "basic"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        dn: str = "{}",
+        timeout: float = 5.0,
+        connect: Callable[[str, str], Any] | None = None,
+    ) -> None:
+        self._ldap = _library("ldap3", "LDAP authentication")
+        self._url = url
+        self._dn = dn
+        self._timeout = timeout
+        self._connect = connect or self._connection
+
+    async def authenticate(self, credentials: Credentials) -> User:
+        """Bind, in a thread."""
+        username, password = credentials.username, credentials.password.reveal()
+        if not username or not password:
+            # An empty password is an anonymous bind (RFC 4513, 5.1.2), which succeeds.
+            raise Refused("no user name or no password")
+        if not await asyncio.to_thread(self._bind, username, password):
+            raise Refused("wrong user name or password")
+        return User(username, "LDAP")
+
+    def _connection(self, name: str, password: str) -> Any:
+        server = self._ldap.Server(self._url, connect_timeout=self._timeout)
+        return self._ldap.Connection(
+            server, user=name, password=password, receive_timeout=self._timeout
+        )
+
+    def _bind(self, username: str, password: str) -> bool:
+        escape = _library("ldap3.utils.dn", "LDAP authentication").escape_rdn
+        name = self._dn.replace("{}", escape(username)) if self._dn != "{}" else username
+        connection = self._connect(name, password)
+        try:
+            return bool(connection.bind())
+        except (self._ldap.core.exceptions.LDAPException, OSError) as error:
+            raise Refused(f"the directory did not answer: {type(error).__name__}") from None
+        finally:
+            connection.unbind()
