@@ -15,6 +15,7 @@ from pubsub_core.events import StatusChanged, SubscriptionRefused
 from pubsub_core.memory import Space
 from pubsub_core.testing.clock import VirtualClock
 from pubsub_core.testing.proxy import FaultProxy
+from pubsub_mqtt.backend import MQTTBackend
 from pubsub_mqtt.server import MosquittoServer
 from tests.mqtt.scripted import SUBSCRIBE, Packet, scripted
 
@@ -160,6 +161,29 @@ async def test_delays_double_with_full_jitter_and_start_over_after_health(
         assert healthy[0][1] <= 0.5
         assert healthy[1][1] <= 1.0
         await recover()
+
+
+async def test_a_link_that_keeps_breaking_is_not_taken_for_a_rival(
+    mosquitto: MosquittoServer, unique: Callable[..., str]
+) -> None:
+    """Resets that a write finds out first, six within seconds, with an identifier of our own."""
+    identity = unique().replace("/", "-")
+    async with FaultProxy(mosquitto.host, mosquitto.port) as proxy:
+        url = f"mqtt://127.0.0.1:{proxy.port}"
+        async with opened(url, client_id=identity, offline="buffer", **SOON) as bus:
+            connection = bus.native(MQTTBackend).connection
+            for _ in range(6):
+                sessions = bus.stats.sessions
+                sock = connection.socket
+                assert sock is not None
+                # The reset arrives while nobody reads, so that the next write meets it.
+                descriptor = sock.fileno()
+                asyncio.get_running_loop().remove_reader(descriptor)
+                bus.native(MQTTBackend).driver._reading = False
+                await soon(proxy.cut(reset=True))
+                await soon(bus.publish(unique(), b"x" * 1000))
+                await resumed(bus, sessions)
+            assert bus.stats.sessions == 7
 
 
 # --- subscriptions ------------------------------------------------------------------------

@@ -188,6 +188,7 @@ class Connection:
         self._offered: BufferedSocket | None = None
         self._sock: BufferedSocket | None = None
         self._woken = False
+        self._reset = False
         self._rest: list[bytes] = []
         self._rest_size = 0
         self._need = 0
@@ -296,6 +297,7 @@ class Connection:
         self._said_connect = True
         self.generation += 1
         self._woken = False
+        self._reset = False
         self._rest.clear()
         self._rest_size = self._need = 0
         self._open = self._usable = self._gate = False
@@ -394,6 +396,7 @@ class Connection:
             if sock.done != before:
                 self._last_out = self._clock()
         except OSError as exc:
+            self._reset = True
             self._last_words(sock)
             if self._sock is sock:
                 self._lose(dial_error(exc, self._where))
@@ -599,7 +602,8 @@ class Connection:
         quick = self._open and self._clock() - self._released_at < _QUICK_CLOSE
         if quick and self._gate and self._last_ack < self._released_at:
             self._suspect("closed the connection")
-        if self._own_id and self._open:
+        # Behind a failed write the end of the stream only repeats that the link broke.
+        if self._own_id and self._open and not self._reset:
             self._lose(self._count_short_life(error, taken=False))
         else:
             self._lose(error)
