@@ -1,0 +1,117 @@
+"""What a client says of itself when it connects, as ``jetblack_messagebus.authentication``.
+
+Servers up to 3.0 read the handshake ``strings``, those from 4.0 to 5.1.1, which are current,
+``connection-string``. Nothing tells a client which it is: the wrong one ends in silence.
+"""
+
+from __future__ import annotations
+
+import abc
+
+from pubsub_core.secrets import Secret
+
+from .io import DataReader, DataWriter
+from .protocol import HandshakeForm, basic_handshake, token_handshake
+
+__all__ = ["Authenticator", "BasicAuthenticator", "NullAuthenticator", "TokenAuthenticator"]
+
+
+class Authenticator(abc.ABC):
+    """Says who the client is. Write your own with these two streams."""
+
+    @abc.abstractmethod
+    async def authenticate(self, reader: DataReader, writer: DataWriter) -> None:
+        """Send the handshake; the server answers nothing."""
+
+
+class NullAuthenticator(Authenticator):
+    """Sends nothing."""
+
+    async def authenticate(self, reader: DataReader, writer: DataWriter) -> None:
+        """Send nothing."""
+
+
+class BasicAuthenticator(Authenticator):
+    """A user name and a password.
+
+    Args:
+        application: Needs servers from 4.0, and chooses their handshake.
+        handshake: ``strings`` for servers up to 3.0 (the default, as in the package 3.0.1),
+            ``connection-string`` for all later ones.
+
+    Raises:
+        ValueError: A value cannot be carried, e.g. a ``;`` in a connection string.
+    """
+
+    def __init__(
+        self,
+        username: str,
+        password: str,
+        impersonating: str | None = None,
+        forwarded_for: str | None = None,
+        application: str | None = None,
+        *,
+        handshake: HandshakeForm | None = None,
+    ) -> None:
+        self.username = username
+        self.password = password
+        self.impersonating = impersonating
+        self.forwarded_for = forwarded_for
+        self.application = application
+        self.handshake: HandshakeForm | None = handshake
+        self._wire()
+
+    def _wire(self) -> bytes:
+        return basic_handshake(
+            self.username,
+            self.password,
+            self.impersonating,
+            self.forwarded_for,
+            self.application,
+            form=self.handshake,
+        )
+
+    async def authenticate(self, reader: DataReader, writer: DataWriter) -> None:
+        """Send the handshake."""
+        writer.writer.write(self._wire())
+        await writer.drain()
+
+    def __repr__(self) -> str:
+        return f"BasicAuthenticator({self.username!r}, {Secret(self.password)!r})"
+
+
+class TokenAuthenticator(Authenticator):
+    """A token, as a rule a JWT; arguments as those of `BasicAuthenticator`."""
+
+    def __init__(
+        self,
+        token: str,
+        impersonating: str | None = None,
+        forwarded_for: str | None = None,
+        application: str | None = None,
+        *,
+        handshake: HandshakeForm | None = None,
+    ) -> None:
+        self.token = token
+        self.impersonating = impersonating
+        self.forwarded_for = forwarded_for
+        self.application = application
+        self.handshake: HandshakeForm | None = handshake
+        self._wire()
+
+    def _wire(self) -> bytes:
+        return token_handshake(
+            self.token,
+            self.impersonating,
+            self.forwarded_for,
+            self.application,
+            form=self.handshake,
+        )
+
+    async def authenticate(self, reader: DataReader, writer: DataWriter) -> None:
+        """Send the handshake."""
+        writer.writer.write(self._wire())
+        await writer.drain()
+
+    def __repr__(self) -> str:
+        return f"TokenAuthenticator({Secret(self.token)!r})"
