@@ -8,7 +8,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Self, TypeVar
 
@@ -34,7 +34,7 @@ def seeded(name: str) -> random.Random:
     return random.Random(seed)
 
 
-async def soon(work: Coroutine[Any, Any, T] | asyncio.Future[T], seconds: float = DEADLINE) -> T:
+async def soon(work: Awaitable[T], seconds: float = DEADLINE) -> T:
     """Await *work* within a deadline."""
     async with asyncio.timeout(seconds):
         return await work
@@ -91,6 +91,10 @@ class Tally:
         self.seen.add(number)
         if message.redelivered:
             self.flagged.append(number)
+
+    def has(self, count: int) -> bool:
+        """Whether so many arrived, copies included."""
+        return len(self.arrived) >= count
 
     @property
     def copies(self) -> dict[int, int]:

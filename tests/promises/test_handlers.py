@@ -23,7 +23,7 @@ class Fault(Exception):
     """What user code raises here."""
 
 
-@pytest.fixture(params=["memory", "3.1.1", "5"])
+@pytest.fixture(params=["memory", "mqtt"])
 async def bus(
     request: pytest.FixtureRequest, mosquitto: MosquittoServer, unique: Callable[..., str]
 ) -> AsyncIterator[Bus]:
@@ -33,7 +33,7 @@ async def bus(
             yield made
         Space.forget(name)
         return
-    async with opened(mosquitto.url, protocol=request.param, **SOON) as made:
+    async with opened(mosquitto.url, **SOON) as made:
         yield made
 
 

@@ -15,7 +15,7 @@ from pubsub_core.memory import Space
 from pubsub_mqtt.backend import MQTTBackend
 from pubsub_mqtt.server import MosquittoServer
 
-from .support import SOON, VERSIONS, opened, soon, until
+from .support import SOON, opened, soon, until
 
 pytestmark = [pytest.mark.usefixtures("no_leaks"), pytest.mark.timeout(60)]
 
@@ -29,8 +29,18 @@ def traced() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("overflow", ["drop_oldest", "drop_newest", "latest", "error", "block"])
+@pytest.mark.parametrize(
+    ("overflow", "version"),
+    [
+        ("drop_oldest", "3.1.1"),
+        ("drop_oldest", "5"),
+        ("drop_newest", "5"),
+        ("latest", "5"),
+        ("error", "5"),
+        ("block", "3.1.1"),
+        ("block", "5"),
+    ],
+)
 async def test_a_stopped_consumer_is_bounded(
     mosquitto: MosquittoServer, unique: Callable[..., str], version: str, overflow: Any
 ) -> None:
@@ -51,11 +61,11 @@ async def test_a_stopped_consumer_is_bounded(
                 # In handfuls: one by one, Nagle's algorithm at the broker costs 40 ms each.
                 for _ in range(COUNT // 50):
                     handful = [(f"{topic}/{number}", bytes(SIZE)) for number in range(50)]
-                    results = await soon(other.publish_many(handful, qos=1))
-                    assert not [each for each in results if isinstance(each, Exception)]
+                    for result in await soon(other.publish_many(handful, qos=1)):
+                        assert not isinstance(result, Exception)
+                    handful.clear()
                     for _ in range(50):
                         await soon(quick.get())
-                del handful, results
                 if overflow == "block":
                     await until(lambda: not slow.native(MQTTBackend).connection.reading, "it stops")
                 else:

@@ -215,7 +215,11 @@ async def test_headers_keys_and_wills(
     pair = authority.issue("locked", client=True)
     broken = Path(pair.keyfile)
     broken.write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\nbm8=\n")
-    options = {"cert_file": pair.certfile, "key_file": pair.keyfile, "key_password": CANARY}
+    options: dict[str, Any] = {
+        "cert_file": pair.certfile,
+        "key_file": pair.keyfile,
+        "key_password": CANARY,
+    }
     bus = connect(mosquitto.url.replace("mqtt", "mqtts", 1), **options)
     with pytest.raises(PubSubError) as caught:
         await soon(bus.open())

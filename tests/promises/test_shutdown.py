@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -165,7 +166,7 @@ async def test_closing_while_it_reconnects_or_connects(
             bus.native(MQTTBackend).connection.end(_lost())
             await offline(bus)
             if fault != "refuse":
-                await until(lambda n=accepted: proxy.accepted > n, "an attempt is under way")
+                await until(partial(_more, proxy, accepted), "an attempt is under way")
             began = time.monotonic()
             await soon(bus.close(drain=5), 5)
             assert time.monotonic() - began < 2.0
@@ -196,6 +197,10 @@ async def test_handlers_finish_what_is_buffered_and_then_publishes_end(
             await soon(closing)
             got = [int((await soon(seen.get())).payload) for _ in range(5)]
             assert got == list(range(5))
+
+
+def _more(proxy: FaultProxy, accepted: int) -> bool:
+    return proxy.accepted > accepted
 
 
 def _lost() -> Any:

@@ -8,6 +8,7 @@ replays everything it has at once never gets through.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,6 +51,9 @@ class Counting:
             self.kept.append(packet)
             return b""
         return self._reply(packet)
+
+    def has_open(self, count: int) -> bool:
+        return len(self.open) >= count
 
     def release(self, answers: int) -> None:
         """Answer what was held back, and so many packets in all."""
@@ -117,8 +121,7 @@ async def test_replay_stays_within_the_window_and_gets_further(
             while not all(task.done() for task in publishing):
                 # First the whole window without an answer, then a few answers, then the end.
                 left = sum(not task.done() for task in publishing)
-                full = min(limit, left)
-                await until(lambda n=full: len(peer.open) >= n, "a full window")
+                await until(partial(peer.has_open, min(limit, left)), "a full window")
                 before = peer.completed
                 # At QoS 2 two answers make one message: twice the window gives one at least.
                 peer.release(rng.randrange(2 * limit, 3 * limit + 1))
