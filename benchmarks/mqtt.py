@@ -153,7 +153,7 @@ async def paho(url: str, qos: int, counter: Counter) -> AsyncIterator[Publish]:
 
 @asynccontextmanager
 async def gmqtt(url: str, qos: int, counter: Counter) -> AsyncIterator[Publish]:
-    from gmqtt import Client, Subscription  # type: ignore[import-untyped]  # it ships no types
+    from gmqtt import Client, Subscription  # type: ignore[import-not-found,import-untyped,unused-ignore]  # an extra without types
 
     subscribed = asyncio.Event()
     client = Client("")

@@ -35,8 +35,6 @@ TESTS = (
     "cli/test_memory.py",
     "cli/test_root.py",
 )
-# What they import besides themselves.
-SUPPORT = ("__init__.py", "conftest.py", "servers.py", "data", "cli/conftest.py")
 NEEDS = (
     "cryptography",
     "hypothesis",
@@ -156,15 +154,9 @@ def _install(work: Path, wheel: Path) -> Path:
 
 def _test(work: Path, python: Path) -> None:
     there = work / "elsewhere"
-    for name in (*TESTS, *SUPPORT):
-        source, target = ROOT / "tests" / name, there / "tests" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copy(source, target)
-    for folder in {(there / "tests" / name).parent for name in TESTS}:
-        (folder / "__init__.py").touch()
+    # Tests share helpers, and run what the documents show.
+    for name in ("tests", "docs"):
+        shutil.copytree(ROOT / name, there / name, ignore=shutil.ignore_patterns("__pycache__"))
     # The settings of pytest come along, the packages do not.
     shutil.copy(ROOT / "pyproject.toml", there)
     tests = [f"tests/{name}" for name in TESTS]
