@@ -328,7 +328,9 @@ async def test_a_publish_that_waits_offline_times_out_as_not_sent(lab: str) -> N
 
 async def test_what_waited_too_long_offline_is_not_sent_any_more(lab: str) -> None:
     clock = VirtualClock()
-    async with connect(lab, clock=clock, offline="buffer", offline_age=10.0) as bus:
+    async with connect(
+        lab, clock=clock, offline="buffer", offline_age=10.0, reconnect_max=5.0
+    ) as bus:
         await _cut(bus, lab)
         old = asyncio.ensure_future(bus.publish("a", b"old"))
         await until(lambda: bus.stats.offline == 1)
@@ -387,7 +389,8 @@ async def test_a_second_subscription_to_a_filter_gets_the_retained_message_alone
 
 async def test_members_of_a_group_on_one_bus_take_turns() -> None:
     async with (
-        connect("memory://") as bus, bus.subscribe("jobs", group="workers") as first,
+        connect("memory://") as bus,
+        bus.subscribe("jobs", group="workers") as first,
         bus.subscribe("jobs", group="workers") as second,
     ):
         for number in range(10):
