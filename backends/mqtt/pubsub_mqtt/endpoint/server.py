@@ -201,6 +201,11 @@ class _Link(asyncio.Protocol):
         self._holds: set[_Link] = set()
         self._held_by: set[_Link] = set()
 
+    @property
+    def client(self) -> Client | None:
+        """Who speaks on it."""
+        return self._client
+
     # --- asyncio ------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -1,0 +1,168 @@
+"""An Emitter broker for development and tests, inside this process.
+
+MQTT, WebSocket and HTTP share one port. Without a license a new one is made, and with it a master
+key to make channel keys with; both are in `EmitterServer.describe`, so that ``pubsub serve
+emitter`` prints them. Real keys of a real license work here, and keys made here work there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from pubsub_core.errors import BadOption
+from pubsub_mqtt.endpoint import EndpointServer
+from pubsub_mqtt.server import ServerTLS
+
+from .broker import EmitterDialect, Matcher
+from .keys import InvalidLicense, License
+from .storage import FileStorage, MemoryStorage, Storage
+
+__all__ = ["EmitterServer"]
+
+
+class EmitterServer(EndpointServer):
+    """An Emitter broker; loopback and a free port unless told otherwise.
+
+    >>> import asyncio
+    >>> async def demo() -> str:
+    ...     async with EmitterServer() as server:
+    ...         return server.make_key("demo/#/", "rw")
+    >>> len(asyncio.run(demo()))
+    32
+
+    Args:
+        port: 0 for a free one; it stays the same when the server is started again.
+        license: Text of a license of any version; a new one is made when None, or the one that
+            *store* remembers.
+        store: Path of a file that keeps stored messages and bans. Without it they are gone when
+            the server stops. What was acknowledged as stored survives a crash.
+        matcher: ``emitter``, where a subscription also gets everything below its channel, or
+            ``mqtt``.
+        will_on_disconnect: Publish a will after a DISCONNECT, too, as the Go broker does.
+        certfile: PEM file of a certificate; every connection is encrypted then.
+        keyfile: PEM file of its key.
+    """
+
+    backend: ClassVar[str] = "emitter"
+    scheme: ClassVar[str] = "emitter"
+    tls_scheme: ClassVar[str] = "emitters"
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        license: str | None = None,
+        store: str | Path | None = None,
+        matcher: Matcher = "emitter",
+        will_on_disconnect: bool = True,
+        certfile: str | None = None,
+        keyfile: str | None = None,
+        max_clients: int = 10_000,
+    ) -> None:
+        if (certfile is None) != (keyfile is None):
+            raise BadOption(
+                "a server with TLS needs both certfile and keyfile",
+                option="certfile" if certfile is None else "keyfile",
+                backend="emitter",
+            )
+        if matcher not in ("emitter", "mqtt"):
+            raise BadOption(
+                f"no matching rule {matcher!r}",
+                option="matcher",
+                hint="use emitter or mqtt",
+                backend="emitter",
+            )
+        self._given = None if license is None else _parse(license)
+        self._storage: Storage = MemoryStorage() if store is None else FileStorage(store)
+        self._emitter = EmitterDialect(
+            self._given or License.generate(),
+            self._storage,
+            matcher=matcher,
+            will_on_disconnect=will_on_disconnect,
+        )
+        tls = None
+        if certfile is not None and keyfile is not None:
+            tls = ServerTLS(certfile, keyfile)
+        super().__init__(self._emitter, host=host, port=port, tls=tls, max_clients=max_clients)
+        self._master_key = ""
+
+    @property
+    def license(self) -> str:
+        """The text of the license: the broker's secret."""
+        return self._emitter.license.text
+
+    @property
+    def master_key(self) -> str:
+        """A key that can make and ban other keys."""
+        if not self._master_key:
+            self._master_key = self._emitter.license.make_master_key()
+        return self._master_key
+
+    @property
+    def storage(self) -> Storage:
+        """What is stored."""
+        return self._storage
+
+    def make_key(self, channel: str, permissions: str, *, ttl: int = 0) -> str:
+        """Return a key for *channel*; see `License.make_key`."""
+        return self._emitter.license.make_key(channel, permissions, ttl=ttl)
+
+    def describe(self) -> Mapping[str, object]:
+        """Return the master key, the license if it was made here, and how it stores.
+
+        A license that somebody gave is a secret of theirs, and is not repeated.
+        """
+        found: dict[str, object] = {}
+        if self._given is None:
+            found["license"] = self.license
+        found["master_key"] = self.master_key
+        found["matcher"] = self._emitter.matcher
+        store = self._storage
+        found["store"] = str(store.path) if isinstance(store, FileStorage) else "memory (volatile)"
+        return found
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            ConnectError: The port is taken, or the file cannot be used.
+            TLSProblem: Certificate or key cannot be used.
+        """
+        if self.running:
+            return
+        await self._storage.open()
+        try:
+            if isinstance(self._storage, FileStorage):
+                self._agree(self._storage)
+            await super().start()
+        except BaseException:
+            await self._storage.close()
+            raise
+
+    async def stop(self) -> None:
+        """Stop; what is stored in memory is gone."""
+        await super().stop()
+        await self._storage.close()
+
+    def _agree(self, storage: FileStorage) -> None:
+        """Take the license of the file, or have the file remember ours."""
+        if self._given is None and storage.license:
+            self._emitter.license = _parse(storage.license)
+            self._master_key = ""
+        elif storage.license != self.license:
+            storage.remember_license(self.license)
+
+
+def _parse(text: str) -> License:
+    try:
+        return License.parse(text)
+    except InvalidLicense as exc:
+        raise BadOption(
+            f"license: {exc}",
+            option="license",
+            hint="give all of its text, with :1, :2 or :3 at the end",
+            backend="emitter",
+        ) from None

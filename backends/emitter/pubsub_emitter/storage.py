@@ -1,0 +1,417 @@
+"""What an Emitter broker keeps: stored messages, bans, and with a file its license.
+
+`MemoryStorage` forgets when the broker stops. `FileStorage` answers from memory, too, and
+writes every change to an SQLite file from a thread of its own; whoever must not lose a message
+waits for `Storage.settled` before saying that it is stored. Many changes share one flush to
+the disk.
+
+Source: emitter-io/emitter, ``internal/provider/storage`` and ``internal/message/id.go``, for
+what a query returns. Messages come strictly oldest first here, where Go's order within a
+second is undefined.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pubsub_core.errors import ConnectError
+
+from .keys import hash_text
+from .protocol import MAX_PACKET, SHARE, MessageId
+
+__all__ = ["FileStorage", "MemoryStorage", "Storage", "StorageFull", "Stored"]
+
+logger = logging.getLogger("pubsub_emitter.broker")
+
+_MAX_BYTES: Final = 256 * 1_048_576
+_OVERHEAD: Final = 300
+_SWEEP: Final = 2048
+_STOP: Final = 5.0
+
+# FULL: a commit returns when the disk has it, so what is acknowledged is kept.
+_PREPARE: Final = """
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+CREATE TABLE IF NOT EXISTS messages (
+    counter INTEGER PRIMARY KEY,
+    contract INTEGER,
+    time INTEGER,
+    expires INTEGER,
+    channel TEXT,
+    payload BLOB
+);
+CREATE TABLE IF NOT EXISTS bans (key TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
+"""
+
+Done = Callable[[BaseException | None], None]
+
+
+class StorageFull(Exception):
+    """There is no room for another message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One message.
+
+    Attributes:
+        time: Unix seconds at which it was published.
+        counter: Running number; orders messages of one second.
+        expires: Unix seconds from which on it is gone.
+    """
+
+    channel: str
+    payload: bytes
+    time: int
+    counter: int
+    expires: int
+
+    def id(self, contract: int, process: int) -> MessageId:
+        """Return the identifier that clients see."""
+        parts = self.channel[:-1].split("/")
+        words = [contract, *map(hash_text, parts)]
+        tail = b"".join(word.to_bytes(4, "big") for word in words)
+        return MessageId(contract ^ words[1], self.time, self.counter, process, tail)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What the thread has to write."""
+
+    statement: str
+    values: Sequence[Any]
+
+
+class Storage(abc.ABC):
+    """Stored messages and bans. Every method is called in the broker's event loop.
+
+    Attributes:
+        volatile: Whether all is gone when the broker stops.
+        process: Random number that is part of message ids.
+    """
+
+    volatile = True
+
+    def __init__(
+        self, *, max_bytes: int = _MAX_BYTES, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.process = secrets.randbits(32)
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._counter = 0
+        self._since_sweep = 0
+        # By contract and first segment, oldest first.
+        self._messages: dict[tuple[int, str], list[Stored]] = {}
+        self._banned: set[str] = set()
+
+    @abc.abstractmethod
+    async def open(self) -> None:
+        """Read what is there."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Write what waits and let go of the file."""
+
+    @abc.abstractmethod
+    def settled(self, done: Done) -> bool:
+        """Return whether all changes so far are safe; else call *done* once they are.
+
+        *done* is called in the event loop, with what went wrong or None.
+        """
+
+    # --- messages ---------------------------------------------------------------------
+
+    def store(self, contract: int, channel: str, payload: bytes, ttl: int) -> Stored:
+        """Keep a message for *ttl* seconds.
+
+        Raises:
+            StorageFull: There is no room, also not after expired messages were dropped.
+        """
+        now = int(self._clock())
+        size = _size(channel, payload)
+        self._since_sweep += 1
+        if self._since_sweep >= _SWEEP or self._bytes + size > self._max_bytes:
+            self._sweep(now)
+        if self._bytes + size > self._max_bytes:
+            raise StorageFull(f"{self._bytes} of {self._max_bytes} bytes are taken")
+        self._counter += 1
+        message = Stored(channel, payload, now, self._counter, now + ttl)
+        self._put(contract, message)
+        self._write(
+            "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?)",
+            (message.counter, contract, now, message.expires, channel, payload),
+        )
+        return message
+
+    def query(
+        self,
+        contract: int,
+        channel: str,
+        *,
+        last: int,
+        since: int | None = None,
+        until: int | None = None,
+        before: MessageId | None = None,
+    ) -> list[Stored]:
+        """Return the newest *last* messages under *channel*, oldest first.
+
+        A channel covers everything below it; ``+`` and ``#`` are one segment each. Nothing is
+        found for a share group, or where the first segment is a wildcard. What is returned
+        fits into one packet.
+        """
+        segments = channel[:-1].split("/")
+        first = segments[0]
+        if first in ("+", "#", "*", SHARE) or "*" in segments:
+            return []
+        now = self._clock()
+        found: list[Stored] = []
+        size = 0
+        for message in reversed(self._messages.get((contract, first), ())):
+            if len(found) >= last:
+                break
+            if (
+                message.expires <= now
+                or (until is not None and message.time > until)
+                or (since is not None and message.time < since)
+                or (before is not None and (message.time, message.counter) >= before.age)
+                or not _covers(segments, message.channel)
+            ):
+                continue
+            size += 20 + 4 * message.channel.count("/") + len(message.channel)
+            size += len(message.payload)
+            if size > MAX_PACKET:
+                break
+            found.append(message)
+        found.reverse()
+        return found
+
+    def __len__(self) -> int:
+        """Return how many messages are kept, expired ones perhaps included."""
+        return sum(map(len, self._messages.values()))
+
+    def _put(self, contract: int, message: Stored) -> None:
+        place = contract, message.channel.partition("/")[0]
+        self._messages.setdefault(place, []).append(message)
+        self._bytes += _size(message.channel, message.payload)
+
+    def _sweep(self, now: float) -> None:
+        """Drop what has expired."""
+        self._since_sweep = 0
+        self._bytes = 0
+        for place, messages in list(self._messages.items()):
+            kept = [message for message in messages if message.expires > now]
+            if kept:
+                self._messages[place] = kept
+                self._bytes += sum(_size(each.channel, each.payload) for each in kept)
+            else:
+                del self._messages[place]
+        self._write("DELETE FROM messages WHERE expires <= ?", (int(now),))
+
+    # --- bans -------------------------------------------------------------------------
+
+    def is_banned(self, key: str) -> bool:
+        """Whether that key, by its text, was banned."""
+        return key in self._banned
+
+    def ban(self, key: str, *, banned: bool) -> None:
+        """Ban a key or lift its ban; at once."""
+        if banned:
+            self._banned.add(key)
+            self._write("INSERT OR IGNORE INTO bans VALUES (?)", (key,))
+        else:
+            self._banned.discard(key)
+            self._write("DELETE FROM bans WHERE key = ?", (key,))
+
+    @abc.abstractmethod
+    def _write(self, statement: str, values: Sequence[Any]) -> None:
+        """Have a change written, in the words of SQL."""
+
+    def _clear(self) -> None:
+        self._messages.clear()
+        self._banned.clear()
+        self._bytes = self._counter = 0
+
+
+class MemoryStorage(Storage):
+    """Keeps everything until the broker stops."""
+
+    async def open(self) -> None:
+        """Begin empty."""
+        self._clear()
+
+    async def close(self) -> None:
+        """Forget everything."""
+        self._clear()
+
+    def settled(self, done: Done) -> bool:
+        """Return True: nothing here ever becomes safer than it is."""
+        return True
+
+    def _write(self, statement: str, values: Sequence[Any]) -> None:
+        return  # there is no file
+
+
+class FileStorage(Storage):
+    """Keeps everything in an SQLite file, which only one broker may use at a time.
+
+    The file is created readable by its owner alone: it holds the license and what was
+    published.
+    """
+
+    volatile = False
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        max_bytes: int = _MAX_BYTES,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(max_bytes=max_bytes, clock=clock)
+        self.path = Path(path)
+        self.license = ""
+        self._queue: queue.SimpleQueue[_Change | Done | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def open(self) -> None:
+        """Read the file, or create it.
+
+        Raises:
+            ConnectError: It is no file of ours, or in use by another broker.
+        """
+        self._clear()
+        self._loop = asyncio.get_running_loop()
+        try:
+            database = await asyncio.to_thread(self._read)
+        except (OSError, sqlite3.Error) as exc:
+            raise ConnectError(
+                f"cannot use {self.path} to store messages: {exc}",
+                hint="no other broker may use it; give another path",
+                backend="emitter",
+            ) from exc
+        self._thread = threading.Thread(
+            target=self._work, args=(database,), name="pubsub-emitter-store", daemon=True
+        )
+        self._thread.start()
+
+    def _read(self) -> sqlite3.Connection:
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        database = sqlite3.connect(self.path, timeout=1.0, check_same_thread=False)
+        try:
+            # FULL: a commit returns when the disk has it, so what is acknowledged is kept.
+            database.executescript(_PREPARE)
+            database.execute("DELETE FROM messages WHERE expires <= ?", (int(self._clock()),))
+            database.commit()
+            rows: Iterator[tuple[int, int, int, int, str, bytes]] = database.execute(
+                "SELECT counter, contract, time, expires, channel, payload FROM messages "
+                "ORDER BY counter"
+            )
+            for counter, contract, when, expires, channel, payload in rows:
+                self._put(contract, Stored(channel, bytes(payload), when, counter, expires))
+                self._counter = counter
+            self._banned.update(key for (key,) in database.execute("SELECT key FROM bans"))
+            found = database.execute("SELECT value FROM facts WHERE name = 'license'").fetchone()
+            self.license = found[0] if found else ""
+            highest = database.execute("SELECT value FROM facts WHERE name = 'counter'").fetchone()
+            self._counter = max(self._counter, int(highest[0]) if highest else 0)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def remember_license(self, text: str) -> None:
+        """Keep the license, so that keys stay valid when the broker starts again."""
+        self.license = text
+        self._write("INSERT OR REPLACE INTO facts VALUES ('license', ?)", (text,))
+
+    async def close(self) -> None:
+        """Write what waits and close the file; gives up after some seconds."""
+        thread = self._thread
+        if thread is None:
+            return
+        # Numbers of expired messages must not be given out again.
+        last = str(self._counter)
+        self._write("INSERT OR REPLACE INTO facts VALUES ('counter', ?)", (last,))
+        self._queue.put(None)
+        self._thread = None
+        await asyncio.to_thread(thread.join, _STOP)
+        if thread.is_alive():
+            logger.error("%s could not be written within %g s", self.path, _STOP)
+        self._clear()
+
+    def settled(self, done: Done) -> bool:
+        """Return True when there is no file open; else call *done* when the disk has it all."""
+        if self._thread is None:
+            return True
+        self._queue.put(done)
+        return False
+
+    def _write(self, statement: str, values: Sequence[Any]) -> None:
+        if self._thread is not None:
+            self._queue.put(_Change(statement, values))
+
+    # --- the thread ---------------------------------------------------------------------
+
+    def _work(self, database: sqlite3.Connection) -> None:
+        running = True
+        # An error stays until somebody was told of it: what failed may have stood in an
+        # earlier turn than whoever waits for it.
+        error: BaseException | None = None
+        while running:
+            items = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(items) < 10_000:
+                    items.append(self._queue.get_nowait())
+            running = None not in items
+            waiting = [item for item in items if item is not None and callable(item)]
+            try:
+                for item in items:
+                    if isinstance(item, _Change):
+                        database.execute(item.statement, item.values)
+                database.commit()
+            except sqlite3.Error as exc:
+                error = exc
+                logger.exception("%s could not be written", self.path)
+                with contextlib.suppress(sqlite3.Error):
+                    database.rollback()
+            if waiting and self._loop is not None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    self._loop.call_soon_threadsafe(_tell, waiting, error)
+                error = None
+        database.close()
+
+
+def _tell(waiting: list[Done], error: BaseException | None) -> None:
+    for done in waiting:
+        done(error)
+
+
+def _size(channel: str, payload: bytes) -> int:
+    return len(channel) + len(payload) + _OVERHEAD
+
+
+def _covers(segments: Sequence[str], channel: str) -> bool:
+    """Whether the filter matches a stored channel or one above it."""
+    parts = channel[:-1].split("/")
+    return len(segments) <= len(parts) and all(
+        wanted in ("+", "#") or wanted == part
+        for wanted, part in zip(segments, parts, strict=False)
+    )
