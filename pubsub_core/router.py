@@ -146,7 +146,14 @@ class Router:
         A session that was resumed from an earlier run delivers before anybody could
         subscribe.
         """
-        self.orphans = deque(maxlen=_ORPHANS)
+        self.orphans = deque()
+
+    def drop_orphans(self) -> int:
+        """Give up what was kept and keep nothing more; return how many messages it was."""
+        waiting, self.orphans = self.orphans or (), None
+        for frame in waiting:
+            self._unwanted(frame)
+        return len(waiting)
 
     def adopt_orphans(self) -> None:
         """Route what was kept and is wanted now."""
@@ -192,8 +199,13 @@ class Router:
 
     def _discard(self, frame: InFrame) -> None:
         if self.orphans is not None and frame.origin is not _RETAINED:
+            if len(self.orphans) == _ORPHANS:
+                self._unwanted(self.orphans.popleft())
             self.orphans.append(frame)
             return
+        self._unwanted(frame)
+
+    def _unwanted(self, frame: InFrame) -> None:
         self.unrouted += 1
         if frame.tag is not None and self._settle is not None:
             self._settle(frame.tag, _ACK)

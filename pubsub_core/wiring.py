@@ -8,6 +8,7 @@ and the hole in between is marked, and filled where the broker has a history.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, cast
@@ -15,8 +16,8 @@ from typing import Any, Protocol, cast
 from .capabilities import Cap
 from .clock import Clock
 from .errors import NotConnected, OperationTimeout, PubSubError, SubscribeFailed
-from .events import BusEvent, Gap, GapReason, SubscriptionRefused
-from .interfaces import Backend, HasHistory, HistoryQuery, SessionFacts
+from .events import BusEvent, Gap, GapReason, Notice, SubscriptionRefused
+from .interfaces import Backend, HasHistory, HistoryQuery, SessionFacts, WireSub
 from .message import InFrame
 from .router import Router, Wire
 from .session import Session
@@ -30,6 +31,10 @@ logger = logging.getLogger("pubsub_core")
 
 # Clocks of two machines differ, and so do the times a broker gives its messages.
 _SLACK = 1.0
+
+# Seconds for which messages for an earlier process's subscriptions wait to be wanted again.
+# They occupy the broker's window (20 messages at Mosquitto), so for ever would stop the rest.
+_ORPHANS_WAIT = 10.0
 
 
 class Owner(Protocol):
@@ -68,6 +73,8 @@ class Wiring:
         self._owner = owner
         self._locks: dict[tuple[str, str | None], asyncio.Lock] = {}
         self._pausing: set[Subscription[Any]] = set()
+        # Ended without the broker knowing; one that resumes the session still has them.
+        self._left_behind: dict[tuple[str, str | None], WireSub] = {}
         self.router = Router()
         self.router.bind(backend)
 
@@ -106,6 +113,8 @@ class Wiring:
         self.unpause(subscription)
         wire = self.router.detach(subscription)
         if wire is not None:
+            if wire.tried and not self._session.online:
+                self._left_behind[wire.key] = wire.want
             # In a task of its own: whoever is cancelled here must not leave it at the broker.
             await asyncio.shield(self._owner.spawn(self._forget(wire), "unsubscribe"))
 
@@ -122,6 +131,7 @@ class Wiring:
                 except PubSubError as error:
                     # Locally it is gone; what the broker still sends is not routed.
                     logger.info("%s", error)
+                    self._left_behind[key] = wire.want
         lock = self._locks.get(key)
         if lock is not None and not lock.locked() and self.router.find(*key) is None:
             del self._locks[key]
@@ -182,12 +192,39 @@ class Wiring:
         history = self._owner.can(Cap.HISTORY)
         if generation == 1 and facts.resumed:
             self.router.keep_orphans()
+            self._owner.spawn(self._give_up_orphans(), "orphans")
         wires = self.router.wires
         await asyncio.gather(*(self._renew(wire, generation, facts.resumed) for wire in wires))
+        await self._leave_behind(facts.resumed)
         if lost_at is not None and generation > 1:
             await self._bridge(lost_at, facts.resumed, history)
         if self._pausing:
             self._backend.pause()
+
+    async def _leave_behind(self, resumed: bool) -> None:
+        """Drop at the broker what was ended here while there was no session."""
+        left, self._left_behind = self._left_behind, {}
+        for key, want in left.items():
+            if not resumed or self.router.find(*key) is not None:
+                continue
+            try:
+                await self._deadline(
+                    functools.partial(self._backend.unsubscribe, want),
+                    f"unsubscribing from {want.filter!r}",
+                )
+            except PubSubError as error:
+                logger.info("%s", error)
+                self._left_behind[key] = want
+
+    async def _give_up_orphans(self) -> None:
+        await self._clock.sleep(_ORPHANS_WAIT)
+        if dropped := self.router.drop_orphans():
+            text = (
+                f"{dropped} messages for subscriptions of an earlier process were given up: "
+                f"nobody subscribed to their topics within {_ORPHANS_WAIT:g} s"
+            )
+            logger.warning("bus %r: %s", self._backend.context.bus, text)
+            self._owner.note(Notice("unwanted", text))
 
     async def _renew(self, wire: Wire, generation: int, resumed: bool) -> None:
         if resumed and wire.generation == generation - 1 and wire.asked == wire.want:

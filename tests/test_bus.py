@@ -227,7 +227,7 @@ async def test_bad_arguments_are_refused_before_anything_is_sent() -> None:
     async with connect("memory://") as bus:
         for arguments in ({"qos": 3}, {"ttl": 0}, {"ttl": -1.0}):
             with pytest.raises(ValueError, match=next(iter(arguments))):
-                await bus.publish("a", b"", **arguments)  # type: ignore[arg-type]  # on purpose
+                await bus.publish("a", b"", **arguments)
         with pytest.raises(NotSupported, match="quality of service 0"):
             await bus.publish("a", b"", qos=0, confirm="broker")
         assert bus.stats.published == 0
@@ -504,6 +504,18 @@ async def test_what_a_resumed_session_delivers_early_waits_for_its_subscription(
         async with bus.subscribe("other") as other, bus.subscribe("jobs/+") as jobs:
             assert (await jobs.get(timeout=1)).payload == b"kept for us"
             assert other.stats.received == 0
+
+
+async def test_what_nobody_wants_of_an_earlier_session_is_given_up_and_counted(lab: str) -> None:
+    async with connect(lab) as bus:
+        router = bus._engine.wiring.router
+        router.keep_orphans()
+        for number in range(4097):
+            router.route(_in(f"jobs/{number}", b""))
+        assert router.unrouted == 1, "what is kept is bounded, and what is not is counted"
+        assert router.drop_orphans() == 4096
+        router.route(_in("jobs/late", b""))
+        assert router.unrouted == 4098
 
 
 async def test_a_cancelled_subscribe_leaves_nothing_at_the_broker(
