@@ -409,9 +409,7 @@ class RateLimited(PublishFailed):
         backend: str = "",
         topic: str = "",
     ) -> None:
-        super().__init__(
-            message, outcome=Outcome.NOT_SENT, hint=hint, backend=backend, topic=topic
-        )
+        super().__init__(message, outcome=Outcome.NOT_SENT, hint=hint, backend=backend, topic=topic)
         self.retry_after = retry_after
 
 
@@ -428,12 +426,8 @@ class Overflow(PublishFailed):
     code = "overflow"
     retryable = True
 
-    def __init__(
-        self, message: str, *, hint: str = "", backend: str = "", topic: str = ""
-    ) -> None:
-        super().__init__(
-            message, outcome=Outcome.NOT_SENT, hint=hint, backend=backend, topic=topic
-        )
+    def __init__(self, message: str, *, hint: str = "", backend: str = "", topic: str = "") -> None:
+        super().__init__(message, outcome=Outcome.NOT_SENT, hint=hint, backend=backend, topic=topic)
 
 
 class SubscribeFailed(PubSubError):

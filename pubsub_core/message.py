@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from enum import StrEnum
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import msgspec
 
@@ -63,11 +63,10 @@ class Headers(Mapping[str, str]):
 
     def __init__(self, pairs: Mapping[str, str] | Iterable[tuple[str, str]] = ()) -> None:
         if isinstance(pairs, Headers):
-            self._pairs: tuple[tuple[str, str], ...] = pairs.pairs
+            pairs = pairs.pairs
         elif isinstance(pairs, Mapping):
-            self._pairs = tuple(pairs.items())
-        else:
-            self._pairs = tuple((name, value) for name, value in pairs)
+            pairs = cast("Mapping[str, str]", pairs).items()
+        self._pairs = tuple((name, value) for name, value in pairs)
         self._map = dict(self._pairs)
 
     @property

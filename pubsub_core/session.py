@@ -29,6 +29,7 @@ logger = logging.getLogger("pubsub_core")
 _HEALTHY_AFTER = 10.0
 _SHORT_OUTAGE = 10.0
 _SHORT_BOUND = 1.5
+_SHORT_ATTEMPT = 2.0
 
 
 class Backoff:
@@ -253,7 +254,7 @@ class Session:
     async def _renew(self, lost_at: float) -> bool:
         while True:
             try:
-                await self._attempt()
+                await self._attempt(self._clock.monotonic() - lost_at)
             except PubSubError as error:
                 if error.retryable is False:
                     self._fail(error)
@@ -277,19 +278,24 @@ class Session:
             else:
                 return True
 
-    async def _attempt(self) -> None:
+    async def _attempt(self, outage: float | None = None) -> None:
+        seconds = self._options.connect_timeout
+        if outage is not None and outage < _SHORT_OUTAGE:
+            # Where packets vanish, an attempt that began during the outage hangs until its
+            # deadline; a short one lets the next attempt find that the outage is over.
+            seconds = min(seconds, _SHORT_ATTEMPT)
         loop = asyncio.get_running_loop()
         sink = _SessionSink(self._owner, loop)
         try:
             try:
-                async with asyncio.timeout(self._options.connect_timeout):
+                async with asyncio.timeout(seconds):
                     facts = await self._backend.open(sink)
             except ConnectError:
                 raise
             except TimeoutError as error:
                 raise ConnectTimeout(
                     f"no session with {self._backend.context.address} within "
-                    f"{self._options.connect_timeout:g} s",
+                    f"{seconds:g} s",
                     hint="check host and port, or raise connect_timeout",
                     backend=self._backend.context.info.name,
                 ) from error

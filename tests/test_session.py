@@ -311,8 +311,9 @@ async def test_backoff_starts_over_only_after_a_healthy_session() -> None:
         wake = clock.next_wake
         assert wake is not None
         await clock.advance(wake)
-        await until(lambda renewed=generation + 1: session.generation == renewed)
-        await until(lambda: session.online)
+        async with asyncio.timeout(5):
+            while not (session.online and session.generation == generation + 1):
+                await asyncio.sleep(0)
     assert backoff.bound(100) == 4.0
     await clock.advance(11)
     backend.sinks[-1].lost(ConnectionResetError())
@@ -328,6 +329,24 @@ async def test_a_hanging_open_times_out() -> None:
     session = session_of(Scripted(never), Owner(), VirtualClock(), connect_timeout=0.01)
     with pytest.raises(ConnectTimeout, match="within"):
         await session.start()
+
+
+async def test_an_attempt_that_hangs_early_in_an_outage_is_given_up_soon() -> None:
+    """Packets that vanish must not make a short outage a long one."""
+    clock, owner = VirtualClock(auto=True), Owner()
+
+    async def never(sink: Sink) -> None:
+        await asyncio.Event().wait()
+
+    backend = Scripted(None, never, None)
+    session = session_of(backend, owner, clock, connect_timeout=60.0)
+    await session.start()
+    backend.sinks[0].lost(ConnectionResetError())
+    async with asyncio.timeout(10):
+        while session.generation < 2:
+            await asyncio.sleep(0.01)
+    assert any(isinstance(event.error, ConnectTimeout) for event in owner.events)
+    await stop(session)
 
 
 async def test_a_backend_that_raises_something_else_does_not_die_in_silence(

@@ -250,6 +250,7 @@ async def test_cancellations_amid_resets(
                 lambda: bus.publish_many([(f"{topic}/2", b"x")] * 10),
                 subscribe,
             ]
+            sessions = 0
             for number in range(100):
                 if number % 10 == 0:
                     sessions = bus.stats.sessions
