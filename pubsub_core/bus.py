@@ -7,6 +7,7 @@ connected, the router brings messages to subscriptions, codecs and middleware sh
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
 import os
 from collections.abc import (
@@ -26,6 +27,7 @@ from .clock import Clock, SystemClock
 from .config import BusConfig, Config
 from .engine import Engine
 from .errors import (
+    BadOption,
     BusClosed,
     ConfigError,
     HandlerFailed,
@@ -46,13 +48,14 @@ from .interfaces import (
     HistoryQuery,
     WatchKind,
 )
-from .message import Headers, InFrame, Member, Message, Part, Receipt
+from .message import InFrame, Member, Message, Part, Receipt
 from .middleware import (
     Context,
     Direction,
     Middleware,
 )
 from .plugins import registry
+from .publisher import checked_headers
 from .settings import BusOptions, OverflowPolicy
 from .stats import BusStats
 from .subscription import Handler, Subscription
@@ -132,7 +135,7 @@ class Bus:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self._where = where
-        self._require = frozenset(require)
+        self._require = frozenset(map(_known_cap, require))
         self.clock: Clock = clock or SystemClock()
         self._config = config
         self._overrides = dict(options or {})
@@ -360,11 +363,12 @@ class Bus:
             self._check_usable()
         engine = self._open_engine or self._engine
         if engine.publish_chain is not None:
+            given_headers = checked_headers(headers or ())
             context = Context(
                 direction=Direction.PUBLISH,
                 topic=topic,
                 payload=payload,
-                headers=dict(Headers(headers or ())),
+                headers=dict(given_headers),
                 options={
                     "qos": qos,
                     "retain": retain,
@@ -570,7 +574,11 @@ class Bus:
         settings.check()
         if settings.overflow == "block":
             engine.need(Cap.FLOW_CONTROL)
+        if handler is not None and not callable(handler):
+            raise TypeError(f"handler={handler!r}; pass a function, async or plain")
         query = HistoryQuery(last=replay) if isinstance(replay, int) else replay
+        if query is not None and query.last is not None and query.last < 0:
+            raise ValueError(f"replay={query.last}; pass 0 or more")
         return Subscription(
             engine,
             parsed,
@@ -819,6 +827,19 @@ def _decoded(
     if decoder is not None:
         payload = decoder(frame.topic, payload, frame.content_type)
     return Message(frame.topic, payload, params, frame)
+
+
+def _known_cap(name: Cap | str) -> Cap:
+    try:
+        return Cap(name)
+    except ValueError:
+        near = difflib.get_close_matches(str(name), list(Cap), 1)
+        meant = f"did you mean {near[0]!s}? " if near else ""
+        raise BadOption(
+            f"require names {name!r}, which is no capability",
+            option="require",
+            hint=f"{meant}known: {', '.join(Cap)}",
+        ) from None
 
 
 def _check_group(group: str) -> None:

@@ -272,6 +272,8 @@ class CodecSet:
             ConfigError: There is no such codec, or it cannot produce *type*.
         """
         if type is bytes:
+            if codec is not None:
+                self._get(codec)  # a name that is wrong is told, needed or not
             return None
         if codec is not None:
             return _guarded(self._get(codec), type, filter)

@@ -7,6 +7,7 @@ is no session, the offline policy decides: raise, buffer within bounds, or drop 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,26 @@ from .settings import BusOptions
 from .stats import BusStats
 from .topics import check_limits, validate_topic
 
-__all__ = ["Publisher"]
+__all__ = ["Publisher", "checked_headers"]
+
+
+def checked_headers(given: Mapping[str, str] | Iterable[tuple[str, str]]) -> Headers:
+    """Return *given* as headers; a value never appears in an error.
+
+    Raises:
+        TypeError: It is something else, or a name or a value is no text.
+    """
+    try:
+        headers = Headers(given)
+    except (TypeError, ValueError):
+        raise TypeError("headers= takes a mapping, or pairs, of names and values") from None
+    for name, value in headers.pairs:
+        for each in (name, value):
+            if not isinstance(each, str):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
+                raise TypeError(
+                    f"header {name!r} has a {type(each).__name__}; names and values are str"
+                )
+    return headers
 
 
 class Publisher:
@@ -152,14 +172,20 @@ class Publisher:
                     size=size, limit=self.limits.max_payload, backend=self._name, topic=topic
                 )
         if content_type is not None:
+            if not isinstance(content_type, str):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
+                raise TypeError(f"content_type={content_type!r}; pass a str such as 'image/png'")
             self._need(Cap.CONTENT_TYPE)
         elif encoded_type is not None and self.capabilities[Cap.CONTENT_TYPE]:
             content_type = encoded_type
         if headers:
             self._need(Cap.HEADERS)
         if ttl is not None:
-            if ttl <= 0:
-                raise ValueError(f"ttl={ttl}; pass seconds above 0, or None to keep it")
+            try:
+                usable = 0 < ttl < math.inf
+            except TypeError:
+                usable = False
+            if not usable:
+                raise ValueError(f"ttl={ttl!r}; pass seconds above 0, or None to keep it")
             self._need(Cap.TTL)
         if retain:
             self._need(Cap.RETAINED)
@@ -173,7 +199,7 @@ class Publisher:
             qos=qos,
             retain=bool(retain),
             ttl=ttl,
-            headers=Headers(headers) if headers else NO_HEADERS,
+            headers=checked_headers(headers) if headers else NO_HEADERS,
             content_type=content_type,
             echo=self._options.echo,
             parts=encoded,
@@ -199,7 +225,12 @@ class Publisher:
     ) -> Receipt:
         """Send one message, or do with it what the offline policy says."""
         if confirm is not None:
-            self._check_confirm(ConfirmedBy(confirm), out.qos)
+            try:
+                wanted = ConfirmedBy(confirm)
+            except ValueError:
+                known = ", ".join(ConfirmedBy)
+                raise ValueError(f"confirm={confirm!r}; pass one of {known}") from None
+            self._check_confirm(wanted, out.qos)
         receipt = self.send_now(out)
         if receipt is not None:
             return receipt
@@ -208,6 +239,9 @@ class Publisher:
         except PubSubError:
             self._stats.failed += 1
             raise
+        if receipt is None:
+            self._stats.dropped += 1
+            return Receipt(out.topic, ConfirmedBy.NOBODY)
         self._stats.published += 1
         return receipt
 
@@ -244,7 +278,8 @@ class Publisher:
 
     async def _send_waiting(
         self, out: OutFrame, timeout: float | None, confirm: ConfirmedBy | str | None
-    ) -> Receipt:
+    ) -> Receipt | None:
+        """Send *out* when that is possible; None when the offline policy dropped it."""
         seconds = self._options.timeout if timeout is None else timeout
         waiting: Waiting | None = None
         sent = False
@@ -260,7 +295,9 @@ class Publisher:
                         # The session was lost just now and the backend did not keep it.
                         sent = False
                 waiting = await self._offline(out)
-                if waiting is None or (confirm == ConfirmedBy.NOBODY and not self._session.online):
+                if waiting is None:
+                    return None
+                if confirm == ConfirmedBy.NOBODY and not self._session.online:
                     return Receipt(out.topic, ConfirmedBy.NOBODY)
                 return await asyncio.shield(waiting.future)
         except TimeoutError as error:
@@ -288,7 +325,6 @@ class Publisher:
         # Behind what is being flushed the message must queue up, whatever the policy is.
         if not (session.online and self._outbox.busy):
             if policy == "drop":
-                self._stats.dropped += 1
                 return None
             if policy == "raise":
                 raise session.not_connected()
