@@ -374,6 +374,23 @@ class Buffer:
             self._unpause()
         return item
 
+    def give_back(self, item: Item) -> None:
+        """Put *item*, which was taken last, back to the front."""
+        frame, delivery = item
+        if self._ended and self._settles:
+            if delivery is not None:
+                delivery.decide(Verdict.REJECT)
+        elif self._newest is None:
+            self._items.appendleft(item)
+            self.bytes += len(frame.payload)
+        elif frame.topic in self._newest:
+            self._drop(frame, delivery)  # a newer message of the topic waits already
+        else:
+            self._newest[frame.topic] = entry = _Entry(frame, delivery)
+            self._items.appendleft(entry)
+            self.bytes += len(frame.payload)
+        self._wake()
+
     async def take(self) -> Item | Gap | None:
         """Return the next item, waiting for it; None when there will be none.
 

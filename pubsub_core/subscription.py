@@ -49,6 +49,11 @@ class _Settler:
         self._host = host
         self._delivery = delivery
 
+    @property
+    def open(self) -> bool:
+        """Whether the decision is still to be made."""
+        return self._delivery is not None
+
     def __call__(self, verdict: Verdict) -> None:
         self._host.check_verdict(verdict)
         self.finish(verdict)
@@ -296,7 +301,16 @@ class Subscription(Generic[T]):
                 continue
             message, settler = made
             if self._chain is not None:
-                passed = await self._chain(self._context(message))
+                try:
+                    passed = await self._chain(self._context(message))
+                except asyncio.CancelledError:
+                    if settler.open or settler is self._unusable:
+                        self.buffer.give_back(item)  # whoever waits next gets it
+                    raise
+                except BaseException:
+                    self._failed += 1
+                    settler.finish(Verdict.REJECT)
+                    raise
                 if passed is None:
                     settler.finish(Verdict.ACK)
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 import uuid
 from collections.abc import Callable
@@ -225,7 +226,8 @@ async def test_status_events_begin_with_the_status_at_hand(lab: str) -> None:
 
 async def test_bad_arguments_are_refused_before_anything_is_sent() -> None:
     async with connect("memory://") as bus:
-        for arguments in ({"qos": 3}, {"ttl": 0}, {"ttl": -1.0}):
+        wrong: tuple[dict[str, Any], ...] = ({"qos": 3}, {"ttl": 0}, {"ttl": -1.0})
+        for arguments in wrong:
             with pytest.raises(ValueError, match=next(iter(arguments))):
                 await bus.publish("a", b"", **arguments)
         with pytest.raises(NotSupported, match="quality of service 0"):
@@ -557,6 +559,118 @@ async def test_redelivery_after_the_deadline_is_flagged() -> None:
             assert second.redelivered
             await second.ack()
             await first.ack()
+
+
+# --- what callers get wrong --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"headers": {"a": 5}}, TypeError, "header 'a' has a int; names and values are str"),
+        ({"headers": "abc"}, TypeError, "takes a mapping, or pairs"),
+        ({"headers": 5}, TypeError, "takes a mapping, or pairs"),
+        ({"headers": [("a",)]}, TypeError, "takes a mapping, or pairs"),
+        ({"content_type": 5}, TypeError, "content_type=5; pass a str"),
+        ({"ttl": float("nan")}, ValueError, "ttl=nan; pass seconds above 0"),
+        ({"ttl": float("inf")}, ValueError, "ttl=inf; pass seconds above 0"),
+        ({"ttl": "5"}, ValueError, "ttl='5'; pass seconds above 0"),
+        (
+            {"confirm": "brokr"},
+            ValueError,
+            "confirm='brokr'; pass one of broker, transport, nobody",
+        ),
+    ],
+)
+@pytest.mark.parametrize("middleware", [False, True], ids=["plain", "middleware"])
+async def test_what_a_publish_cannot_carry_is_named_before_anything_is_sent(
+    options: dict[str, Any], error: type[Exception], says: str, middleware: bool
+) -> None:
+    async def passing(context: Any, call_next: Any) -> Any:
+        return await call_next(context)
+
+    async with connect("memory://") as bus:
+        if middleware:
+            bus.use(passing)
+        with pytest.raises(error, match=re.escape(says)):
+            await bus.publish("a", b"", **options)
+        assert bus.stats.published == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"handler": 5}, TypeError, "handler=5; pass a function"),
+        ({"replay": -1}, ValueError, "replay=-1; pass 0 or more"),
+        ({"codec": "jsn"}, BadOption, "did you mean 'json'?"),
+    ],
+)
+async def test_what_a_subscription_cannot_be_is_named(
+    options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    async with connect("memory://") as bus:
+        with pytest.raises(error, match=re.escape(says)):
+            bus.subscribe("a", **options)
+
+
+def test_a_required_capability_that_does_not_exist_is_named() -> None:
+    with pytest.raises(BadOption, match=r"'histroy', which is no capability.*'?history'?"):
+        connect("memory://", require={"histroy"})  # type: ignore[arg-type]  # what is tested
+
+
+async def test_what_the_offline_policy_drops_does_not_count_as_published(lab: str) -> None:
+    async with connect(lab, offline="drop", reconnect_first=0.01) as bus:
+        await _cut(bus, lab)
+        await bus.publish("a", b"")
+        assert (bus.stats.dropped, bus.stats.published) == (1, 0)
+        space_of(lab).refuse(False)
+
+
+async def test_middleware_that_is_cancelled_loses_no_message() -> None:
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def slow(context: Any, call_next: Any) -> Any:
+        if context.message is not None:
+            entered.set()
+            await leave.wait()
+        return await call_next(context)
+
+    async with connect("memory://") as bus:
+        bus.use(slow)
+        async with bus.subscribe("a") as subscription:
+            await bus.publish("a", b"first")
+            await bus.publish("a", b"second")
+            waiting = asyncio.ensure_future(subscription.get())
+            async with asyncio.timeout(5):
+                await entered.wait()
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert subscription.stats.buffered == 2
+            leave.set()
+            assert (await subscription.get(timeout=1)).payload == b"first"
+            assert (await subscription.get(timeout=1)).payload == b"second"
+
+
+async def test_middleware_that_raises_ends_its_message_and_not_the_iteration() -> None:
+    async def picky(context: Any, call_next: Any) -> Any:
+        if context.message is not None and context.payload == b"bad":
+            raise LookupError("not that one")
+        return await call_next(context)
+
+    async with connect("memory://", ack_timeout=0.05) as bus:
+        bus.use(picky)
+        async with bus.subscribe("a", ack="manual") as subscription:
+            await bus.publish("a", b"bad")
+            await bus.publish("a", b"good")
+            with pytest.raises(LookupError):
+                await subscription.get(timeout=1)
+            good = await subscription.get(timeout=1)
+            assert good.payload == b"good"
+            await good.ack()
+            assert subscription.stats.failed == 1
+            backend = bus.native(MemoryBackend)
+            assert not backend._unsettled, "the raised one was answered, so it is not sent again"
 
 
 # --- helpers -----------------------------------------------------------------------------
