@@ -147,8 +147,10 @@ def test_what_this_distribution_brings_is_installed() -> None:
     found = Registry.load_installed({})
     assert found.by_scheme("memory").name == "memory"
     assert found.by_scheme("mqtts").name == "mqtt"
+    assert found.by_scheme("jetblack").name == "messagebus"
     assert {record.name for record in found.plugins if record.distribution == "pubsub-core"} == {
         "memory",
+        "messagebus",
         "mqtt",
     }
     assert found.failures == ()

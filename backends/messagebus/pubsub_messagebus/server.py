@@ -611,6 +611,9 @@ class MessageBusServer:
             await self.stop()
             raise
         self._ports = ports
+        if not isinstance(self.authenticator, NullServerAuthenticator):
+            # The first login need not wait for a thread to start.
+            await loop.run_in_executor(None, int)
         if self._heartbeat_interval > 0:
             self._beating = loop.create_task(self._beat(), name="messagebus heartbeat")
 

@@ -1,0 +1,60 @@
+"""The programs of the README, run as they stand."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pubsub_core.bus import connect
+from pubsub_messagebus.roles import Policy, Role
+from pubsub_messagebus.server import MessageBusServer
+from tests.servers import eventually
+
+README = Path(__file__).parents[2] / "backends" / "messagebus" / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+async def test_the_select_feed() -> None:
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    program = next(block for block in blocks("python") if "notifications" in block)
+    exec(compile(program, str(README), "exec"), namespace)
+    async with MessageBusServer() as server:
+        publishing = asyncio.create_task(namespace["main"](server.url))
+        async with connect(server.url) as one, connect(server.url) as two:
+            await eventually(lambda: server.stats()["listeners"] == 1)
+            async with one.subscribe("LSE/VOD") as first:
+                messages = [await first.get(5) for _ in range(3)]
+                assert [message.origin.value for message in messages].count("image") == 1
+                async with two.subscribe("LSE/VOD") as second:
+                    origins = [(await second.get(5)).origin.value for _ in range(4)]
+                    assert "image" in origins
+                    assert "live" in origins
+                more = [(await first.get(5)).origin.value for _ in range(2)]
+                assert set(more) == {"live"}, "the image was for the newcomer alone"
+            await eventually(
+                lambda: (
+                    not [task for task in asyncio.all_tasks() if "ticks" in repr(task.get_coro())]
+                ),
+                what="the feed stops",
+            )
+        publishing.cancel()
+        await asyncio.wait([publishing])
+
+
+def test_the_imports() -> None:
+    program = next(block for block in blocks("python") if "CallbackClient" in block)
+    exec(compile(program, str(README), "exec"), {})
+
+
+def test_the_configuration() -> None:
+    values = tomllib.loads(blocks("toml")[0])
+    policy = Policy.from_mapping(values)
+    assert policy.authorization_required("AUTH")
+    assert policy.roles("AUTH", "warden", "anywhere") & Role.AUTHORIZE
+    assert not policy.roles("AUTH", "tom", "anywhere") & Role.AUTHORIZE
