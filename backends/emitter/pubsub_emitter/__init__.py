@@ -1,6 +1,6 @@
-"""Emitter for pubsub_core: licenses and keys, the protocol, and a broker inside this process.
+"""Emitter for pubsub_core: a client with the names of ``emitter-io``, keys, and a broker.
 
-Names are imported when they are used, so that reading a key needs no server.
+Names are imported when they are used, so that reading a key needs neither paho-mqtt nor a server.
 """
 
 from __future__ import annotations
@@ -9,27 +9,59 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .client import Client, HistoryMessage, Reply
+    from .compat import Emitter, connect
+    from .errors import (
+        BadRequestError,
+        EmitterError,
+        ForbiddenError,
+        NotFoundError,
+        UnauthorizedError,
+    )
     from .keys import InvalidKey, InvalidLicense, InvalidTarget, Key, License, Permission
+    from .message import EmitterMessage
     from .server import EmitterServer
 
 __all__ = [
+    "BadRequestError",
+    "Client",
+    "Emitter",
+    "EmitterError",
+    "EmitterMessage",
     "EmitterServer",
+    "ForbiddenError",
+    "HistoryMessage",
     "InvalidKey",
     "InvalidLicense",
     "InvalidTarget",
     "Key",
     "License",
+    "NotFoundError",
     "Permission",
+    "Reply",
+    "UnauthorizedError",
+    "connect",
 ]
 
 _HOMES = {
+    "BadRequestError": "errors",
+    "Client": "client",
+    "Emitter": "compat",
+    "EmitterError": "errors",
+    "EmitterMessage": "message",
     "EmitterServer": "server",
+    "ForbiddenError": "errors",
+    "HistoryMessage": "client",
     "InvalidKey": "keys",
     "InvalidLicense": "keys",
     "InvalidTarget": "keys",
     "Key": "keys",
     "License": "keys",
+    "NotFoundError": "errors",
     "Permission": "keys",
+    "Reply": "client",
+    "UnauthorizedError": "errors",
+    "connect": "compat",
 }
 
 

@@ -1,0 +1,782 @@
+"""The native client against the embedded broker, and what it sends, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Self
+
+import msgspec
+import pytest
+
+from pubsub_core.errors import ConnectError, NotConnected
+from pubsub_emitter import (
+    BadRequestError,
+    Client,
+    Emitter,
+    EmitterError,
+    EmitterMessage,
+    EmitterServer,
+    ForbiddenError,
+    License,
+    NotFoundError,
+    UnauthorizedError,
+    connect,
+)
+from pubsub_emitter.handlers import Handlers
+from pubsub_emitter.protocol import OLDEST_TIME, YOUNGEST_TIME
+from pubsub_mqtt.connection import Will
+from pubsub_mqtt.endpoint import Client as Peer
+from pubsub_mqtt.endpoint import EndpointServer
+from pubsub_mqtt.endpoint.packets import Connect, Publish, Subscribe, Unsubscribe
+from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY, VECTORS
+from tests.endpoint.wire import SmallDialect
+from tests.servers import Authority, LeakCheck
+
+DEMO = KEYS["demo/#/ rwslp"]
+EVERYTHING = KEYS["#/ rwslp"]
+
+
+class Running:
+    """A server in a loop of its own thread, for a client that blocks."""
+
+    def __init__(self, server: EndpointServer) -> None:
+        self.server = server
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.do(self.server.start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.do(self.server.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    def do(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+
+
+@pytest.fixture
+def leaks() -> Iterator[None]:
+    check = LeakCheck()
+    yield
+    deadline = time.monotonic() + 3
+    while (found := check.leaks()) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert not found
+
+
+@pytest.fixture
+def running(leaks: None) -> Iterator[Running]:
+    with Running(EmitterServer(license=LICENSE)) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def linked(running: Running, *, start: bool = True, **options: Any) -> Iterator[Client]:
+    """A connected client with its loop in a thread."""
+    client = Client()
+    client.connect("127.0.0.1", running.server.port, secure=False, **options)
+    if start:
+        client.loop_start()
+    try:
+        yield client
+    finally:
+        client.disconnect()
+        client.loop_stop()
+
+
+def wait(condition: Callable[[], object], what: str = "") -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+# --- what is sent ----------------------------------------------------------------------
+
+
+class Recorder(SmallDialect):
+    """Keeps every packet and answers nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packets: list[Any] = []
+
+    def connect(self, client: Peer, packet: Connect) -> int:
+        client.state = set[str]()
+        return 0
+
+    def publish(self, client: Peer, packet: Publish) -> bool:
+        self.packets.append(packet)
+        return True
+
+    def subscribe(self, client: Peer, packet: Subscribe) -> Sequence[int]:
+        self.packets.append(packet)
+        return [0] * len(packet.filters)
+
+    def unsubscribe(self, client: Peer, packet: Unsubscribe) -> None:
+        self.packets.append(packet)
+
+
+CALLS: dict[str, Callable[[Client], Any]] = {
+    "subscribe K a with_from(1514764800), with_until(1514764900)": lambda c: c.subscribe(
+        "K", "a", options=[c.with_from(1514764800), c.with_until(1514764900)]
+    ),
+    "subscribe K a/#/ (hash filter, via paho)": lambda c: c.subscribe("K", "a/#/"),
+    "unsubscribe_with_group K a g1": lambda c: c.unsubscribe_with_group("K", "a", "g1"),
+}
+
+
+@pytest.mark.parametrize("vector", VECTORS["client_calls"], ids=lambda v: v["call"])
+def test_every_call_sends_what_the_sdk_sends(vector: dict[str, Any], leaks: None) -> None:
+    recorder = Recorder()
+    with Running(EndpointServer(recorder)) as running, linked(running) as client:
+        helpers = {name: getattr(client, name) for name in dir(client) if name.startswith("with")}
+        call = CALLS.get(vector["call"])
+        if call is not None:
+            call(client)
+        else:
+            # The call stands in the vector as Python.
+            eval("client." + vector["call"], {"client": client, **helpers})
+        wait(lambda: recorder.packets)
+        (packet,) = recorder.packets
+        # An empty "?" and a trailing "&" are not sent.
+        topic = re.sub(r"[?&]$", "", vector["topic"])
+        if vector["op"] == "publish":
+            assert packet.topic == topic
+            assert packet.retain is vector["retain"]
+            if topic.startswith("emitter/"):
+                # Requests go out at QoS 1, so that their answers can be told apart.
+                assert packet.qos == 1
+                if vector["payload"]:
+                    wanted = json.loads(vector["payload"])
+                    if vector["call"] == 'presence("K","a")':
+                        del wanted["changes"]  # it would stop changes that are wanted
+                    assert json.loads(packet.payload) == wanted
+                else:
+                    assert packet.payload == b""
+            else:
+                assert packet.qos == vector["qos"]
+                assert packet.payload.decode() == vector["payload"]
+        elif vector["op"] == "subscribe":
+            assert packet.filters == ((topic, 0),)
+        else:
+            assert packet.filters == (topic,)
+
+
+def test_every_name_and_argument_of_the_sdk_is_there() -> None:
+    sdk = pytest.importorskip("emitter", reason="emitter-io is not installed").Client
+    for name, theirs in inspect.getmembers(sdk):
+        if name.startswith("_"):
+            continue
+        ours = inspect.getattr_static(Client, name)
+        if isinstance(theirs, property):
+            assert isinstance(ours, property), name
+            assert ours.fset is not None
+        elif callable(theirs):
+            wanted = inspect.signature(theirs).parameters
+            found = inspect.signature(getattr(Client, name)).parameters
+            assert list(found)[: len(wanted)] == list(wanted), name
+            for parameter in wanted.values():
+                if parameter.default in (inspect.Parameter.empty, {}) or name == "presence":
+                    continue
+                assert found[parameter.name].default == parameter.default, name
+        else:
+            assert getattr(Client, name) == theirs
+
+
+# --- handlers --------------------------------------------------------------------------
+
+
+def _note(called: list[str], channel: str, _: Any) -> None:
+    called.append(channel)
+
+
+def test_handlers_are_found_in_the_order_of_the_sdk() -> None:
+    trie = VECTORS["client_trie"]
+    handlers: Handlers[Any] = Handlers()
+    called: list[str] = []
+    for channel in trie["insert"]:
+        handlers.add(channel, partial(_note, called, channel))
+    for lookup in trie["lookups"]:
+        called.clear()
+        for call in handlers.find(lookup["channel"]):
+            call(None)
+        assert called == lookup["handlers_in_order"], lookup["channel"]
+
+
+def test_several_handlers_under_one_channel_and_removing_them() -> None:
+    handlers: Handlers[str] = Handlers()
+    first, second = (lambda _: None), (lambda _: None)
+    handlers.add("a/", first)
+    handlers.add("/a//", second)
+    handlers.add("a", first, "g")
+    assert handlers.find("a/b/") == [first, second, first]
+    assert handlers.remove("a/", first, "") == 1
+    assert handlers.find("a/") == [second, first]
+    assert handlers.remove("a") == 2
+    assert handlers.find("a/") == []
+    assert handlers.remove("never/") == 0
+
+
+# --- what it does ----------------------------------------------------------------------
+
+
+def test_a_program_written_for_the_sdk(running: Running) -> None:
+    """The SDK's own example, with the import changed."""
+    found: list[Any] = []
+    client = Client()
+    client.on_connect = lambda: found.append("connected")
+    client.on_disconnect = lambda: found.append("disconnected")
+    client.on_message = lambda m: found.append(("default", m.channel, m.as_string()))
+    client.on_keygen = found.append
+    client.loop_start()
+    client.connect(host="127.0.0.1", port=running.server.port, secure=False)
+    client.keygen(MASTER_KEY, "demo/a/", "rw")
+    wait(lambda: len(found) == 2)
+    assert found[0] == "connected"
+    assert set(found[1]) == {"status", "key", "channel"}
+    key = found[1]["key"]
+    client.subscribe(key, "demo/a", lambda m: found.append(("handler", m.as_object().x)))
+    client.publish(key, "demo/a", '{"x": 5}', {client.with_at_least_once()})
+    wait(lambda: ("handler", 5) in found)
+    client.unsubscribe(key, "demo/a").result()
+    client.subscribe(key, "demo/a").result()
+    client.publish(key, "demo/a", "plain")
+    wait(lambda: ("default", "demo/a/", "plain") in found)
+    client.loop_stop()
+    client.disconnect()
+    assert found[-1] == "disconnected"
+
+
+def test_requests_return_their_answers(running: Running) -> None:
+    with linked(running, username="alice") as client:
+        key = client.keygen(MASTER_KEY, "demo/#/", "rwslp").result()
+        assert len(key) == 32
+        client.subscribe(key, "demo/room").result()
+        status = client.presence(key, "demo/room", status=True).result()
+        assert [each["username"] for each in status["who"]] == ["alice"]
+        assert client.link(key, "demo/room", "a0", subscribe=False).result()["name"] == "a0"
+        assert client.me().result()["links"] == {"a0": "demo/room/"}
+        for number in range(3):
+            client.publish(
+                key, "demo/room", b"%d" % number, [client.with_ttl(60), client.with_at_least_once()]
+            ).result()
+        page = client.history(key, "demo/room", [client.with_last(2)]).result()
+        assert [each.payload for each in page] == [b"1", b"2"]
+        rest = client.history(key, "demo/room", {"last": 9}, before=page[0].id).result()
+        assert [each.payload for each in rest] == [b"0"]
+        assert client.keyban(MASTER_KEY, key, True).result() is True
+        with pytest.raises(UnauthorizedError):
+            client.publish(key, "demo/room", "x", [client.with_at_least_once()]).result()
+        assert client.keyban(MASTER_KEY, key, False).result() is False
+
+
+def test_refusals_are_typed_and_hold_no_key(running: Running) -> None:
+    with linked(running) as client:
+        errors: list[dict[str, Any]] = []
+        client.on_error = errors.append
+        once = [client.with_at_least_once()]
+        for call, kind, status in (
+            (lambda: client.keygen(DEMO, "a/", "r"), UnauthorizedError, 401),
+            (lambda: client.keygen(MASTER_KEY, "a", "r"), BadRequestError, 400),
+            (lambda: client.publish(DEMO, "other", "x", once), UnauthorizedError, 401),
+            (lambda: client.publish(DEMO, "demo/a b", "x", once), BadRequestError, 400),
+            (lambda: client.publish_with_link("zz", "x", once), BadRequestError, 400),
+            (lambda: client.subscribe(DEMO, "other"), UnauthorizedError, 401),
+            (lambda: client.unsubscribe(DEMO, "other"), UnauthorizedError, 401),
+            (lambda: client.presence(DEMO, "other", True), UnauthorizedError, 401),
+            (lambda: client.history(DEMO, "other"), UnauthorizedError, 401),
+            (lambda: client.link("", "demo/", "a", False), BadRequestError, 400),
+        ):
+            reply: Any = call()
+            with pytest.raises(kind) as caught:
+                reply.result()
+            assert caught.value.status == status
+            assert DEMO not in str(caught.value) + repr(caught.value)
+            assert caught.value.__cause__ is None
+        assert len(errors) == 10
+        assert {ForbiddenError.code, NotFoundError.code} == {
+            "emitter_forbidden",
+            "emitter_not_found",
+        }
+
+
+async def test_requests_can_be_awaited_and_two_at_once_get_their_own_answers(
+    leaks: None,
+) -> None:
+    async with EmitterServer(license=LICENSE) as server:
+        client = Client()
+        await asyncio.to_thread(client.connect, "127.0.0.1", server.port, False)
+        client.loop_start()
+        try:
+            async with asyncio.timeout(10):
+                first, second, third = await asyncio.gather(
+                    client.keygen(MASTER_KEY, "a/", "r"),
+                    client.keygen(MASTER_KEY, "b/#/", "w"),
+                    client.me(),
+                )
+                license_ = License.parse(LICENSE)
+                assert license_.decrypt(first).permissions.letters == "r"
+                assert license_.decrypt(second).permissions.letters == "w"
+                assert len(third["id"]) == 26
+                with pytest.raises(UnauthorizedError):
+                    await client.keygen(DEMO, "a/", "r")
+        finally:
+            await asyncio.to_thread(client.disconnect)
+            await asyncio.to_thread(client.loop_stop)
+
+
+def test_a_reply_runs_the_loop_where_none_runs(running: Running) -> None:
+    with linked(running, start=False) as client:
+        assert len(client.keygen(MASTER_KEY, "a/", "r").result()) == 32
+        client.subscribe(DEMO, "demo/a").result()
+
+
+# --- the defects of 2.3.0, one test each -----------------------------------------------
+
+
+def test_q1_q2_neither_a_presence_error_nor_a_raising_handler_ends_the_client(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    with linked(running) as client:
+        errors: list[dict[str, Any]] = []
+        messages: list[str] = []
+        client.on_error = errors.append
+
+        def bad(message: EmitterMessage) -> None:
+            messages.append(message.as_string())
+            raise RuntimeError("a mistake in a handler")
+
+        client.presence(DEMO, "other", True, True)
+        wait(lambda: errors)
+        assert errors[0]["status"] == 401
+        client.subscribe(DEMO, "demo/a", bad).result()
+        for number in range(3):
+            client.publish(DEMO, "demo/a", str(number))
+        wait(lambda: messages == ["0", "1", "2"])
+        assert len(client.me().result()["id"]) == 26
+        assert caplog.text.count("a mistake in a handler") >= 3
+
+
+def test_q3_q24_payloads_are_decoded_robustly(caplog: pytest.LogCaptureFixture) -> None:
+    class Point(msgspec.Struct):
+        x: int
+
+    assert EmitterMessage("a/", b"h\xc3\xa9").as_string() == "hé"
+    assert EmitterMessage("a/", b"\xff").as_string() == "\ufffd"
+    found = EmitterMessage("a/", b'{"a": {"b": [{"c": 1}]}, "d": null}').as_object()
+    assert found["a"]["b"][0]["c"] == found.a.b[0].c == 1
+    assert found.d is None
+    with pytest.raises(AttributeError):
+        _ = found.missing
+    for bad in (b"\xff\xfe", b"{", b"", b"[" * 20000):
+        assert EmitterMessage("a/", bad).as_object() is None
+    assert EmitterMessage("a/", b'{"x": 3}').as_object(Point) == Point(3)
+    with pytest.raises(ValueError):
+        EmitterMessage("a/", b'{"x": "no"}').as_object(Point)
+    assert EmitterMessage("a/", b"\x00").as_binary() == EmitterMessage("a/", b"\x00").asBinary()
+    assert EmitterMessage("a/", b"5").asObject() == 5
+    assert EmitterMessage("a/", b"t").asString() == "t"
+    assert "is not JSON" in caplog.text
+
+
+def test_q5_an_error_reaches_its_own_handler_and_on_error(running: Running) -> None:
+    with linked(running) as client:
+        own: list[dict[str, Any]] = []
+        errors: list[dict[str, Any]] = []
+        client.on_keygen = client.on_keyban = client.on_link = own.append
+        client.on_error = errors.append
+        client.keygen(DEMO, "a/", "r")
+        client.keyban(DEMO, DEMO, True)
+        client.link(DEMO, "demo", "too long", False)
+        wait(lambda: len(errors) == 3)
+        assert [each["status"] for each in own] == [401, 401, 400]
+
+
+def test_q6_q7_presence_without_status_is_no_event_and_leaves_changes(running: Running) -> None:
+    with linked(running) as client, linked(running, username="bob") as other:
+        events: list[dict[str, Any]] = []
+        client.on_presence = events.append
+        client.presence(DEMO, "demo/room", False, True).result()
+        assert events == []
+        client.presence(DEMO, "demo/room", True).result()
+        assert [each["event"] for each in events] == ["status"]
+        other.subscribe(DEMO, "demo/room").result()
+        wait(lambda: len(events) == 2)
+        assert events[1]["who"]["username"] == "bob"
+        client.presence(DEMO, "demo/room", changes=False).result()
+        other.unsubscribe(DEMO, "demo/room").result()
+        client.me().result()
+        assert len(events) == 2
+
+
+def test_q8_link_answers_have_a_handler(running: Running) -> None:
+    with linked(running) as client:
+        found: list[dict[str, Any]] = []
+        client.on_link = found.append
+        client.link(DEMO, "demo/a", "a0", True, [client.without_echo()]).result()
+        assert found == [{"status": 200, "name": "a0", "channel": "demo/a/?me=0"}]
+
+
+def test_q9_a_share_group_can_be_left_and_other_handlers_stay(running: Running) -> None:
+    with linked(running) as client:
+        plain: list[str] = []
+        shared: list[str] = []
+        client.subscribe(EVERYTHING, "s", lambda m: plain.append(m.as_string())).result()
+        client.subscribe_with_group(
+            EVERYTHING, "s", "g", lambda m: shared.append(m.as_string())
+        ).result()
+        client.publish(EVERYTHING, "s", "1")
+        wait(lambda: (plain, shared) == (["1"], ["1"]))
+        client.unsubscribe(EVERYTHING, "s").result()
+        client.publish(EVERYTHING, "s", "2")
+        wait(lambda: shared == ["1", "2"])
+        assert plain == ["1"]
+        client.unsubscribe_with_group(EVERYTHING, "s", "g").result()
+        client.publish(EVERYTHING, "s", "3", [client.with_at_least_once()]).result()
+        assert shared == ["1", "2"]
+
+
+def test_q10_channels_that_begin_with_emitter_are_delivered(running: Running) -> None:
+    with linked(running) as client:
+        found: list[str] = []
+        client.on_message = lambda m: found.append(m.channel)
+        for channel in ("emitter-news", "emitterkeygen", "emitter"):
+            client.subscribe(EVERYTHING, channel).result()
+            client.publish(EVERYTHING, channel, "x", [client.with_at_least_once()]).result()
+        assert found == ["emitter-news/", "emitterkeygen/", "emitter/"]
+
+
+def test_q11_a_reconnect_restores_subscriptions_links_and_presence(running: Running) -> None:
+    with linked(running) as client:
+        found: list[tuple[str, str]] = []
+        events: list[dict[str, Any]] = []
+        connects: list[int] = []
+        client.on_connect = lambda: connects.append(1)
+        client.on_message = lambda m: found.append((m.channel, m.as_string()))
+        client.on_presence = events.append
+        client.subscribe(DEMO, "demo/a", options=[client.with_last(5)]).result()
+        client.subscribe(EVERYTHING, "q/r").result()
+        client.unsubscribe(EVERYTHING, "q/r").result()
+        client.subscribe_with_group(EVERYTHING, "s", "g").result()
+        client.link(DEMO, "demo/a", "a0", False, [client.with_ttl(60)]).result()
+        client.presence(DEMO, "demo/p", changes=True).result()
+        running.do(running.server.restart())
+        wait(lambda: connects)
+        client.publish_with_link("a0", "through the link", [client.with_at_least_once()]).result()
+        client.publish(EVERYTHING, "s", "shared", [client.with_at_least_once()]).result()
+        client.publish(EVERYTHING, "q/r", "no", [client.with_at_least_once()]).result()
+        assert found == [("demo/a/", "through the link"), ("s/", "shared")]
+        with linked(running, username="bob") as other:
+            other.subscribe(DEMO, "demo/p").result()
+            wait(lambda: events)
+        assert events[0]["who"]["username"] == "bob"
+
+
+def _has(items: list[Any], count: int) -> bool:
+    return len(items) == count
+
+
+def test_q11_stored_messages_are_not_replayed_again_and_restoring_can_be_switched_off(
+    leaks: None, tmp_path: Any
+) -> None:
+    for restore in (True, False):
+        server = EmitterServer(license=LICENSE, store=tmp_path / f"store{restore}")
+        with Running(server) as running:
+            client = Client(restore=restore)
+            found: list[str] = []
+            connects: list[int] = []
+            client.on_connect = lambda connects=connects: connects.append(1)
+            client.on_message = lambda m, found=found: found.append(m.as_string())
+            client.connect("127.0.0.1", server.port, False)
+            client.loop_start()
+            options = [client.with_ttl(60), client.with_at_least_once()]
+            client.publish(DEMO, "demo/a", "stored", options).result()
+            client.subscribe(DEMO, "demo/a", options=[client.with_last(5)]).result()
+            assert found == ["stored"]
+            running.do(server.restart())
+            wait(partial(_has, connects, 2))
+            client.publish(DEMO, "demo/a", "new", [client.with_at_least_once()]).result()
+            assert found == (["stored", "new"] if restore else ["stored"])
+            client.disconnect()
+            client.loop_stop()
+
+
+def test_q12_a_refused_connection_is_an_error_and_no_connect(leaks: None) -> None:
+    dialect = SmallDialect()
+    dialect.refuse = 5
+    with Running(EndpointServer(dialect)) as running:
+        client = Client()
+        called: list[int] = []
+        client.on_connect = lambda: called.append(1)
+        with pytest.raises(ConnectError):
+            client.connect("127.0.0.1", running.server.port, False)
+        assert not called
+        assert not client.connected
+
+
+def test_q13_a_hash_is_sent_where_mqtt_allows_it(leaks: None) -> None:
+    with Running(EmitterServer(license=LICENSE, matcher="mqtt")) as running:
+        with linked(running) as client:
+            found: list[str] = []
+            client.on_message = lambda m: found.append(m.channel)
+            client.subscribe(DEMO, "demo/#/").result()
+            client.publish(DEMO, "demo/a/b", "x", [client.with_at_least_once()]).result()
+            assert found == ["demo/a/b/"]
+            client.unsubscribe(DEMO, "demo/#/").result()
+            client.publish(DEMO, "demo/a/b", "x", [client.with_at_least_once()]).result()
+            assert found == ["demo/a/b/"]
+            for channel, options in (("demo/#/", [client.with_last(5)]), ("demo/#/b", [])):
+                with pytest.raises(ValueError, match="'#'"):
+                    client.subscribe(DEMO, channel, options=options)
+
+
+def test_q14_the_loop_can_be_started_first_and_connecting_again_leaves_nothing(
+    running: Running,
+) -> None:
+    client = Client()
+    with pytest.raises(NotConnected):
+        client.loop(0.1)
+    client.loop_start()
+    for _ in range(3):
+        client.connect("127.0.0.1", running.server.port, False)
+        assert len(client.me().result()["id"]) == 26
+    wait(lambda: running.server.stats.clients == 1)
+    client.disconnect()
+    client.disconnect()
+    client.loop_stop()
+    client.loop_stop()
+
+
+@pytest.mark.parametrize("form", ["{0}", "{0}:{1}", "mqtt://{0}:{1}", "tcp://{0}", "ws://{0}:{1}"])
+def test_q15_hosts_in_every_form(form: str, running: Running) -> None:
+    client = Client()
+    port = running.server.port
+    client.connect(form.format("127.0.0.1", port), port, False)
+    client.loop_start()
+    assert len(client.me().result()["id"]) == 26
+    client.disconnect()
+    client.loop_stop()
+
+
+def test_q16_tls_with_an_own_authority_and_a_will(authority: Authority, leaks: None) -> None:
+    certificate = authority.issue("emitter-client")
+    server = EmitterServer(
+        license=LICENSE, certfile=certificate.certfile, keyfile=certificate.keyfile
+    )
+    with Running(server) as running:
+        watching, leaving = Client(), Client()
+        found: list[str] = []
+        watching.on_message = lambda m: found.append(m.as_string())
+        for client, will in ((watching, None), (leaving, Will(f"{DEMO}/demo/w/", b"bye"))):
+            client.connect(
+                "127.0.0.1", server.port, ca_file=authority.cafile, will=will, client_id="x"
+            )
+            client.loop_start()
+        watching.subscribe(DEMO, "demo/w").result()
+        leaving.disconnect()
+        leaving.loop_stop()
+        wait(lambda: found == ["bye"])
+        untrusting = Client()
+        with pytest.raises(ConnectError):
+            untrusting.connect("127.0.0.1", running.server.port)
+        watching.disconnect()
+        watching.loop_stop()
+
+
+def test_q17_what_is_pending_fails_when_the_connection_ends(leaks: None) -> None:
+    recorder = Recorder()
+    with Running(EndpointServer(recorder)) as running, linked(running) as client:
+        lost = client.keygen(MASTER_KEY, "a/", "r")  # acknowledged without an answer
+        with pytest.raises(EmitterError, match="did not answer"):
+            lost.result()
+        client.disconnect()
+        for call in (
+            client.me,
+            lambda: client.publish("K", "a", "x"),
+            lambda: client.subscribe("K", "a"),
+            lambda: client.unsubscribe("K", "a"),
+        ):
+            reply: Any = call()
+            with pytest.raises(NotConnected):
+                reply.result()
+
+
+def test_a_handler_that_waits_is_told_at_once(running: Running) -> None:
+    with linked(running) as client:
+        found: list[BaseException] = []
+
+        def waiting(_: EmitterMessage) -> None:
+            try:
+                client.me().result()
+            except RuntimeError as exc:
+                found.append(exc)
+
+        client.subscribe(DEMO, "demo/a", waiting).result()
+        client.publish(DEMO, "demo/a", "x")
+        wait(lambda: found)
+        assert "cannot wait" in str(found[0])
+
+
+def test_q18_a_message_through_a_link_can_have_flags(running: Running) -> None:
+    with linked(running) as client:
+        client.link(DEMO, "demo/a", "a0", False).result()
+        flags = [client.with_retain(), client.with_at_least_once()]
+        client.publish_with_link("a0", "kept", flags).result()
+        client.publishWithLink("a0", "not kept")
+        page = client.history(DEMO, "demo/a", {"last": 9}).result()
+        assert [each.payload for each in page] == [b"kept"]
+
+
+def test_q19_q20_options_come_in_any_form(leaks: None) -> None:
+    recorder = Recorder()
+    with Running(EndpointServer(recorder)) as running, linked(running) as client:
+        forms: list[Any] = [
+            None,
+            {},
+            [],
+            {client.with_retain()},
+            (client.with_ttl(5), client.with_retain()),
+            {"ttl": 5, "me": 0},
+            client.with_ttl(5),
+        ]
+        for options in forms:
+            client.publish("K", "a", b"m", options)
+        wait(lambda: len(recorder.packets) == 7)
+        assert [each.topic for each in recorder.packets] == [
+            "K/a/", "K/a/", "K/a/", "K/a/", "K/a/?ttl=5", "K/a/?ttl=5&me=0", "K/a/?ttl=5",
+        ]  # fmt: skip
+        assert [each.retain for each in recorder.packets] == [False] * 3 + [True] * 2 + [False] * 2
+
+
+def test_q21_several_handlers_and_how_they_go(running: Running) -> None:
+    with linked(running) as client:
+        first: list[str] = []
+        second: list[str] = []
+        presence: list[str] = []
+        keep = lambda m: first.append(m.as_string())  # noqa: E731
+        client.subscribe(DEMO, "demo/a", keep).result()
+        client.subscribe(DEMO, "demo/a", lambda m: second.append(m.as_string())).result()
+        client.publish(DEMO, "demo/a", "1")
+        wait(lambda: (first, second) == (["1"], ["1"]))
+        assert client.remove_handler("demo/a", keep) == 1
+        client.publish(DEMO, "demo/a", "2")
+        wait(lambda: second == ["1", "2"])
+        assert first == ["1"]
+        client.presence(DEMO, "demo/a", True, None, lambda e: presence.append(e["event"])).result()
+        assert presence == ["status"]
+        assert client.remove_presence_handler("demo/a") == 1
+
+
+def test_q22_a_refused_subscription_leaves_no_handler(running: Running) -> None:
+    with linked(running) as client:
+        wrong: list[str] = []
+        right: list[str] = []
+        client.on_message = lambda m: right.append(m.channel)
+        refused = client.subscribe(server_key(running), "demo/a", lambda m: wrong.append(m.channel))
+        with pytest.raises(UnauthorizedError):
+            refused.result()
+        with pytest.raises(UnauthorizedError):
+            client.presence(
+                server_key(running), "demo/a", True, None, lambda e: wrong.append(e["event"])
+            ).result()
+        client.subscribe(DEMO, "demo/a").result()
+        client.publish(DEMO, "demo/a", "x")
+        wait(lambda: right == ["demo/a/"])
+        assert not wrong
+
+
+def server_key(running: Running) -> str:
+    server = running.server
+    assert isinstance(server, EmitterServer)
+    return server.make_key("elsewhere/", "rwp")
+
+
+def test_windows_of_time_are_checked() -> None:
+    when = datetime(2020, 1, 1, tzinfo=UTC)
+    assert Client.with_from(when) == "from=1577836800"
+    assert Client.with_from(when.replace(tzinfo=None)) == "from=1577836800"
+    assert Client.with_until(1577836800.9) == "until=1577836800"
+    assert Client.with_from(OLDEST_TIME) == f"from={OLDEST_TIME}"
+    assert Client.with_until(YOUNGEST_TIME) == f"until={YOUNGEST_TIME}"
+    for bad in (0, OLDEST_TIME - 1, YOUNGEST_TIME + 1):
+        with pytest.raises(ValueError):
+            Client.with_from(bad)
+        with pytest.raises(ValueError):
+            Client.with_until(bad)
+
+
+def test_no_log_holds_a_key(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with linked(running) as client:
+        client.subscribe(DEMO, "demo/a").result()
+        client.publish(DEMO, "other", "x")
+        for reply in (client.subscribe(DEMO, "other"), client.keygen(DEMO, "a/", "r")):
+            with pytest.raises(UnauthorizedError):
+                reply.result()
+        running.do(running.server.stop())
+        wait(lambda: not client.connected)
+        client.publish(DEMO, "demo/a", "x")
+        shown = caplog.text + repr(client)
+    assert DEMO not in shown
+
+
+# --- 1.x -------------------------------------------------------------------------------
+
+
+def test_the_api_of_1_x(running: Running) -> None:
+    options = {"host": "127.0.0.1", "port": running.server.port, "secure": False}
+    emitter = connect(options)
+    assert isinstance(emitter, Emitter)
+    assert options == {"host": "127.0.0.1", "port": running.server.port, "secure": False}
+    found: list[Any] = []
+    emitter.on("message", lambda m: found.append(m.asString()))
+    emitter.on("keygen", lambda k: found.append(k["status"]))
+    emitter.on("presence", lambda p: found.append(p["event"]))
+    emitter.on("me", lambda m: found.append(len(m["id"])))
+    emitter.on("nonsense", print)
+    emitter.loopStart()
+    emitter.subscribe(DEMO, "demo/a/", last=2).result()
+    emitter.publish(DEMO, "demo/a/", "h\u00e9", ttl=5)
+    emitter.publish(DEMO, "demo/a/", "unheard", me=False)
+    wait(lambda: found == ["h\u00e9"])
+    emitter.keygen(MASTER_KEY, "a/").result()
+    emitter.presence(DEMO, "demo/a/").result()
+    emitter.me().result()
+    assert found[1:] == [200, "status", 26]
+    emitter.link(DEMO, "demo/a/", "a0", True, True, ttl=5).result()
+    emitter.publishWithLink("a0", "linked")
+    wait(lambda: found[-1] == "linked")
+    emitter.unsubscribe(DEMO, "demo/a/").result()
+    emitter.disconnect()
+    emitter.loopStop()
+
+
+def test_handlers_given_before_connecting_are_kept_in_1_x(running: Running) -> None:
+    called: list[str] = []
+    emitter = Emitter()
+    emitter.on("connect", lambda: called.append("connect"))
+    emitter.on("disconnect", lambda: called.append("disconnect"))
+    assert (
+        emitter.connect({"host": "127.0.0.1", "port": running.server.port, "secure": False})
+        is emitter
+    )
+    emitter.disconnect()
+    assert called == ["connect", "disconnect"]
