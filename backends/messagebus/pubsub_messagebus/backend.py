@@ -604,7 +604,7 @@ class MessageBusBackend(Backend):
         """Act on one message of the server."""
         if link is not self._link:
             return
-        if isinstance(message, ForwardedMulticastData | ForwardedUnicastData):
+        if isinstance(message, (ForwardedMulticastData, ForwardedUnicastData)):
             self._data(message)
         elif isinstance(message, ForwardedSubscriptionRequest):
             if message.feed.startswith("__sync__"):

@@ -561,7 +561,7 @@ class Client(abc.ABC):
             await self._taken.wait()
 
     def _wanted(self, message: Message) -> bool:
-        if isinstance(message, ForwardedMulticastData | ForwardedUnicastData):
+        if isinstance(message, (ForwardedMulticastData, ForwardedUnicastData)):
             if not self._filter_unsubscribed:
                 return True
             return self._subscriptions.get((message.feed, message.topic), 1) > 0
@@ -598,7 +598,7 @@ class Client(abc.ABC):
             await self._arrived.wait()
 
     async def _dispatch(self, message: Message) -> None:
-        if isinstance(message, ForwardedMulticastData | ForwardedUnicastData):
+        if isinstance(message, (ForwardedMulticastData, ForwardedUnicastData)):
             if (
                 self._on_heartbeat is not None
                 and message.feed == ADMIN_FEED

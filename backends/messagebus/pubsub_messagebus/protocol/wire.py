@@ -263,6 +263,9 @@ def decode_packets(body: bytes, at: int) -> list[DataPacket] | None:
     if not count:
         return None
     at += 4
+    if count == 1 and body[at : at + 4] == _ZERO:
+        # The usual message: one packet without entitlements, to the end of the body.
+        return [DataPacket(None, body[at + 8 :] or None)]
     packets: list[DataPacket] = []
     for _ in range(count):
         (entitled,) = _unpack(body, at)
