@@ -230,8 +230,13 @@ class Subscription(Generic[T]):
             TimeoutError: Nothing came in time; nothing is lost.
             BusClosed: The subscription has ended.
         """
-        async with asyncio.timeout(timeout):
-            item = await self._next()
+        try:
+            async with asyncio.timeout(timeout):
+                item = await self._next()
+        except TimeoutError as error:
+            if isinstance(error, PubSubError) or timeout is None:
+                raise
+            raise TimeoutError(f"no message of {self.filter!r} within {timeout:g} s") from None
         if item is None:
             raise BusClosed(f"the subscription to {self.filter!r} has ended")
         return item

@@ -882,7 +882,7 @@ class _LoopEnded(BusClosed):
 
 
 def _closed(name: str) -> BusClosed:
-    return _LoopEnded(f"the bus was closed before {name}() ended", hint="open a new one")
+    return _LoopEnded(f"{name}() on a bus that is closed", hint="open a new one")
 
 
 async def _run(function: Callable[[], Awaitable[R]]) -> R:

@@ -626,6 +626,12 @@ async def test_what_the_offline_policy_drops_does_not_count_as_published(lab: st
         space_of(lab).refuse(False)
 
 
+async def test_a_wait_that_was_in_vain_says_for_what() -> None:
+    async with connect("memory://") as bus, bus.subscribe("lab/{device}") as subscription:
+        with pytest.raises(TimeoutError, match=r"no message of 'lab/\{device\}' within 0.01 s"):
+            await subscription.get(timeout=0.01)
+
+
 async def test_middleware_that_is_cancelled_loses_no_message() -> None:
     entered, leave = asyncio.Event(), asyncio.Event()
 
