@@ -53,6 +53,7 @@ def _run(folder: Path, *command: str, timeout: float, **environment: str) -> str
 _PYTEST = ("pytest", "-q", "-p", "no:cacheprovider")
 
 
+@pytest.mark.slow
 def test_the_contract_without_outages(installed: Path) -> None:
     out = _run(installed, *_PYTEST, timeout=55, PUBSUB_SUITE="quick")
     assert re.search(r"^\d{2,} passed", out, re.MULTILINE), out

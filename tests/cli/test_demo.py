@@ -76,6 +76,7 @@ def test_for_people(invoke: Invoke) -> None:
         assert words in result.stdout
 
 
+@pytest.mark.slow
 def test_on_amqtt_where_mosquitto_is_missing(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +152,7 @@ def test_ctrl_c(spawn: Spawn) -> None:
     assert b"Traceback" not in child.stderr
 
 
+@pytest.mark.slow
 def test_the_application_file_runs_by_itself(
     mosquitto: MosquittoServer, invoke: Invoke, tmp_path: Path
 ) -> None:

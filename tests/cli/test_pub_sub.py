@@ -75,6 +75,7 @@ def test_lines_of_standard_input(spawn: Spawn, url: str, unique: Unique) -> None
     assert b"Traceback" not in receiver.stderr
 
 
+@pytest.mark.slow
 def test_many_messages_keep_their_order(
     invoke: Invoke, spawn: Spawn, url: str, unique: Unique
 ) -> None:
@@ -96,6 +97,7 @@ def test_standard_input_is_cut_at_count(
     assert [record["topic"] for record in records(sent.stdout)] == [topic, topic]
 
 
+@pytest.mark.slow
 def test_a_file_travels_as_it_is(
     invoke: Invoke, spawn: Spawn, url: str, unique: Unique, tmp_path: Path
 ) -> None:
@@ -117,6 +119,7 @@ def test_raw_output_is_the_payload(invoke: Invoke, spawn: Spawn, url: str, uniqu
     assert receiver.line() == b"\x1b[31mred\n"
 
 
+@pytest.mark.slow
 def test_text_output_obeys_no_control_character(
     invoke: Invoke, spawn: Spawn, url: str, unique: Unique
 ) -> None:
@@ -129,6 +132,7 @@ def test_text_output_obeys_no_control_character(
         assert b"\x1b" not in line
 
 
+@pytest.mark.slow
 def test_codecs_in_both_directions(invoke: Invoke, spawn: Spawn, url: str, unique: Unique) -> None:
     topic = unique("codec")
     receiver = subscribed(spawn, url, topic, "--codec", "msgpack", "--json", "-n", "2")
@@ -150,6 +154,7 @@ def test_a_payload_that_is_no_json_is_refused_before_anything_is_sent(invoke: In
     assert "--codec" in result.stderr
 
 
+@pytest.mark.slow
 def test_json_codec_writes_compact_json(
     invoke: Invoke, spawn: Spawn, url: str, unique: Unique
 ) -> None:
@@ -159,6 +164,7 @@ def test_json_codec_writes_compact_json(
     assert msgspec.json.decode(receiver.line()) == {"a": [1, 2]}
 
 
+@pytest.mark.slow
 def test_retained_values_are_marked(invoke: Invoke, spawn: Spawn, url: str, unique: Unique) -> None:
     topic = unique("retained")
     assert invoke("pub", url, topic, "kept", "--retain").exit_code == 0
@@ -168,6 +174,7 @@ def test_retained_values_are_marked(invoke: Invoke, spawn: Spawn, url: str, uniq
     assert invoke("pub", url, topic, "", "--retain").exit_code == 0
 
 
+@pytest.mark.slow
 def test_headers_ttl_and_content_type(
     invoke: Invoke, spawn: Spawn, url: str, unique: Unique
 ) -> None:
@@ -265,6 +272,7 @@ def test_signals_end_a_subscription_cleanly(
     assert b"error" not in child.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_waiting_for_standard_input(spawn: Spawn, url: str, unique: Unique) -> None:
     topic = unique("stdin")
     receiver = subscribed(spawn, url, topic, "--text")
@@ -276,6 +284,7 @@ def test_ctrl_c_while_waiting_for_standard_input(spawn: Spawn, url: str, unique:
     assert b"Fatal" not in sender.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_connecting(spawn: Spawn) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -287,6 +296,7 @@ def test_ctrl_c_while_connecting(spawn: Spawn) -> None:
             assert b"Traceback" not in child.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_command(invoke: Invoke, url: str, unique: Unique) -> None:
     topic = unique("pipe")
     reader, writer = os.pipe()
@@ -312,6 +322,7 @@ def test_a_reader_that_goes_away_ends_the_command(invoke: Invoke, url: str, uniq
         other.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_reader_that_pauses_does_not_stop_the_keepalive(
     tmp_path: Path, invoke: Invoke, url: str, unique: Unique
 ) -> None:
@@ -348,6 +359,7 @@ def test_a_reader_that_pauses_does_not_stop_the_keepalive(
         child.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_told_and_survived(
     spawn: Spawn, invoke: Invoke, unique: Unique
 ) -> None:
@@ -368,6 +380,7 @@ def test_a_lost_connection_is_told_and_survived(
     assert child.end(signal.SIGINT) == 130
 
 
+@pytest.mark.slow
 def test_share_groups_split_the_messages(
     invoke: Invoke, spawn: Spawn, url: str, unique: Unique
 ) -> None:

@@ -231,6 +231,7 @@ def foreign(folder: Path, *arguments: str, **environ: str) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 def test_it_runs_with_pytest_alone(tmp_path: Path) -> None:
     done = foreign(tmp_path, "-p", "no:asyncio", "-k", "roundtrip or overflow or close")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -238,6 +239,7 @@ def test_it_runs_with_pytest_alone(tmp_path: Path) -> None:
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.slow
 def test_it_runs_beside_pytest_asyncio_in_strict_mode(tmp_path: Path) -> None:
     done = foreign(tmp_path, "-o", "asyncio_mode=strict", "-k", "topics")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -262,6 +264,7 @@ def test_a_mode_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) 
         mode()
 
 
+@pytest.mark.slow
 def test_the_plugin_brings_an_option_and_marks(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["pubsub_core.testing.plugin"]\n')
     done = foreign(tmp_path, "--collect-only", "--pubsub-suite=quick", "-m", "conformance")
@@ -270,6 +273,7 @@ def test_the_plugin_brings_an_option_and_marks(tmp_path: Path) -> None:
     assert "test_all_subscriptions_restored" not in done.stdout
 
 
+@pytest.mark.slow
 def test_stress_repeats_a_case_with_printed_seeds(tmp_path: Path) -> None:
     done = foreign(tmp_path, "-s", "-k", "topics_do_not_cross", **{VARIABLE: "stress"})
     assert done.returncode == 0, done.stdout + done.stderr

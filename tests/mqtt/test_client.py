@@ -1010,6 +1010,7 @@ class TestPublishing:
             sent = await one.publish("t", b"x", qos=QOS_1)
             assert (sent.packet_id, sent.puback_packet, one.dropped) == (None, None, 1)
 
+    @pytest.mark.slow
     async def test_nothing_confirmed_is_lost_over_resets(
         self, proxy: FaultProxy, mosquitto: MosquittoServer, unique: Unique
     ) -> None:

@@ -211,6 +211,7 @@ class TestMosquitto:
             await server.start()
 
     @pytest.mark.parametrize("how", ["it ends", "SIGTERM", "SIGKILL"])
+    @pytest.mark.slow
     async def test_leaves_no_process_when_its_interpreter_ends(
         self, mosquitto_installed: None, how: str
     ) -> None:
