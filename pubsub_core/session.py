@@ -147,6 +147,7 @@ class Session:
         self.status = Status.NEW
         self.generation = 0
         self.online = False
+        self.been_online = False
         self.error: PubSubError | None = None
         self.facts = SessionFacts()
 
@@ -294,8 +295,7 @@ class Session:
                 raise
             except TimeoutError as error:
                 raise ConnectTimeout(
-                    f"no session with {self._backend.context.address} within "
-                    f"{seconds:g} s",
+                    f"no session with {self._backend.context.address} within {seconds:g} s",
                     hint="check host and port, or raise connect_timeout",
                     backend=self._backend.context.info.name,
                 ) from error
@@ -325,11 +325,16 @@ class Session:
                 restoring.exception()
         self.facts = facts
         self._sink = sink
-        self.online = True
+        self.online = self.been_online = True
         self.error = None
         sink.inbox.release()
         self._set(Status.ONLINE)
-        await self._backend.restored()
+        try:
+            await self._backend.restored()
+        except BaseException:
+            self.online = False
+            self._sink = None
+            raise
 
     def _lost(self, cause: BaseException) -> PubSubError:
         self.online = False

@@ -132,6 +132,7 @@ class Subscription(Generic[T]):
         self._delivered = 0
         self._failed = 0
         self._started = False
+        self._entering = asyncio.Lock()
         self._abandoned = False
         self._current: _Settler | None = None
         self._task: asyncio.Task[None] | None = None
@@ -286,8 +287,10 @@ class Subscription(Generic[T]):
     # --- consuming ---------------------------------------------------------------------
 
     async def _enter(self) -> Subscription[T]:
-        if not self._started:
-            await self._start(self)
+        # Entered twice at once, it is one subscription all the same.
+        async with self._entering:
+            if not self._started:
+                await self._start(self)
         return self
 
     async def _next(self) -> Message[T] | None:

@@ -190,7 +190,7 @@ class Wiring:
     async def restore(self, facts: SessionFacts, generation: int, lost_at: float | None) -> None:
         """Bring the subscriptions back; mark and fill the hole since *lost_at*."""
         history = self._owner.can(Cap.HISTORY)
-        if generation == 1 and facts.resumed:
+        if not self._session.been_online and facts.resumed:
             self.router.keep_orphans()
             self._owner.spawn(self._give_up_orphans(), "orphans")
         wires = self.router.wires

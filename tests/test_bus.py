@@ -546,6 +546,15 @@ async def test_a_cancelled_subscribe_leaves_nothing_at_the_broker(
                 await asyncio.sleep(0)
 
 
+async def test_entering_twice_at_once_subscribes_once() -> None:
+    async with connect("memory://") as bus:
+        subscription = bus.subscribe("a")
+        await asyncio.gather(subscription._enter(), subscription._enter())
+        await bus.publish("a", b"x")
+        assert subscription.stats.received == 1
+        await subscription.close()
+
+
 async def test_redelivery_after_the_deadline_is_flagged() -> None:
     clock = VirtualClock()
     async with connect("memory://", clock=clock, ack_timeout=30.0) as bus:

@@ -349,6 +349,25 @@ async def test_an_attempt_that_hangs_early_in_an_outage_is_given_up_soon() -> No
     await stop(session)
 
 
+async def test_a_session_that_fails_at_its_very_end_is_not_online() -> None:
+    class Failing(Scripted):
+        async def restored(self) -> None:
+            await super().restored()
+            if self.log.count("restored") == 2:
+                seen.append(session.generation)
+                raise ConnectError("lost while sending what waited")
+
+    seen: list[int] = []
+    clock, owner, backend = VirtualClock(auto=True), Owner(), Failing()
+    session = session_of(backend, owner, clock)
+    await session.start()
+    backend.sinks[0].lost(ConnectionResetError())
+    await until(lambda: session.generation == 3 and session.online)
+    assert seen == [2]
+    assert owner.statuses.count(Status.RECONNECTING) == 2
+    await stop(session)
+
+
 async def test_a_backend_that_raises_something_else_does_not_die_in_silence(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
