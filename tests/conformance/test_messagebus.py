@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from pubsub_core.testing import Harness, suite
 
 NO_AUTHORIZER = (
@@ -43,6 +45,7 @@ class TestMessageBus(suite("messagebus")):  # type: ignore[misc]  # the base is 
     )
 
 
+@pytest.mark.slow
 class TestContentType(suite("messagebus")):  # type: ignore[misc]  # the base is made at run time
     harness = Harness(
         url="messagebus://127.0.0.1:{port}?dialect=content_type",

@@ -90,6 +90,7 @@ class TestMosquitto5(suite("mqtt")):  # type: ignore[misc]  # the base is made a
     )
 
 
+@pytest.mark.slow
 @pytest.mark.mosquitto
 @needs_mosquitto
 class TestMosquitto311(suite("mqtt")):  # type: ignore[misc]  # the base is made at run time

@@ -22,6 +22,9 @@ from pubsub_mqtt.client import QOS_1, QOS_2, MQTTClient
 from pubsub_mqtt.server import AmqttServer, MosquittoServer
 from tests.servers import eventually
 
+# Three clients and two brokers take their time; what they are asked is asked of our own too.
+pytestmark = pytest.mark.slow
+
 Unique = Callable[[str], str]
 Received = tuple[str, bytes, int, bool]
 
