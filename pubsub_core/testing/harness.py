@@ -244,6 +244,8 @@ class Harness:
         wrong_identity: URL or options that the broker must refuse.
         denied: Topic that the unprivileged identity may not use.
         keepalive: Options that make keepalive as short as it can be, and its seconds.
+        in_process: Whether the server runs in this process, so that the memory it takes
+            cannot be told from the client's.
         client_modules: Top-level modules of the broker's client library.
         native_type: What `Bus.native` gives, as ``module:Class``; None to skip nothing but
             the positive half of that case.
@@ -273,6 +275,7 @@ class Harness:
     wrong_identity: str | Mapping[str, Any] | None = None
     denied: str = "denied/{unique}"
     keepalive: tuple[Mapping[str, Any], float] | None = None
+    in_process: bool = False
     client_modules: tuple[str, ...] = ()
     native_type: str | None = None
     native_errors: tuple[NativeError, ...] = ()

@@ -38,6 +38,7 @@ class TestMessageBus(suite("messagebus")):  # type: ignore[misc]  # the base is 
         server="pubsub_messagebus.server:MessageBusServer",
         server_options={"password_file": str(PASSWORDS)},
         restart=True,
+        in_process=True,
         second_identity="messagebus://guest:right@127.0.0.1:{port}",
         wrong_identity="messagebus://tester:wrong@127.0.0.1:{port}",
         keepalive=({"keepalive": 0.5}, 0.5),
@@ -52,6 +53,7 @@ class TestContentType(suite("messagebus")):  # type: ignore[misc]  # the base is
         server="pubsub_messagebus.server:MessageBusServer",
         server_options={"dialect": "content_type"},
         restart=True,
+        in_process=True,
         keepalive=({"keepalive": 0.5}, 0.5),
         exempt=EXEMPT,
     )

@@ -121,6 +121,7 @@ class TestAmqtt(suite("mqtt")):  # type: ignore[misc]  # the base is made at run
     harness = Harness(
         url="mqtt://127.0.0.1:{port}",
         server="pubsub_mqtt.server:AmqttServer",
+        in_process=True,
         restart=True,
         options={"protocol": "3.1.1", "shared_subscriptions": False},
         keepalive=({"keepalive": 1}, 1.0),
