@@ -169,6 +169,11 @@ class Router:
         """Put *frame* into the buffer of every subscription it is for."""
         self.received += 1
         ids = frame.subscriptions
+        if ids is not None and self.orphans is not None:
+            # An earlier process may have given the same number to another filter.
+            by_topic = self._trie.match(frame.topic)
+            if not all(self._by_id.get(i) in by_topic for i in ids):
+                ids = None
         wires: Sequence[Wire]
         if ids is None:
             wires = self._trie.match(frame.topic)
