@@ -30,6 +30,7 @@ from pubsub_emitter import (
     ForbiddenError,
     License,
     NotFoundError,
+    Reply,
     UnauthorizedError,
     connect,
 )
@@ -347,6 +348,38 @@ def test_a_reply_runs_the_loop_where_none_runs(running: Running) -> None:
     with linked(running, start=False) as client:
         assert len(client.keygen(MASTER_KEY, "a/", "r").result()) == 32
         client.subscribe(DEMO, "demo/a").result()
+
+
+def test_an_answer_reaches_who_waits_before_and_after_it_once() -> None:
+    client = Client()
+    for answer in ("resolve", "fail"):
+        reply: Reply[int] = Reply(client, "a test")
+        found: list[Any] = []
+        waiting = threading.Thread(target=lambda r=reply, f=found: f.append(_outcome(r)))
+        reply.add_done_callback(found.append)
+        waiting.start()
+        for _ in range(2):  # the second one changes nothing
+            if answer == "resolve":
+                reply.resolve(5 + reply.done())
+            else:
+                reply.fail(NotConnected("a test"))
+        waiting.join(5)
+        reply.add_done_callback(found.append)
+        outcome = "not_connected" if answer == "fail" else 5
+        assert [each for each in found if each is not reply] == [outcome]
+        assert found.count(reply) == 2
+        assert _outcome(reply) == outcome
+        late: Reply[int] = Reply(client, "a test")
+        late.resolve(7)
+        assert late.result() == 7
+        assert late.exception() is None
+
+
+def _outcome(reply: Reply[int]) -> int | str:
+    try:
+        return reply.result(5)
+    except NotConnected as exc:
+        return exc.code
 
 
 # --- the defects of 2.3.0, one test each -----------------------------------------------

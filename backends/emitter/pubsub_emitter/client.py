@@ -60,6 +60,11 @@ Seconds: TypeAlias = float | datetime
 _TIMEOUT: Final = 5.0
 _SPECIAL: Final = frozenset({"keygen", "keyban", "me", "presence", "link", "history", "error"})
 _REPLAY: Final = frozenset({"last", "from", "until"})
+_TOPICS_KEPT: Final = 1024
+_NO_FLAGS: Final = frozenset[str]()
+
+_SETTLING: Final = threading.Lock()
+"""Held for the moment in which a reply gets its answer, or somebody begins to wait for one."""
 
 
 class Reply(Generic[T]):
@@ -69,9 +74,16 @@ class Reply(Generic[T]):
     `Client.on_error` only, as with the SDK.
     """
 
+    __slots__ = ("_client", "_done", "_error", "_future", "_value", "what")
+
     def __init__(self, client: Client, what: str) -> None:
         self._client = client
-        self._future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._done = False
+        self._value: T | None = None
+        self._error: BaseException | None = None
+        # Made when somebody waits: it costs as much as sending a message does, and most
+        # replies to messages are never looked at.
+        self._future: concurrent.futures.Future[T] | None = None
         self.what = what
 
     def result(self, timeout: float | None = None) -> T:
@@ -87,10 +99,10 @@ class Reply(Generic[T]):
             NotConnected: The connection ended before the answer.
             RuntimeError: Called by a handler, whose thread the answer would come through.
         """
-        self._client.pump(self._future, timeout)
+        self._client.pump(self, timeout)
         limit = self._client.timeout if timeout is None else timeout
         try:
-            return self._future.result(0 if self._future.done() else limit)
+            return self._waited_for().result(0 if self._done else limit)
         except concurrent.futures.TimeoutError:
             pass
         raise EmitterError(
@@ -101,15 +113,15 @@ class Reply(Generic[T]):
 
     def done(self) -> bool:
         """Whether the answer is there."""
-        return self._future.done()
+        return self._done
 
     def add_done_callback(self, call: Callable[[Reply[T]], Any]) -> None:
         """Have *call* called with this reply when the answer is there."""
-        self._future.add_done_callback(lambda _: call(self))
+        self._waited_for().add_done_callback(lambda _: call(self))
 
     def exception(self) -> BaseException | None:
         """Return why it failed; None when it did not or is not done."""
-        return self._future.exception() if self._future.done() else None
+        return self._error
 
     def __await__(self) -> Generator[Any, None, T]:
         return self._wait().__await__()
@@ -117,7 +129,7 @@ class Reply(Generic[T]):
     async def _wait(self) -> T:
         try:
             async with asyncio.timeout(self._client.timeout):
-                return await asyncio.shield(asyncio.wrap_future(self._future))
+                return await asyncio.shield(asyncio.wrap_future(self._waited_for()))
         except TimeoutError:
             pass
         raise EmitterError(
@@ -126,13 +138,39 @@ class Reply(Generic[T]):
 
     def resolve(self, value: T) -> None:
         """Give the answer; for the client."""
-        if not self._future.done():
-            self._future.set_result(value)
+        self._settle(value, None)
 
     def fail(self, error: BaseException) -> None:
         """Give the failure; for the client."""
-        if not self._future.done():
-            self._future.set_exception(error)
+        self._settle(None, error)
+
+    def _settle(self, value: T | None, error: BaseException | None) -> None:
+        with _SETTLING:
+            if self._done:
+                return
+            self._value = value
+            self._error = error
+            self._done = True
+            future = self._future
+        if future is not None:
+            self._tell(future)
+
+    def _waited_for(self) -> concurrent.futures.Future[T]:
+        with _SETTLING:
+            future = self._future
+            if future is not None:
+                return future
+            future = self._future = concurrent.futures.Future()
+            done = self._done
+        if done:
+            self._tell(future)
+        return future
+
+    def _tell(self, future: concurrent.futures.Future[T]) -> None:
+        if self._error is not None:
+            future.set_exception(self._error)
+        else:
+            future.set_result(cast("T", self._value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +237,8 @@ class Client:
         self._subscriptions: dict[tuple[str, str], _Subscription] = {}
         self._links: dict[str, dict[str, Any]] = {}
         self._watched: dict[str, str] = {}
+        # Topics without options by key and channel, since most programs publish to a few.
+        self._topics: dict[tuple[str, str], str] = {}
         self._sessions = 0
         self._connected = False
         self._wants_thread = False
@@ -443,8 +483,20 @@ class Client:
         The reply is there when the broker has confirmed (`with_at_least_once`), else as soon
         as the message is sent.
         """
-        header, query = _split(options)
-        return self._publish(build_topic(key, channel, query), message, header, channel)
+        if options:
+            header, query = _split(options)
+            topic = build_topic(key, channel, query)
+        else:
+            header = _NO_FLAGS
+            topic = self._topics.get((key, channel), "") or self._new_topic(key, channel)
+        return self._publish(topic, message, header, channel)
+
+    def _new_topic(self, key: str, channel: str) -> str:
+        topic = build_topic(key, channel)
+        if len(self._topics) >= _TOPICS_KEPT:
+            self._topics.clear()
+        self._topics[key, channel] = topic
+        return topic
 
     def publish_with_link(
         self, link: str, message: str | bytes, options: Options = None
@@ -795,12 +847,12 @@ class Client:
 
     # --- what arrives -------------------------------------------------------------------
 
-    def pump(self, future: concurrent.futures.Future[Any], timeout: float | None) -> None:
+    def pump(self, reply: Reply[Any], timeout: float | None) -> None:
         """Make sure that somebody reads: raise in a handler, run the loop where none does.
 
         For `Reply.result`.
         """
-        if future.done():
+        if reply.done():
             return
         if threading.get_ident() in self._calling:
             raise RuntimeError(
@@ -810,7 +862,7 @@ class Client:
         if self._looping or self._driver is None:
             return
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
-        while not future.done() and time.monotonic() < deadline:
+        while not reply.done() and time.monotonic() < deadline:
             if self._driver.loop(0.05):
                 return
 
