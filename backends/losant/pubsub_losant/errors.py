@@ -1,0 +1,94 @@
+"""What the native client raises.
+
+    LosantError               base; a `PubSubError` like every error of this library
+    ├─ LosantConnectError     no connection, or no session; also a `ConnectionError`
+    ├─ LosantAuthError        the platform refused device id, key or secret
+    ├─ LosantTLSError         the certificate or TLS itself; also an `ssl.SSLError`
+    └─ LosantProtocolError    the peer does not speak MQTT 3.1.1
+
+Errors of the operating system at the first dial (`ConnectionRefusedError`, `socket.gaierror`,
+`TimeoutError`) are raised as they are, as ``losant-mqtt`` does. No text holds a key, a secret
+or a payload.
+"""
+
+from __future__ import annotations
+
+import ssl
+
+from pubsub_core.errors import PubSubError
+
+__all__ = [
+    "LosantAuthError",
+    "LosantConnectError",
+    "LosantError",
+    "LosantProtocolError",
+    "LosantTLSError",
+]
+
+
+class LosantError(PubSubError):
+    """Base of what this client raises by itself."""
+
+    code = "losant"
+
+    def __init__(self, message: str, *, hint: str = "", retryable: bool | None = None) -> None:
+        super().__init__(message, hint=hint, backend="losant", retryable=retryable)
+
+
+class LosantConnectError(LosantError, ConnectionError):
+    """There is no session.
+
+    Attributes:
+        return_code: That of the CONNACK which refused, or 0.
+    """
+
+    code = "losant_connect"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        return_code: int = 0,
+        hint: str = "",
+        retryable: bool | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, retryable=retryable)
+        self.return_code = return_code
+
+
+class LosantAuthError(LosantError):
+    """Device id, access key or access secret were refused; trying again does not help.
+
+    Its text is that of ``losant-mqtt``, for programs that compare it.
+
+    Attributes:
+        return_code: That of the CONNACK: 2, 4 or 5.
+    """
+
+    code = "losant_auth"
+    retryable = False
+
+    def __init__(self, return_code: int) -> None:
+        super().__init__(f"Invalid Losant credentials - error code {return_code}", retryable=False)
+        self.return_code = return_code
+
+
+class LosantTLSError(LosantError, ssl.SSLError):
+    """The certificate was refused, or TLS failed; trying again does not help."""
+
+    code = "losant_tls"
+    retryable = False
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint, retryable=False)
+
+    def __str__(self) -> str:
+        # ssl.SSLError would show its arguments.
+        return PubSubError.__str__(self)
+
+
+class LosantProtocolError(LosantError):
+    """The peer sent what MQTT 3.1.1 does not allow."""
+
+    code = "losant_protocol"
+    retryable = True
