@@ -143,7 +143,9 @@ def build() -> typer.Typer:
     cli.command("plugins")(catalogue.plugins)
     cli.add_typer(configure.config, name="config")
     cli.command("doctor")(doctor.doctor)
-    cli.command("serve")(serve.serve)
+    # What the command does not know belongs to the server of that backend.
+    unknown = {"allow_extra_args": True, "ignore_unknown_options": True}
+    cli.command("serve", context_settings=unknown)(serve.serve)
     cli.command("bench")(bench.bench)
     failures = registry().add_commands(cli)
 

@@ -9,7 +9,7 @@ import inspect
 import ipaddress
 import signal
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -29,6 +29,7 @@ _OWN: Final = ("host", "port")
 
 
 def serve(
+    context: typer.Context,
     name: BackendArgument,
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")
@@ -42,7 +43,7 @@ def serve(
             "--option",
             "-o",
             metavar="KEY=VALUE",
-            help="An option of that server. May be repeated.",
+            help="An option of that server; --KEY VALUE is the same. May be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -50,10 +51,12 @@ def serve(
 ) -> None:
     """Run the embedded server of a backend until Ctrl-C or SIGTERM.
 
-    One line on standard output says that it is ready, and where.
+    One line on standard output says that it is ready, and where. Options that are not listed
+    here go to the server of that backend, e.g. --store FILE.
     """
     with Output(json=json) as output:
-        server = make_server(registry().by_name(name), host, port, pairs(option, option="--option"))
+        given = {**pairs(option, option="--option"), **_flags(context.args)}
+        server = make_server(registry().by_name(name), host, port, given)
         if not _loopback(host):
             output.note(
                 f"listening on {host}: this server is for development, not for the open network",
@@ -79,6 +82,30 @@ def make_server(
     return factory(host=host, port=port, **given)
 
 
+def _flags(arguments: Sequence[str]) -> dict[str, str]:
+    """Read ``--key value`` and ``--key=value``; a bare ``--key`` is true, ``--no-key`` false."""
+    found: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            # The word may be a secret whose option was forgotten.
+            raise typer.BadParameter(
+                "an argument that belongs to no option", param_hint="after the backend's name"
+            )
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            else:
+                value = "false" if key.startswith("no-") else "true"
+                key = key.removeprefix("no-")
+        if key in found:
+            raise typer.BadParameter("given twice", param_hint=f"--{key}")
+        found[key] = value
+    return found
+
+
 def _coerce(factory: Any, options: Mapping[str, str], backend: str) -> dict[str, Any]:
     """Turn texts into what the constructor's annotations say."""
     parameters = {
@@ -97,7 +124,7 @@ def _coerce(factory: Any, options: Mapping[str, str], backend: str) -> dict[str,
             known = ", ".join(parameters) or "none"
             raise BadOption(
                 f"the {backend} server has no option {key!r}",
-                option=f"--option {key}",
+                option=f"--{key}",
                 hint=f"did you mean {near[0]!r}?" if near else f"it has: {known}",
                 backend=backend,
             )
@@ -106,7 +133,7 @@ def _coerce(factory: Any, options: Mapping[str, str], backend: str) -> dict[str,
         except msgspec.ValidationError as exc:
             raise BadOption(
                 f"option {key!r} of the {backend} server: {exc}",
-                option=f"--option {key}",
+                option=f"--{key}",
                 hint="write the value as that type",
                 backend=backend,
             ) from exc

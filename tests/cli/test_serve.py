@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from pubsub_core.cli.output import Output
-from pubsub_core.cli.serve import _serve, make_server
+from pubsub_core.cli.serve import _flags, _serve, make_server
 from pubsub_core.errors import BadOption, NotSupported
 from pubsub_core.plugins import registry
 from tests.cli.conftest import DEADLINE, Invoke, Spawn, records
@@ -142,6 +142,39 @@ def test_options_of_the_server_are_checked(fake: Any) -> None:
         make_server(fake, "h", 7, {"limitt": "3"})
     with pytest.raises(BadOption, match="port"):
         make_server(fake, "h", 7, {"port": "3"})
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ((), {}),
+        (("--limit", "3"), {"limit": "3"}),
+        (("--limit=3", "--names", "a=b"), {"limit": "3", "names": "a=b"}),
+        (("--limit", "-3"), {"limit": "-3"}),
+        (("--strict-mode", "--limit", "3"), {"strict-mode": "true", "limit": "3"}),
+        (("--no-strict-mode",), {"strict-mode": "false"}),
+    ],
+)
+def test_unknown_options_are_the_servers(words: tuple[str, ...], options: dict[str, str]) -> None:
+    assert _flags(words) == options
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("hunter2",), "after the backend's name"),
+        (("-x",), "belongs to no option"),
+        (("--limit", "3", "--limit", "4"), "--limit"),
+        (("--limmit", "3"), "did you mean 'limit'"),
+    ],
+)
+def test_options_of_the_server_on_the_command_line_are_checked(
+    invoke: Invoke, fake: Any, words: tuple[str, ...], said: str
+) -> None:
+    result = invoke("serve", "mqtt", *words)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.replace("│", " ").split())
+    assert "hunter2" not in result.stderr
 
 
 def test_memory_has_no_server() -> None:
