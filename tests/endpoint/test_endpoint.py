@@ -21,7 +21,7 @@ from wsproto import ConnectionType, WSConnection
 from wsproto import events as ws
 
 from pubsub_core.errors import ConnectError, TLSProblem
-from pubsub_mqtt.endpoint import EndpointServer, Leniency, Profile
+from pubsub_mqtt.endpoint import Client, Ending, EndpointServer, Leniency, Profile
 from pubsub_mqtt.endpoint.packets import (
     ConnAck,
     Connect,
@@ -839,3 +839,71 @@ async def test_paho_speaks_with_the_endpoint(transport: Any, level: Any) -> None
         finally:
             client.disconnect()
             await asyncio.to_thread(client.loop_stop)
+
+
+# --- what dialects are told, and a server that falls silent --------------------------------
+
+
+class Told(SmallDialect):
+    """Remembers how connections ended."""
+
+    def __init__(self, profile: Profile | None = None) -> None:
+        super().__init__(profile)
+        self.endings: list[Ending | None] = []
+
+    def disconnected(self, client: Client, *, clean: bool) -> None:
+        super().disconnected(client, clean=clean)
+        self.endings.append(client.ending)
+
+    def rejected(self, client: Client) -> None:
+        self.endings.append(client.ending)
+
+
+@pytest.mark.slow
+async def test_the_kind_of_ending_is_told_with_the_reason() -> None:
+    dialect = Told(Profile(max_packet=1000, handshake=0.3))
+    async with EndpointServer(dialect) as server:
+        async with Wire.connected(server.port) as wire:
+            await wire.send(Disconnect())
+            await wire.closed()
+        async with Wire.connected(server.port) as wire:
+            await wire.send(Publish("a", bytes(1001)))
+            await wire.closed()
+        async with Wire.connected(server.port) as wire:
+            await wire.send(Connect("again"))
+            await wire.closed()
+        async with Wire.connected(server.port, Connect("still", keepalive=1)) as wire:
+            await wire.closed()
+        async with Wire.connected(server.port):
+            pass
+        await eventually(lambda: len(dialect.endings) == 5)
+        wire = await Wire.open(server.port)
+        await wire.send(Connect("old", protocol="MQTT", level=3))
+        await wire.closed()
+        wire.close()
+        wire = await Wire.open(server.port)
+        await wire.closed()
+        wire.close()
+    assert dialect.endings == [
+        Ending.DISCONNECT, Ending.TOO_LARGE, Ending.PROTOCOL, Ending.SILENT, Ending.LOST,
+        Ending.REFUSED, Ending.LATE,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+async def test_a_paused_server_answers_nobody_and_closes_nobody() -> None:
+    async with (
+        EndpointServer(SmallDialect()) as server,
+        Wire.connected(server.port, Connect("early", keepalive=1)) as early,
+    ):
+        server.pause()
+        await early.send(PingReq())
+        late = await Wire.open(server.port)
+        await late.send(Connect("late"))
+        for wire in (early, late):
+            with pytest.raises(TimeoutError):
+                await wire.next(within=0.9)
+        server.resume()
+        assert await early.next() == PingResp()
+        assert await late.next() == ConnAck(0)
+        late.close()

@@ -9,7 +9,7 @@ no broker for plain MQTT; see `pubsub_mqtt.server` for those.
 
 from __future__ import annotations
 
-from .connection import Client, EndpointStats
+from .connection import Client, Ending, EndpointStats
 from .dialect import Dialect, HttpRequest, HttpResponse, Profile
 from .packets import Leniency, ProtocolError
 from .server import EndpointServer
@@ -17,6 +17,7 @@ from .server import EndpointServer
 __all__ = [
     "Client",
     "Dialect",
+    "Ending",
     "EndpointServer",
     "EndpointStats",
     "HttpRequest",

@@ -15,6 +15,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Final
 
 from pubsub_core.errors import InvalidFilter
@@ -28,6 +29,7 @@ from .packets import (
     Decoder,
     Disconnect,
     Packet,
+    PacketTooLarge,
     PingReq,
     ProtocolError,
     PubAck,
@@ -42,7 +44,7 @@ from .packets import (
     encode,
 )
 
-__all__ = ["Client", "EndpointStats"]
+__all__ = ["Client", "Ending", "EndpointStats"]
 
 logger = logging.getLogger("pubsub_mqtt.endpoint")
 
@@ -57,6 +59,25 @@ _CODES: Final = "\x01-\x1f\x7f-\x9f\ufdd0-\ufdef" + "".join(
 )
 _DISCOURAGED: Final = re.compile(f"[{_CODES}]")
 _NOT_A_TOPIC: Final = re.compile(f"[+#{_CODES}]|\\A\\Z")
+
+
+class Ending(StrEnum):
+    """How a connection came to its end, for dialects that tell."""
+
+    CLOSED = "closed"
+    """The dialect or the server closed it."""
+
+    DISCONNECT = "disconnect"
+    LATE = "late"
+    LOST = "lost"
+    MISTAKE = "mistake"
+    """An error of this server."""
+
+    PROTOCOL = "protocol"
+    REFUSED = "refused"
+    SILENT = "silent"
+    SLOW = "slow"
+    TOO_LARGE = "too large"
 
 
 @dataclass(slots=True)
@@ -96,6 +117,7 @@ class Client:
         state: Free for the dialect.
         closed: Nothing is received or sent any more; what was sent before still goes out.
         reason: Why it was closed, for logs; no text of the peer in it that is not escaped.
+        ending: The same as a kind; None as long as it is open.
         clean: Whether the client said DISCONNECT.
         crowded: With more bytes than that waiting, `press` is called for each further message,
             so that whoever publishes can be slowed down.
@@ -115,6 +137,7 @@ class Client:
         "closed",
         "crowded",
         "dialect",
+        "ending",
         "name",
         "packet",
         "press",
@@ -147,6 +170,7 @@ class Client:
         self.closed = False
         self.clean = False
         self.reason = ""
+        self.ending: Ending | None = None
         self.queued = 0
         self._decoder = Decoder(profile.max_early_packet, leniency=profile.leniency)
         self._out: deque[bytes] = deque()
@@ -184,12 +208,13 @@ class Client:
                     self._handle(packet)
         except ProtocolError as exc:
             self.stats.errors += 1
-            self.close(f"it sent {exc}")
+            large = isinstance(exc, PacketTooLarge)
+            self.close(f"it sent {exc}", Ending.TOO_LARGE if large else Ending.PROTOCOL)
         except Exception:
             # A mistake of ours must not keep the client waiting for an answer.
             self.stats.errors += 1
             logger.exception("a packet of %s could not be handled", self.name)
-            self.close("an error of this server")
+            self.close("an error of this server", Ending.MISTAKE)
 
     def tick(self, now: float) -> float | None:
         """Close the client if it is late; return seconds until the next call, None for never."""
@@ -200,7 +225,7 @@ class Client:
             if left > 0:
                 return left
             self.stats.late += 1
-            self.close("it did not complete its handshake in time")
+            self.close("it did not complete its handshake in time", Ending.LATE)
             return None
         if self._silence is None:
             return None
@@ -208,7 +233,7 @@ class Client:
         if left > 0:
             return left
         self.stats.silent += 1
-        self.close(f"it was silent for {now - self._last_in:.1f} s")
+        self.close(f"it was silent for {now - self._last_in:.1f} s", Ending.SILENT)
         return None
 
     def touch(self, now: float) -> None:
@@ -237,14 +262,15 @@ class Client:
     def finish(self) -> None:
         """Tell the dialect that the client is gone; may be called again."""
         if not self.closed:
-            self.close("the connection ended")
+            self.close("the connection ended", Ending.LOST)
         if self._finished:
             return
         self._finished = True
-        if self.packet is None:
-            return
-        self.stats.clients -= 1
         try:
+            if self.packet is None:
+                self.dialect.rejected(self)
+                return
+            self.stats.clients -= 1
             self.dialect.disconnected(self, clean=self.clean)
         except Exception:
             logger.exception("the end of a client could not be handled")
@@ -265,7 +291,10 @@ class Client:
                 self.stats.slow_readers += 1
                 self._out.clear()
                 self.queued = 0
-                self.close(f"it did not read: more than {profile.max_queue} bytes wait for it")
+                self.close(
+                    f"it did not read: more than {profile.max_queue} bytes wait for it",
+                    Ending.SLOW,
+                )
             return False
         self.stats.messages_out += 1
         self._write(packet)
@@ -281,12 +310,13 @@ class Client:
                 break
         self._send_acks()
 
-    def close(self, reason: str) -> None:
+    def close(self, reason: str, ending: Ending = Ending.CLOSED) -> None:
         """End the connection; what was sent before still goes out."""
         if self.closed:
             return
         self.closed = True
         self.reason = reason
+        self.ending = ending
         logger.debug("closing %s: %s", self.name, reason)
         self.wake()
 
@@ -352,7 +382,7 @@ class Client:
                 pass  # nothing is sent above QoS 0, so there is nothing to settle
             case Disconnect():
                 self.clean = True
-                self.close("it said DISCONNECT")
+                self.close("it said DISCONNECT", Ending.DISCONNECT)
             case Connect():
                 raise ProtocolError("a second CONNECT")
             case _:
@@ -386,7 +416,7 @@ class Client:
         if code:
             self.stats.refused += 1
             self._write(encode(ConnAck(code)))
-            self.close(f"its CONNECT was refused with return code {code}")
+            self.close(f"its CONNECT was refused with return code {code}", Ending.REFUSED)
             return
         self.packet = packet
         self.stats.clients += 1

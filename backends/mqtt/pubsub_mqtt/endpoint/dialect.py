@@ -127,6 +127,10 @@ class Dialect(abc.ABC):
         method of the dialect.
         """
 
+    def rejected(self, client: Client) -> None:
+        """Learn that a connection ended without an accepted CONNECT; `Client.reason` says why."""
+        return
+
     def http(self, request: HttpRequest) -> HttpResponse:
         """Answer a request that is no WebSocket upgrade."""
         return HttpResponse(400, b"Bad Request")

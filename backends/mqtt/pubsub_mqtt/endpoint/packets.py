@@ -28,6 +28,7 @@ __all__ = [
     "Disconnect",
     "Leniency",
     "Packet",
+    "PacketTooLarge",
     "PingReq",
     "PingResp",
     "ProtocolError",
@@ -54,6 +55,10 @@ REFUSED: Final = 0x80
 
 class ProtocolError(Exception):
     """The peer sent what MQTT does not allow; the connection must be closed (section 4.8)."""
+
+
+class PacketTooLarge(ProtocolError):
+    """The header of a packet says more bytes than are allowed; nothing of it was kept."""
 
 
 # --- packets ---------------------------------------------------------------------------
@@ -285,7 +290,9 @@ class Decoder:
             if shift > 21:
                 raise self._break("a remaining length of five bytes")
         if length > self.limit:
-            raise self._break(f"a packet of {length} bytes; {self.limit} are allowed")
+            raise self._break(
+                f"a packet of {length} bytes; {self.limit} are allowed", PacketTooLarge
+            )
         end = at + length
         if end > size:
             self._keep(start, end - start)
@@ -306,8 +313,8 @@ class Decoder:
         self._data = b""
         self._at = 0
 
-    def _break(self, what: str) -> ProtocolError:
-        self._broken = ProtocolError(what)
+    def _break(self, what: str, kind: type[ProtocolError] = ProtocolError) -> ProtocolError:
+        self._broken = kind(what)
         self._data = b""
         return self._broken
 

@@ -73,6 +73,7 @@ class EndpointServer:
         self._server: asyncio.Server | None = None
         self._links: set[_Link] = set()
         self.pressing: set[_Link] = set()
+        self.paused = False
 
     @property
     def host(self) -> str:
@@ -130,6 +131,7 @@ class EndpointServer:
     async def stop(self) -> None:
         """Stop listening and end every connection; returns within a second in any state."""
         server, self._server = self._server, None
+        self.paused = False
         if server is None:
             return
         server.close()
@@ -145,6 +147,21 @@ class EndpointServer:
         """Stop, and start again on the same port."""
         await self.stop()
         await self.start()
+
+    def pause(self) -> None:
+        """Fall silent: nothing is read, answered or closed, and new connections wait.
+
+        For tests of how clients notice a dead server.
+        """
+        self.paused = True
+        for link in self._links:
+            link.pause()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self.paused = False
+        for link in list(self._links):
+            link.resume()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -233,6 +250,8 @@ class _Link(asyncio.Protocol):
             press=self._press,
         )
         self._tick()
+        if server.paused and server.context is None:
+            self.pause()
         if server.context is not None:
             # Nothing is read before the task's first step, which takes the reading over.
             self._securing = self._loop.create_task(self._secure(found, server.context))
@@ -259,6 +278,8 @@ class _Link(asyncio.Protocol):
             return
         secured.set_write_buffer_limits(high=_HIGH_WATER)
         self._transport = secured
+        if self._server.paused:
+            self.pause()
         early, self._early = self._early, []
         for data in early:
             self.data_received(data)
@@ -328,6 +349,8 @@ class _Link(asyncio.Protocol):
         client = self._client
         if client is None or self._closing:
             return
+        if self._server.paused:
+            return
         while not self._paused:
             data = client.take()
             if not data:
@@ -338,6 +361,21 @@ class _Link(asyncio.Protocol):
             self._release()
         if client.closed and (not client.queued or self._paused):
             self._close()
+
+    def pause(self) -> None:
+        """Read and write nothing."""
+        if self._transport is not None and not self._closing:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read and write again; the silence meanwhile was ours."""
+        if self._transport is None or self._closing:
+            return
+        if self._client is not None:
+            self._client.touch(self._loop.time())
+        if not self._held_by:
+            self._transport.resume_reading()
+        self._flush()
 
     # --- pressure -----------------------------------------------------------------------
 
@@ -376,6 +414,8 @@ class _Link(asyncio.Protocol):
         if by not in self._held_by:
             return
         self._held_by.discard(by)
+        if self._server.paused:
+            return
         if not self._held_by and not self._closing and self._transport is not None:
             if self._client is not None:
                 self._client.touch(self._loop.time())
@@ -417,7 +457,8 @@ class _Link(asyncio.Protocol):
         client = self._client
         if client is None or self._closing:
             return
-        due = _GRACE if self._held_by else client.tick(self._loop.time())
+        held = self._held_by or self._server.paused
+        due = _GRACE if held else client.tick(self._loop.time())
         if due is not None:
             self._timer = self._loop.call_later(due, self._tick)
 
