@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from .protocol import (
@@ -41,7 +42,7 @@ from .protocol import (
 )
 from .roles import Permissions, Policy, Role
 
-__all__ = ["Broker", "BrokerStats", "Effects", "Identity"]
+__all__ = ["Broker", "BrokerStats", "Effects", "Identity", "Member", "Traffic"]
 
 logger = logging.getLogger("pubsub_messagebus.broker")
 
@@ -55,6 +56,12 @@ MAX_PENDING = 10_000
 
 MAX_INTERESTS = 1_000_000
 """Subscriptions, listenings and remembered rights of one connection."""
+
+MAX_COUNTED_FEEDS = 1000
+"""Feeds that are counted one by one for a connection; the names are its choice."""
+
+OTHER_FEEDS = "…"
+"""What the others are counted under."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +109,65 @@ class BrokerStats:
     pending: int = 0
 
 
+def _by_feed() -> dict[str, int]:
+    return {}
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What went through one connection; the last three by feed.
+
+    Attributes:
+        told: Notifications that it was sent.
+    """
+
+    reads: int = 0
+    authorization_requests: int = 0
+    authorization_responses: int = 0
+    told: dict[str, int] = field(default_factory=_by_feed)
+    unicast: dict[str, int] = field(default_factory=_by_feed)
+    multicast: dict[str, int] = field(default_factory=_by_feed)
+
+    def add(self, other: Traffic) -> None:
+        """Count what *other* counted as well."""
+        self.reads += other.reads
+        self.authorization_requests += other.authorization_requests
+        self.authorization_responses += other.authorization_responses
+        for own, more in (
+            (self.told, other.told),
+            (self.unicast, other.unicast),
+            (self.multicast, other.multicast),
+        ):
+            for feed, count in more.items():
+                _count(own, feed, count)
+
+
+def _count(counted: dict[str, int], feed: str, more: int = 1) -> None:
+    if feed not in counted and len(counted) >= MAX_COUNTED_FEEDS:
+        feed = OTHER_FEEDS
+    counted[feed] = counted.get(feed, 0) + more
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One connection as `Broker.members` shows it.
+
+    Attributes:
+        user: The effective one on feeds that are not listed; likewise *host*.
+        subscriptions: How many topics, by feed.
+        listening: Feeds of which it is told.
+    """
+
+    conn: Hashable
+    id: uuid.UUID
+    user: str
+    host: str
+    application: str
+    traffic: Traffic
+    subscriptions: dict[str, int]
+    listening: dict[str, int]
+
+
 class _Subscription:
     """One connection's subscription to one topic.
 
@@ -135,6 +201,7 @@ class _Client:
         "published",
         "roles",
         "subscriptions",
+        "traffic",
         "usual_roles",
     )
 
@@ -159,6 +226,7 @@ class _Client:
         # Adds that wait for an answer, or got a no for one.
         self.pending: dict[_Key, int] = {}
         self.denied: dict[_Key, int] = {}
+        self.traffic = Traffic()
 
     @property
     def interests(self) -> int:
@@ -186,6 +254,8 @@ class Broker:
     ) -> None:
         self.policy = Policy() if policy is None else policy
         self.stats = BrokerStats()
+        self.ended = Traffic()
+        """What went through connections that are gone."""
         self._max_pending = max_pending
         self._max_interests = max_interests
         self._clients: dict[Hashable, _Client] = {}
@@ -231,6 +301,7 @@ class Broker:
         if client is None:
             return []
         self.stats.received += 1
+        client.traffic.reads += 1
         if isinstance(message, MulticastData):
             return self._multicast(client, message)
         if isinstance(message, UnicastData):
@@ -252,6 +323,7 @@ class Broker:
         if client is None:
             return []
         del self._by_id[client.id_bytes]
+        self.ended.add(client.traffic)
         self.stats.clients = len(self._clients)
         for feed, topic in client.pending:
             del self._pending[client, feed, topic]
@@ -283,10 +355,37 @@ class Broker:
         """Return the identifier that others know a connection by."""
         return self._clients[conn].id
 
+    def names(self, conn: Hashable) -> tuple[str, str, str]:
+        """Return host, user and application of a connection, as most feeds see them."""
+        client = self._clients[conn]
+        user, host = self._effective(client, None)
+        return host, user, client.identity.application
+
     def subscribers(self, feed: str, topic: str) -> dict[Hashable, int]:
         """Return who is subscribed, and how often each added."""
         found = self._feeds.get(feed, {}).get(topic, {})
         return {client.conn: subscription.count for client, subscription in found.items()}
+
+    def members(self) -> Iterator[Member]:
+        """Return everybody who is connected, and what they did."""
+        for client in self._clients.values():
+            user, host = self._effective(client, None)
+            subscriptions: dict[str, int] = {}
+            for feed, count in Counter(feed for feed, _ in client.subscriptions).items():
+                _count(subscriptions, feed, count)
+            listening: dict[str, int] = {}
+            for feed in client.listening:
+                _count(listening, feed)
+            yield Member(
+                client.conn,
+                client.id,
+                user,
+                host,
+                client.identity.application,
+                client.traffic,
+                subscriptions,
+                listening,
+            )
 
     @property
     def empty(self) -> bool:
@@ -307,6 +406,7 @@ class Broker:
         if not self._may_publish(client, feed):
             return []
         self.stats.multicast += 1
+        _count(client.traffic.multicast, feed)
         topics = self._feeds.get(feed)
         subscribers = topics.get(topic) if topics is not None else None
         if not subscribers:
@@ -328,6 +428,7 @@ class Broker:
         if not self._may_publish(client, feed):
             return []
         self.stats.unicast += 1
+        _count(client.traffic.unicast, feed)
         target = self._by_id.get(message.client_id.bytes_le)
         subscription = target.subscriptions.get((feed, topic)) if target is not None else None
         if target is None or subscription is None:
@@ -460,7 +561,7 @@ class Broker:
         for topic, subscribers in self._feeds.get(feed, {}).items():
             for subscriber in subscribers:
                 effects.append((client.conn, self._told(subscriber, feed, topic, True)))
-        self.stats.notifications += len(effects)
+        self._count_told(client, feed, len(effects))
         return effects
 
     def _drop_listener(self, client: _Client, feed: str) -> None:
@@ -476,8 +577,14 @@ class Broker:
         listeners = self._listeners.get(feed)
         if listeners:
             frame = self._told(subscriber, feed, topic, is_add)
-            effects.extend((listener.conn, frame) for listener in listeners)
-            self.stats.notifications += len(listeners)
+            for listener in listeners:
+                effects.append((listener.conn, frame))
+                self._count_told(listener, feed, 1)
+
+    def _count_told(self, listener: _Client, feed: str, count: int) -> None:
+        self.stats.notifications += count
+        if count:
+            _count(listener.traffic.told, feed, count)
 
     def _told(self, subscriber: _Client, feed: str, topic: str, is_add: bool) -> bytes:
         return b"".join(
@@ -498,6 +605,7 @@ class Broker:
     ) -> None:
         user, host = self._effective(client, feed)
         self.stats.authorization_requests += 1
+        authorizer.traffic.authorization_requests += 1
         effects.append(
             (authorizer.conn, encode_authorization_request(client.id, host, user, feed, topic))
         )
@@ -514,6 +622,7 @@ class Broker:
             self._ignore(authorizer, "authorized what nobody asked for")
             return []
         self.stats.authorization_responses += 1
+        authorizer.traffic.authorization_responses += 1
         effects: Effects = []
         subscription = client.subscriptions.get(key)
         if message.is_authorization_required and not message.entitlements:

@@ -21,13 +21,14 @@ import socket
 import ssl
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
 from pubsub_core.errors import BadOption, PubSubError
 
 from .broker import Broker, Effects, Identity
+from .config import ServerConfig
+from .metrics import MetricsEndpoint
 from .protocol import (
     DEFAULT_LIMITS,
     Credentials,
@@ -39,7 +40,7 @@ from .protocol import (
     ProtocolError,
     WireLimits,
 )
-from .roles import Policy, load_mapping
+from .roles import Policy
 from .server_auth import (
     NullServerAuthenticator,
     PasswordFileAuthenticator,
@@ -54,6 +55,9 @@ logger = logging.getLogger("pubsub_messagebus.server")
 START_BACKLOG = 1024
 STOP_DEADLINE = 2.0
 """Seconds in which connections may take what was queued for them when the server stops."""
+
+MAX_FAULTY = 1000
+"""Peers whose faults are counted one by one; those of the others are counted together."""
 
 _TURN_MESSAGES = 2000
 _TURN_EFFECTS = 20_000
@@ -86,6 +90,9 @@ class ServerStats:
         timeouts: Connections closed because the handshake took too long.
         protocol_errors: Connections closed for what they sent.
         slow_consumers: Connections closed because they did not read.
+        interactor_faults: Connections that ended, after login, for anything but a close.
+        events_enqueued: Connects, disconnects, messages and heartbeats that arrived.
+        write_queue_length: Messages that wait to be written, on all connections.
     """
 
     accepted: int = 0
@@ -94,6 +101,11 @@ class ServerStats:
     timeouts: int = 0
     protocol_errors: int = 0
     slow_consumers: int = 0
+    interactor_faults: int = 0
+    events_enqueued: int = 0
+    events_dequeued: int = 0
+    events_queue_length: int = 0
+    write_queue_length: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     frames_written: int = 0
@@ -120,6 +132,7 @@ class _Connection(asyncio.Protocol):
         self._paused = False
         self._frames = collections.deque[bytes]()
         self._queued = 0
+        self.written = 0
         self._flushing = False
         self._ended = False
         self.online = False
@@ -177,12 +190,13 @@ class _Connection(asyncio.Protocol):
             self.decoder is not None and self.decoder.inside and not self._busy
         ):
             logger.info("%s: the stream ended inside a message", self.peer)
+            self.end(fault=True)
         self.end()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Clean up after a close or a reset."""
-        self.end()
+        self.end(fault=exc is not None)
         self._server.sockets.discard(self)
         if not self._server.sockets:
             self._server.drained.set()
@@ -284,9 +298,7 @@ class _Connection(asyncio.Protocol):
             string_length_unit=self._listener.string_length_unit,
         )
         self.online = True
-        self._server.deliver(
-            self._server.broker.connected(self, identity, dialect=self._listener.dialect)
-        )
+        self._server.admit(self, identity, self._listener.dialect)
         if self._handshake is None:
             self._resume_reading()
 
@@ -338,7 +350,7 @@ class _Connection(asyncio.Protocol):
         except ProtocolError as error:
             server.count.protocol_errors += 1
             logger.warning("%s: protocol error: %s", self.peer, error)
-            self.end()
+            self.end(fault=True)
             return
         self._busy = True
         if self.transport is not None:
@@ -391,13 +403,14 @@ class _Connection(asyncio.Protocol):
                     batch.append(frame)
             data = b"".join(batch)
             self._queued -= len(data)
+            self.written += len(batch)
             self._server.count.frames_written += len(batch)
             self._server.count.bytes_written += len(data)
             transport.write(data)
 
     # --- the end -----------------------------------------------------------------------
 
-    def end(self, *, abort: bool = False) -> None:
+    def end(self, *, abort: bool = False, fault: bool = False) -> None:
         """Leave the broker, then close. What the peer was sent before may still reach it."""
         if self._ended:
             if abort and self.transport is not None:
@@ -426,7 +439,20 @@ class _Connection(asyncio.Protocol):
                     self._loop.call_later(STOP_DEADLINE, self._give_up)
         if self.online:
             self.online = False
+            if fault:
+                server.note_fault(self)
+            server.written_before += self.written
             server.deliver(server.broker.disconnected(self))
+
+    @property
+    def waiting(self) -> int:
+        """Messages that wait to be written."""
+        return len(self._frames)
+
+    @property
+    def busy(self) -> bool:
+        """Whether messages wait for their turn."""
+        return self._busy
 
     @property
     def authentication(self) -> asyncio.Task[None] | None:
@@ -445,8 +471,8 @@ class MessageBusServer:
         port: 0 for a free one. It stays the same when the server is started again.
         dialect: Of this listener; `add_listener` makes more, with other dialects.
         handshake: Which form is taken; ``auto`` recognises both.
-        config: Path of a TOML or JSON file with roles and the options below, under these
-            names or the original's. What is given here wins.
+        config: Path of a TOML or JSON file; see `pubsub_messagebus.config`. What is given
+            here wins.
         password_file: Users must log in; see `pubsub_messagebus.passwords`.
         authenticator: Anything else that checks credentials; wins over *password_file*.
         policy: Roles and where authorization is needed; wins over the file's.
@@ -459,6 +485,9 @@ class MessageBusServer:
         slow_consumer: What happens to a connection that does not read what is queued for it.
         max_queued_bytes: How much may be queued for one connection.
         max_queued_frames: How many frames may be.
+        metrics_port: Answer ``GET /metrics`` there, in Prometheus' text format; 0 for a free
+            one, None for none.
+        metrics_host: Where it listens.
     """
 
     backend: ClassVar[str] = "messagebus"
@@ -486,18 +515,20 @@ class MessageBusServer:
         max_queued_frames: int = 100_000,
         string_length_unit: Literal["bytes", "codepoints"] = "bytes",
         limits: WireLimits = DEFAULT_LIMITS,
+        metrics_port: int | None = None,
+        metrics_host: str = "127.0.0.1",
     ) -> None:
-        values = load_mapping(config) if config else {}
-        if policy is None:
-            policy = Policy.from_mapping(values)
-        if heartbeat_interval is None:
-            heartbeat_interval = _seconds(
-                values.get("heartbeatInterval", values.get("heartbeat_interval", 0))
-            )
-        if not password_file:
-            password_file = str(values.get("password_file", ""))
-            if password_file and not Path(password_file).is_absolute():
-                password_file = str(Path(config).parent / password_file)
+        if config:
+            told = ServerConfig.load(config)
+            policy = policy or told.policy
+            if heartbeat_interval is None:
+                heartbeat_interval = told.heartbeat_interval
+            if authenticator is None and not password_file:
+                authenticator = told.authenticator()
+            if not certfile and ssl_context is None:
+                certfile, keyfile, cafile = told.certfile, told.keyfile, told.cafile
+            if metrics_port is None:
+                metrics_port = told.metrics_port
         if authenticator is None:
             authenticator = (
                 PasswordFileAuthenticator(password_file)
@@ -514,12 +545,19 @@ class MessageBusServer:
         self.max_queued_frames = max_queued_frames
         self.broker = Broker(policy)
         self.count = ServerStats()
+        self.faults: dict[tuple[str, str, str], int] = {}
+        self.written_before = 0
+        self._heartbeats = 0
+        self._logins = 0
         self.connections: dict[_Connection, None] = {}
         self.sockets: set[_Connection] = set()
         self.drained = asyncio.Event()
         self.stopping = False
         self._resolve_hosts = resolve_hosts
-        self._heartbeat_interval = heartbeat_interval
+        self._heartbeat_interval = heartbeat_interval or 0.0
+        self._metrics = (
+            None if metrics_port is None else MetricsEndpoint(self, metrics_host, metrics_port)
+        )
         self._listeners: list[ListenerOptions] = [
             ListenerOptions(
                 host=host,
@@ -568,23 +606,38 @@ class MessageBusServer:
         return f"{scheme}://{host}:{self.port}{query}"
 
     @property
+    def metrics_url(self) -> str:
+        """Where the metrics are, or nothing without them; the port is known after `start`."""
+        return "" if self._metrics is None else self._metrics.url
+
+    @property
     def running(self) -> bool:
         """Whether it listens."""
         return bool(self._servers)
 
     def describe(self) -> Mapping[str, object]:
-        """Return how clients must log in, and the further listeners."""
+        """Return how clients must log in, the further listeners, and where metrics are."""
         found: dict[str, object] = {
             "dialect": self._listeners[0].dialect,
             "authentication": self.authenticator.handshake,
         }
         if len(self._listeners) > 1:
             found["ports"] = self.ports
+        if self._metrics is not None:
+            found["metrics"] = self._metrics.url
         return found
 
     def stats(self) -> dict[str, int]:
-        """Return a snapshot of all counters."""
-        return {**asdict(self.count), **asdict(self.broker.stats)}
+        """Return a snapshot of all counters, the metrics' sums among them."""
+        count, broker = self.count, self.broker
+        connections = tuple(self.connections)
+        # Everything is acted upon as it is read, except that a burst yields to others.
+        count.events_queue_length = sum(each.busy for each in connections)
+        here = broker.stats.clients
+        count.events_dequeued = 2 * self._logins - here + broker.stats.received + self._heartbeats
+        count.events_enqueued = count.events_dequeued + count.events_queue_length
+        count.write_queue_length = sum(each.waiting for each in connections)
+        return {**asdict(count), **asdict(broker.stats)}
 
     async def start(self) -> None:
         """Listen; afterwards `url` and `port` are known."""
@@ -607,6 +660,8 @@ class MessageBusServer:
                 )
                 self._servers.append(server)
                 ports.append(server.sockets[0].getsockname()[1])
+            if self._metrics is not None:
+                await self._metrics.start()
         except BaseException:
             await self.stop()
             raise
@@ -630,6 +685,8 @@ class MessageBusServer:
         servers, self._servers = self._servers, []
         for server in servers:
             server.close()
+        if self._metrics is not None:
+            await self._metrics.stop()
         if self._beating is not None:
             self._beating.cancel()
             await asyncio.gather(self._beating, return_exceptions=True)
@@ -672,6 +729,11 @@ class MessageBusServer:
 
     # --- what connections ask ------------------------------------------------------------
 
+    def admit(self, connection: _Connection, identity: Identity, dialect: Dialect) -> None:
+        """Take in a connection that has logged in."""
+        self._logins += 1
+        self.deliver(self.broker.connected(connection, identity, dialect=dialect))
+
     def deliver(self, effects: Effects) -> None:
         """Queue frames; connections that hold too much are ended, and what that causes."""
         slow: list[_Connection] = []
@@ -682,7 +744,23 @@ class MessageBusServer:
         for each in dict.fromkeys(slow):
             self.count.slow_consumers += 1
             logger.warning("%s: does not read, and is disconnected", each.peer)
-            each.end(abort=True)
+            each.end(abort=True, fault=True)
+
+    def written_to(self, connection: object) -> int:
+        """Return how many messages were written to a connection."""
+        return connection.written if isinstance(connection, _Connection) else 0
+
+    def waiting_for(self, connection: object) -> int:
+        """Return how many messages wait until a connection takes them."""
+        return connection.waiting if isinstance(connection, _Connection) else 0
+
+    def note_fault(self, connection: _Connection) -> None:
+        """Count the end of a connection that did not simply close."""
+        self.count.interactor_faults += 1
+        names = self.broker.names(connection)
+        if names not in self.faults and len(self.faults) >= MAX_FAULTY:
+            names = ("", "", "")
+        self.faults[names] = self.faults.get(names, 0) + 1
 
     def host_name(self, address: str) -> str:
         """Return how others see a peer: this machine's name for loopback."""
@@ -710,6 +788,7 @@ class MessageBusServer:
         began = loop.time()
         for beat in itertools.count(1):
             await asyncio.sleep(max(0.0, began + beat * self._heartbeat_interval - loop.time()))
+            self._heartbeats += 1
             self.deliver(self.broker.heartbeat())
 
 
@@ -728,19 +807,3 @@ def _server_context(certfile: str, keyfile: str, cafile: str) -> ssl.SSLContext:
             backend="messagebus",
         ) from error
     return context
-
-
-def _seconds(value: object) -> float:
-    """Read seconds, or the original's ``hh:mm:ss``."""
-    try:
-        if isinstance(value, str) and ":" in value:
-            hours, minutes, seconds = value.split(":")
-            return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        return float(str(value))
-    except ValueError:
-        raise BadOption(
-            f"heartbeat_interval={value!r}",
-            option="heartbeat_interval",
-            hint="seconds, or hh:mm:ss",
-            backend="messagebus",
-        ) from None

@@ -18,19 +18,20 @@ import base64
 import binascii
 import hashlib
 import hmac
-import importlib
 import json
 import os
 import secrets
+import ssl
 import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pubsub_core.errors import BadOption, MissingDependency
+from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
 
+from .extras import load_extra
 from .protocol import AuthenticationMethod, Credentials
 from .roles import Permissions
 
@@ -45,8 +46,6 @@ __all__ = [
     "ServerAuthenticator",
     "User",
 ]
-
-INSTALL: Final = "pip install 'pubsub-core[messagebus-server]'"
 
 # RFC 7914: 16 MiB and some 50 ms a password on a machine of 2025.
 _SCRYPT_N: Final = 2**14
@@ -243,15 +242,6 @@ class CallableServerAuthenticator(ServerAuthenticator):
         return await self._function(credentials)
 
 
-def _library(name: str, what: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependency(
-            f"{what} needs {name}", hint=INSTALL, backend="messagebus"
-        ) from error
-
-
 class JwtServerAuthenticator(ServerAuthenticator):
     """A signed token whose ``sub`` is the user and which must expire. Needs PyJWT.
 
@@ -269,7 +259,7 @@ class JwtServerAuthenticator(ServerAuthenticator):
         algorithms: Iterable[str] = ("HS256",),
         leeway: float = 300.0,
     ) -> None:
-        self._jwt = _library("jwt", "token authentication")
+        self._jwt = load_extra("jwt", "token authentication")
         self._key = Secret(key) if isinstance(key, str) else key
         self._algorithms = list(algorithms)
         self._leeway = leeway
@@ -315,8 +305,12 @@ class JwtServerAuthenticator(ServerAuthenticator):
 class LdapServerAuthenticator(ServerAuthenticator):
     """A simple bind at a directory with the given user name and password. Needs ldap3.
 
+    Over ``ldaps://`` the directory's certificate and name are verified.
+
     Args:
+        url: ``ldaps://host``; with ``ldap://`` passwords cross the network in clear.
         dn: Pattern of the name to bind with, e.g. ``uid={},ou=people,dc=example``.
+        ca_file: Certificate authorities in PEM; the system's by default.
         connect: Makes the connection for a bind, for tests; None for ldap3's own.
     """
 
@@ -327,12 +321,14 @@ class LdapServerAuthenticator(ServerAuthenticator):
         url: str,
         *,
         dn: str = "{}",
+        ca_file: str = "",
         timeout: float = 5.0,
         connect: Callable[[str, str], Any] | None = None,
     ) -> None:
-        self._ldap = _library("ldap3", "LDAP authentication")
+        self._ldap = load_extra("ldap3", "LDAP authentication")
         self._url = url
         self._dn = dn
+        self._ca_file = ca_file
         self._timeout = timeout
         self._connect = connect or self._connection
 
@@ -347,13 +343,15 @@ class LdapServerAuthenticator(ServerAuthenticator):
         return User(username, "LDAP")
 
     def _connection(self, name: str, password: str) -> Any:
-        server = self._ldap.Server(self._url, connect_timeout=self._timeout)
+        # ldap3 verifies nothing unless it is told to.
+        tls = self._ldap.Tls(validate=ssl.CERT_REQUIRED, ca_certs_file=self._ca_file or None)
+        server = self._ldap.Server(self._url, tls=tls, connect_timeout=self._timeout)
         return self._ldap.Connection(
             server, user=name, password=password, receive_timeout=self._timeout
         )
 
     def _bind(self, username: str, password: str) -> bool:
-        escape = _library("ldap3.utils.dn", "LDAP authentication").escape_rdn
+        escape = load_extra("ldap3.utils.dn", "LDAP authentication").escape_rdn
         name = self._dn.replace("{}", escape(username)) if self._dn != "{}" else username
         connection = self._connect(name, password)
         try:

@@ -1,0 +1,242 @@
+"""A distributor's counters as Prometheus text, over HTTP. Needs prometheus-client and h11.
+
+Names and labels are the original's, so its dashboards and alerts go on working. There a
+connection's series stay for ever; here they end with it, and what it counted is added to the
+series whose labels are empty, so that sums never fall.
+
+Sources: jetblack-messagebus 5.1.1 (names and labels); the Prometheus text format 0.0.4; RFC
+9112 by h11.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import h11
+
+from .broker import Traffic
+from .extras import load_extra
+
+if TYPE_CHECKING:
+    from .server import MessageBusServer
+
+__all__ = ["MetricsEndpoint"]
+
+# Every number that a client had a hand in, with the original's name.
+_HELP: Final = {
+    "reads": "Messages read.",
+    "writes": "Messages written.",
+    "interactor_faults": "Connections that ended for a fault; without an id.",
+    "authorization_requests": "Authorization requests sent.",
+    "authorization_responses": "Authorization responses accepted.",
+    "forwarded_subscriptions": "Notifications sent.",
+    "published_unicast_messages": "Messages published to one client.",
+    "published_multicast_messages": "Messages published to all subscribers.",
+    "write_queue_length": "Messages that wait to be written.",
+    "interactors": "Connections.",
+    "notification_requests": "Feeds listened to.",
+    "subscriptions": "Topics subscribed to.",
+    "events_enqueued": "Connects, disconnects, messages and heartbeats that arrived.",
+    "events_dequeued": "Those of them that were acted upon.",
+    "events_queue_length": "Connections whose next messages wait for their turn.",
+}
+_GAUGES: Final = frozenset(
+    {
+        "write_queue_length",
+        "interactors",
+        "notification_requests",
+        "subscriptions",
+        "events_queue_length",
+    }
+)
+
+_TEXT_FORMAT: Final = b"text/plain; version=0.0.4; charset=utf-8"
+_REQUEST_TIMEOUT: Final = 5.0
+_MAX_HEAD: Final = 16 * 1024
+_MAX_CONNECTIONS: Final = 16
+
+
+class _Collector:
+    """Reads a server's counters when it is asked; nothing is kept."""
+
+    def __init__(self, server: MessageBusServer) -> None:
+        self._server = server
+        self._metric: Any = load_extra("prometheus_client.core", "the metrics endpoint").Metric
+
+    def collect(self) -> Iterator[Any]:
+        """Return one family for each name."""
+        families: dict[str, Any] = {
+            name: self._metric(
+                f"messagebus_{name}", text, "gauge" if name in _GAUGES else "counter"
+            )
+            for name, text in _HELP.items()
+        }
+
+        def sample(name: str, value: float, labels: dict[str, str]) -> None:
+            families[name].add_sample(f"messagebus_{name}", labels, value)
+
+        def by_feed(name: str, counted: Mapping[str, int], who: dict[str, str]) -> None:
+            for feed, count in counted.items():
+                sample(name, count, {"feed": feed, **who})
+
+        def counters(who: dict[str, str], traffic: Traffic, written: int) -> None:
+            sample("reads", traffic.reads, who)
+            sample("writes", written, who)
+            sample("authorization_requests", traffic.authorization_requests, who)
+            sample("authorization_responses", traffic.authorization_responses, who)
+            by_feed("forwarded_subscriptions", traffic.told, who)
+            by_feed("published_unicast_messages", traffic.unicast, who)
+            by_feed("published_multicast_messages", traffic.multicast, who)
+
+        server = self._server
+        for member in server.broker.members():
+            who = _labels(member.host, member.user, str(member.id), member.application)
+            counters(who, member.traffic, server.written_to(member.conn))
+            sample("interactors", 1, who)
+            sample("write_queue_length", server.waiting_for(member.conn), who)
+            by_feed("notification_requests", member.listening, who)
+            by_feed("subscriptions", member.subscriptions, who)
+        counters(_labels(), server.broker.ended, server.written_before)
+        for (host, user, application), count in server.faults.items():
+            sample("interactor_faults", count, _labels(host, user, "", application))
+        stats = server.stats()
+        for name in ("events_enqueued", "events_dequeued", "events_queue_length"):
+            sample(name, stats[name], {})
+        yield from families.values()
+
+
+def _labels(host: str = "", user: str = "", id: str = "", application: str = "") -> dict[str, str]:
+    return {"host": host, "user": user, "id": id, "application": application}
+
+
+class MetricsEndpoint:
+    """Answers ``GET /metrics``, on a port of its own.
+
+    Args:
+        port: 0 for a free one. It stays the same when it is started again.
+    """
+
+    def __init__(self, server: MessageBusServer, host: str, port: int) -> None:
+        prometheus = load_extra("prometheus_client", "the metrics endpoint")
+        self._registry: Any = prometheus.CollectorRegistry(auto_describe=False)
+        self._registry.register(_Collector(server))
+        self._generate: Any = prometheus.generate_latest
+        self.host = host
+        self.port = port
+        self.connections: set[_Scrape] = set()
+        self._listener: asyncio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}/metrics"
+
+    def text(self) -> bytes:
+        """Return what is answered."""
+        # The library appends _total to the names of counters in their headings; the
+        # original's names have none, and a heading must name the samples below it.
+        return re.sub(
+            rb"^(# (?:HELP|TYPE) messagebus_\w+)_total ",
+            rb"\1 ",
+            self._generate(self._registry),
+            flags=re.MULTILINE,
+        )
+
+    async def start(self) -> None:
+        """Listen; afterwards `port` is known."""
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(lambda: _Scrape(self), self.host, self.port)
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Close everything."""
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        listener.close()
+        for each in tuple(self.connections):
+            each.abort()
+        await listener.wait_closed()
+
+
+class _Scrape(asyncio.Protocol):
+    """One request, one answer, within a few seconds."""
+
+    def __init__(self, endpoint: MetricsEndpoint) -> None:
+        self._endpoint = endpoint
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD)
+        self._transport: asyncio.Transport | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._head_only = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Wait for a request; close at once where too many do."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - TCP always is
+        self._transport = transport
+        connections = self._endpoint.connections
+        connections.add(self)
+        if len(connections) > _MAX_CONNECTIONS:
+            transport.abort()
+            return
+        self._deadline = asyncio.get_running_loop().call_later(_REQUEST_TIMEOUT, self.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self._endpoint.connections.discard(self)
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def abort(self) -> None:
+        """Close without another word."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Answer as soon as the head of the request is there."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        self._http.receive_data(data)
+        try:
+            event = self._http.next_event()
+        except h11.RemoteProtocolError:
+            self._answer(transport, 400, b"not a request\n")
+            return
+        if not isinstance(event, h11.Request):
+            return
+        self._head_only = event.method == b"HEAD"
+        if event.method not in (b"GET", b"HEAD"):
+            self._answer(transport, 405, b"GET only\n", allow=b"GET, HEAD")
+        elif event.target.partition(b"?")[0] != b"/metrics":
+            self._answer(transport, 404, b"/metrics only\n")
+        else:
+            self._answer(transport, 200, self._endpoint.text(), _TEXT_FORMAT)
+
+    def _answer(
+        self,
+        transport: asyncio.Transport,
+        status: int,
+        body: bytes,
+        kind: bytes = b"text/plain; charset=utf-8",
+        allow: bytes = b"",
+    ) -> None:
+        http = self._http
+        if http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            transport.abort()
+            return
+        headers = [
+            (b"content-type", kind),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        if allow:
+            headers.append((b"allow", allow))
+        transport.write(http.send(h11.Response(status_code=status, headers=headers)) or b"")
+        if not self._head_only:
+            transport.write(http.send(h11.Data(data=body)) or b"")
+        transport.write(http.send(h11.EndOfMessage()) or b"")
+        transport.close()
