@@ -753,6 +753,9 @@ class Connection:
         lead, tail, size = self._encode(topic, payload, qos, retain, properties)
         head = _PUBLISH | qos << 1 | retain
         out = Outgoing(topic, qos, head, lead, tail, size, on_done)
+        if qos == 0 and self._gate and not self._queue and not self._resend:
+            self._send_qos0(out)  # what `_pump` would do, and the most common case
+            return out
         self._queue.append(out)
         self._pump()
         return out
@@ -918,8 +921,7 @@ class Connection:
         while waiting and waiting[0].end <= done:
             self._finish(waiting.popleft(), None)
 
-    @staticmethod
-    def _finish(out: Outgoing, error: PubSubError | None) -> None:
+    def _finish(self, out: Outgoing, error: PubSubError | None) -> None:
         out.error = error
         out.phase = Phase.DONE
         out.on_done(out)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from pubsub_core.errors import ConnectError, ConnectTimeout, NotConnected
+from pubsub_core.errors import ConnectError, ConnectTimeout, NotConnected, PubSubError
 
 from .connection import (
     Connection,
@@ -35,6 +35,7 @@ from .connection import (
     Subscribe,
 )
 from .errors import dial_error
+from .outgoing import Phase
 from .packets import NO_PROPERTIES, Incoming
 from .transport import BufferedSocket, Endpoint, dial_blocking
 
@@ -680,6 +681,10 @@ def _wake_publisher(out: Outgoing) -> None:
 # --- blocking -------------------------------------------------------------------------
 
 
+def _ignore(_: object) -> None:
+    """Take what happens while nobody listens."""
+
+
 class _SharedConnection(Connection):
     """A `Connection` for several threads: one lock, and callbacks only after it is free."""
 
@@ -704,6 +709,11 @@ class _SharedConnection(Connection):
             due = super().tick()
         self.dispatch()
         return due
+
+    def _finish(self, out: Outgoing, error: PubSubError | None) -> None:
+        out.error = error
+        out.phase = Phase.DONE
+        self.events.append(partial(out.on_done, out))
 
     def dispatch(self) -> None:
         while True:
@@ -823,18 +833,12 @@ class BlockingDriver:
         qos: int = 0,
         retain: bool = False,
         properties: bytes = NO_PROPERTIES,
-        on_done: Callable[[Outgoing], None] | None = None,
+        on_done: Callable[[Outgoing], None] = _ignore,
     ) -> Outgoing:
         """Send a message; *on_done* is called in the loop's thread. See `Connection.publish`."""
-        events = self.connection.events
-
-        def done(out: Outgoing) -> None:
-            if on_done is not None:
-                events.append(partial(on_done, out))
-
         with self.connection.lock:
             return self.connection.publish(
-                topic, payload, qos=qos, retain=retain, properties=properties, on_done=done
+                topic, payload, qos=qos, retain=retain, properties=properties, on_done=on_done
             )
 
     def subscribe(
@@ -923,7 +927,3 @@ class BlockingDriver:
         if error.retryable is False and self.connection.client is not None:
             self.connection.client.disconnect()  # ends paho's loops, which would retry
         self.connection.events.append(lambda: self.on_lost(error))
-
-
-def _ignore(_: object) -> None:
-    """Take what happens while nobody listens."""
