@@ -1,6 +1,7 @@
 """Publish/subscribe for Python: one program, any broker."""
 
 from .app import App
+from .authorization import Authorizer
 from .bus import Bus, connect
 from .capabilities import (
     Cap,
@@ -63,7 +64,7 @@ from .events import (
 )
 from .eventstream import EventStream
 from .interest import Notifications, Presence
-from .interfaces import HistoryQuery
+from .interfaces import AuthorizationRequest, HistoryQuery
 from .message import Headers, Member, Message, Origin, Part, Receipt
 from .secrets import Secret
 from .stats import BusStats
@@ -73,6 +74,8 @@ from .trie import HandlerTrie
 __all__ = [
     "App",
     "AuthenticationFailed",
+    "AuthorizationRequest",
+    "Authorizer",
     "BadOption",
     "Bus",
     "BusClosed",

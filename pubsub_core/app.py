@@ -28,10 +28,14 @@ named ``payload``                          the payload, decoded to the annotatio
 named ``bus``                              the handler's bus
 with a default value                       its default
 =========================================  ================================================
+
+An authorizer's parameters get buses and captures in the same way, and the request if they are
+annotated ``AuthorizationRequest`` or called ``request``.
 """
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import functools
@@ -42,16 +46,17 @@ import types
 import typing
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, ClassVar, Final, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import msgspec
 
+from .authorization import Authorizer
 from .buffer import DecodePolicy
 from .bus import Bus, connect
 from .config import Config
 from .errors import ConfigError, HandlerFailed, PubSubError, WrongLoop
 from .events import Gap, Status
-from .interfaces import HistoryQuery
+from .interfaces import AuthorizationRequest, HistoryQuery
 from .message import Message
 from .middleware import Middleware
 from .settings import OverflowPolicy
@@ -158,6 +163,37 @@ class App:
             # The types that a local function names may be local as well.
             handler.plan(_locals_of_caller())
             self._declared.handlers.append(handler)
+            return function
+
+        return declare
+
+    def authorizer(
+        self, filter: str, *, bus: str = _MAIN, timeout: float | None = None
+    ) -> Callable[[F], F]:
+        """Declare what answers who may see the topics that match *filter*.
+
+        The function, async or plain, takes the request, captures of the filter and buses. It
+        returns the entitlements that the client holds (a set of int), or None for no right at
+        all. A client whose answer fails or is late is refused. A bus whose broker asks nobody
+        keeps the application from starting.
+
+        Args:
+            filter: Topic filter, with captures.
+            bus: Name of the bus.
+            timeout: Seconds for one answer; the bus's default otherwise.
+
+        Raises:
+            InvalidFilter: The filter is not one.
+            ConfigError: Nothing fits a parameter of the function.
+        """
+        if not isinstance(filter, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError('@app.authorizer takes a topic filter: write @app.authorizer("LSE/#")')
+        parsed = parse_filter(filter)
+
+        def declare(function: F) -> F:
+            authorizer = _Authorizer(function, parsed, bus, timeout)
+            authorizer.plan(_locals_of_caller())
+            self._declared.authorizers.append(authorizer)
             return function
 
         return declare
@@ -320,6 +356,7 @@ class _Declared:
     """What an application consists of, and its run at hand."""
 
     handlers: list[_Handler] = field(default_factory=list["_Handler"])
+    authorizers: list[_Authorizer] = field(default_factory=list["_Authorizer"])
     middleware: list[tuple[Middleware, str | None]] = field(
         default_factory=list[tuple[Middleware, str | None]]
     )
@@ -333,8 +370,9 @@ class _Declared:
             given = dict(cast("Mapping[str, str]", buses))
         else:
             given = {name: name for name in buses or ()}
-        names = [handler.bus for handler in self.handlers]
-        names += [name for handler in self.handlers for name in handler.other_buses()]
+        declared: list[_Planned] = [*self.handlers, *self.authorizers]
+        names = [each.bus for each in declared]
+        names += [name for each in declared for name in each.other_buses()]
         names += [bus for _, bus in self.middleware if bus is not None]
         return {name: given.get(name, name) for name in names} | given or {_MAIN: _MAIN}
 
@@ -470,8 +508,8 @@ class Running:
     # --- starting --------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        for handler in self._declared.handlers:
-            handler.plan(None)
+        for declared in (*self._declared.handlers, *self._declared.authorizers):
+            declared.plan(None)
         for name, where in self._targets.items():
             bus = self._buses[name] = connect(where, config=self._config)
             bus.use(*(each for each, only in self._declared.middleware if only in (None, name)))
@@ -483,6 +521,9 @@ class Running:
             self._watchers.append(
                 asyncio.create_task(self._watch(name, bus), name=f"pubsub app watch {name}")
             )
+        # A handler's own subscription may need the answer of an authorizer here.
+        for authorizer in self._declared.authorizers:
+            await authorizer.authorize(self)
         for handler in self._declared.handlers:
             subscription = handler.subscribe(self)
             self._subscriptions.append(subscription)
@@ -616,7 +657,7 @@ def _signals(act: Callable[[], None]) -> Generator[None, None, None]:
 
 # --- what a handler's parameters get -------------------------------------------------------
 
-_Kind = Literal["message", "payload", "capture", "bus"]
+_Kind = Literal["message", "payload", "capture", "bus", "request"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -637,17 +678,19 @@ class _Filler:
     sync: bool = False
 
 
-@dataclass(slots=True)
-class _Handler:
-    """One declaration of a handler."""
+class _Planned(abc.ABC):
+    """A declared function, and what its parameters get."""
 
-    function: Callable[..., Any]
-    filter: TopicFilter
-    bus: str
-    type: Any
-    options: dict[str, Any]
-    fillers: tuple[_Filler, ...] | None = None
-    found_type: Any = field(default=bytes)
+    role: ClassVar[str]
+
+    def __init__(self, function: Callable[..., Any], filter: TopicFilter, bus: str) -> None:
+        self.function = function
+        self.filter = filter
+        self.bus = bus
+        self.fillers: tuple[_Filler, ...] | None = None
+
+    @abc.abstractmethod
+    def _plan(self, namespace: Mapping[str, Any] | None) -> tuple[_Filler, ...]: ...
 
     def plan(self, namespace: Mapping[str, Any] | None) -> None:
         """Decide what each parameter gets, once; an unknown name may wait for the start.
@@ -659,28 +702,53 @@ class _Handler:
             return
         if inspect.isgeneratorfunction(self.function) or inspect.isasyncgenfunction(self.function):
             raise ConfigError(
-                f"handler {_name(self.function)} yields", hint="publish instead of yielding"
+                f"{self.role} {_name(self.function)} yields",
+                hint="publish or return instead of yielding",
             )
         try:
-            self.fillers, self.found_type = _fillers(
-                self.function,
-                self.filter,
-                plain=not is_async(self.function),
-                namespace=namespace,
-                gaps=self.options["gaps"],
-                given_type=self.type,
-            )
+            self.fillers = self._plan(namespace)
         except NameError as exc:
             if namespace is None:
                 raise ConfigError(
-                    f"an annotation of handler {_name(self.function)} cannot be resolved: {exc}",
-                    hint="define the name in the handler's module, or pass type=",
+                    f"an annotation of {self.role} {_name(self.function)} cannot be resolved: "
+                    f"{exc}",
+                    hint=f"define the name in the {self.role}'s module, or leave it out",
                 ) from exc
 
     def other_buses(self) -> list[str]:
         """Return names of buses that its parameters ask for."""
         self.plan(None)
         return [each.source for each in self.fillers or () if each.kind == "bus" and each.source]
+
+
+class _Handler(_Planned):
+    """One declaration of a handler."""
+
+    role = "handler"
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        filter: TopicFilter,
+        bus: str,
+        type: Any,
+        options: dict[str, Any],
+    ) -> None:
+        super().__init__(function, filter, bus)
+        self.type = type
+        self.options = options
+        self.found_type: Any = bytes
+
+    def _plan(self, namespace: Mapping[str, Any] | None) -> tuple[_Filler, ...]:
+        fillers, self.found_type = _fillers(
+            self.function,
+            self.filter,
+            plain=not is_async(self.function),
+            namespace=namespace,
+            gaps=self.options["gaps"],
+            given_type=self.type,
+        )
+        return fillers
 
     def subscribe(self, running: Running) -> Subscription[Any]:
         """Return the subscription, not yet entered."""
@@ -709,6 +777,56 @@ class _Handler:
         return handle if is_async(function) else marked(handle_plainly, running.bus(self.bus))
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A question as parameters see it: in the place of a message."""
+
+    request: AuthorizationRequest
+    params: Mapping[str, str]
+
+    @property
+    def topic(self) -> str:
+        return self.request.topic
+
+
+class _Authorizer(_Planned):
+    """One declaration of an authorizer."""
+
+    role = "authorizer"
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        filter: TopicFilter,
+        bus: str,
+        timeout: float | None,
+    ) -> None:
+        super().__init__(function, filter, bus)
+        self.timeout = timeout
+
+    def _plan(self, namespace: Mapping[str, Any] | None) -> tuple[_Filler, ...]:
+        plain = not is_async(self.function)
+        return _fillers(
+            self.function, self.filter, plain=plain, namespace=namespace, role=self.role
+        )[0]
+
+    async def authorize(self, running: Running) -> Authorizer:
+        """Put it in place."""
+        self.plan(None)
+        bus = running.bus(self.bus)
+        arguments = _Arguments(self.fillers or (), running, self.bus)
+        function, params = self.function, self.filter.params
+
+        async def answer(request: AuthorizationRequest) -> Any:
+            return await arguments.call(function, _Asked(request, params(request.topic)))
+
+        def answer_plainly(request: AuthorizationRequest) -> Any:
+            return arguments.call(function, _Asked(request, params(request.topic)))
+
+        handler = answer if is_async(function) else marked(answer_plainly, bus)
+        return await bus.authorize(self.filter.text, handler, timeout=self.timeout)
+
+
 class _Arguments:
     """Fills parameters; everything but the message is at hand before the first one."""
 
@@ -731,6 +849,8 @@ def _value(filler: _Filler, running: Running, own: str) -> Callable[[Any], Any]:
             return lambda message: message
         case "payload":
             return lambda message: message.payload
+        case "request":
+            return lambda asked: asked.request
         case "bus":
             bus = running.bus(filler.source or _own_bus(running, own))
             given = wrap(bus) if filler.sync else bus
@@ -766,10 +886,12 @@ def _fillers(
     namespace: Mapping[str, Any] | None,
     gaps: bool = False,
     given_type: Any = None,
+    role: str = "handler",
 ) -> tuple[tuple[_Filler, ...], Any]:
     """Return what *function*'s parameters get, and the payload type they ask for.
 
-    A *filter* of None is that of a hook, which can take buses only.
+    A *filter* of None is that of a hook, which can take buses only; an authorizer takes a
+    request, and neither message nor payload.
     """
     hints = _hints(function, namespace)
     captures = () if filter is None else tuple(filter.captures)
@@ -780,11 +902,13 @@ def _fillers(
             continue
         annotation = hints.get(name, parameter.empty)
         has_default = parameter.default is not parameter.empty
-        filler = _filler(name, annotation, captures, hook=filter is None)
+        filler = _filler(
+            name, annotation, captures, hook=filter is None, asked=role == "authorizer"
+        )
         if filler is None:
             if has_default:
                 continue
-            raise _unfillable(function, name, filter)
+            raise _unfillable(function, name, filter, role)
         # What comes after a parameter that keeps its default can only be passed by name.
         keyword = parameter.kind is parameter.KEYWORD_ONLY or place != len(found)
         if keyword and parameter.kind is parameter.POSITIONAL_ONLY:
@@ -812,7 +936,9 @@ def _fillers(
     return tuple(found), types_found[0] if types_found else bytes
 
 
-def _filler(name: str, annotation: Any, captures: tuple[str, ...], *, hook: bool) -> _Filler | None:
+def _filler(
+    name: str, annotation: Any, captures: tuple[str, ...], *, hook: bool, asked: bool
+) -> _Filler | None:
     bare = annotation is inspect.Parameter.empty
     if not bare and _is_bus(annotation):
         return _Filler(name, "bus", False, "" if name == "bus" else name)
@@ -820,13 +946,17 @@ def _filler(name: str, annotation: Any, captures: tuple[str, ...], *, hook: bool
         return _Filler(name, "bus", False)
     if hook:
         return None
-    if not bare:
+    if asked and (annotation is AuthorizationRequest or (name == "request" and bare)):
+        return _Filler(name, "request", False)
+    if not bare and not asked:
         is_message, payload_type = _message_type(annotation)
         if is_message:
             return _Filler(name, "message", False, annotation=payload_type)
     if name in captures:
         wanted = None if bare or annotation in (str, Any, object) else annotation
         return _Filler(name, "capture", False, name, wanted)
+    if asked:
+        return None
     if name in ("message", "msg") and bare:
         return _Filler(name, "message", False)
     if name == "payload":
@@ -889,7 +1019,9 @@ def _check_capture(function: Callable[..., Any], filler: _Filler) -> None:
         )
 
 
-def _unfillable(function: Callable[..., Any], name: str, filter: TopicFilter | None) -> ConfigError:
+def _unfillable(
+    function: Callable[..., Any], name: str, filter: TopicFilter | None, role: str
+) -> ConfigError:
     if filter is None:
         return ConfigError(
             f"nothing fits parameter {name!r} of hook {_name(function)}",
@@ -897,9 +1029,12 @@ def _unfillable(function: Callable[..., Any], name: str, filter: TopicFilter | N
         )
     captures = ", ".join(filter.captures) or "none"
     return ConfigError(
-        f"nothing fits parameter {name!r} of handler {_name(function)}; "
+        f"nothing fits parameter {name!r} of {role} {_name(function)}; "
         f"{filter.text!r} captures: {captures}",
-        hint="name it after a capture, `payload`, `message` or `bus`, annotate it with "
+        hint="name it after a capture, `request` or `bus`, annotate it with AuthorizationRequest, "
+        "or give it a default"
+        if role == "authorizer"
+        else "name it after a capture, `payload`, `message` or `bus`, annotate it with "
         "Message[...], or give it a default",
     )
 

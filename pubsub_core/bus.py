@@ -21,6 +21,7 @@ from collections.abc import (
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast, overload
 
+from .authorization import AuthorizationHandler, Authorizer, entitlements_of
 from .buffer import DecodePolicy, SubscriptionSettings
 from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support, effective
 from .clock import Clock, SystemClock
@@ -40,6 +41,7 @@ from .events import Status, StatusChanged
 from .eventstream import EventHub, EventStream
 from .interest import InterestView, Notifications, Presence
 from .interfaces import (
+    AuthorizationRequest,
     BackendInfo,
     HasHistory,
     HasPresence,
@@ -734,6 +736,76 @@ class Bus:
                 await self._engine.views.close(view, online=online)
         except (PubSubError, TimeoutError) as error:
             logger.info("ending the watch on %r: %s", view.watch.filter, error)
+
+    # --- authorization -----------------------------------------------------------------
+
+    def authorize(
+        self, filter: str, handler: AuthorizationHandler, *, timeout: float | None = None
+    ) -> Authorizer:
+        """Answer what other clients may see (capability ``authorization``).
+
+        ``async with`` or ``await`` the result. Of several authorizers whose filters match,
+        the first one answers. The broker must allow this client to authorize; one that does
+        not, asks nothing.
+
+        Args:
+            filter: Which topics it answers for; ``#`` for all that do not begin with ``$``.
+            handler: Called with each `AuthorizationRequest`: returns the entitlements that
+                the client holds (a set of int), or None for no right at all. An async
+                function, or a plain one, which runs in a thread. One that raises, is late or
+                returns anything else is answered with a refusal.
+            timeout: Seconds that it has; the bus's default otherwise.
+
+        Raises:
+            InvalidFilter: The filter is not one.
+            NotSupported: The broker asks no client.
+        """
+        self._check_usable()
+        engine = self._engine
+        engine.need(Cap.AUTHORIZATION)
+        parsed = parse_filter(filter)
+        if not callable(handler):
+            raise TypeError(f"handler={handler!r}; pass a function, async or plain")
+        if timeout is not None and timeout <= 0:
+            raise ValueError(f"timeout={timeout!r}; pass seconds above 0")
+        return Authorizer(
+            engine,
+            parsed,
+            handler,
+            engine.options.timeout if timeout is None else timeout,
+            start=self._open_authorizer,
+            stop=self._close_authorizer,
+        )
+
+    async def _open_authorizer(self, authorizer: Authorizer) -> None:
+        self._check_usable()
+        await self._engine.request(
+            lambda: self._engine.authorizers.open(authorizer), f"authorizing {authorizer.filter!r}"
+        )
+
+    async def _close_authorizer(self, authorizer: Authorizer) -> None:
+        online = self._engine.session.online
+        try:
+            async with asyncio.timeout(self._engine.options.timeout):
+                await self._engine.authorizers.close(authorizer, online=online)
+        except (PubSubError, TimeoutError) as error:
+            logger.info("ending the authorizer of %r: %s", authorizer.filter, error)
+
+    async def entitle(
+        self, request: AuthorizationRequest, entitlements: Iterable[int] | None
+    ) -> None:
+        """Change what the client of an earlier *request* may see; None takes every right.
+
+        Takes effect at once, while the client's subscription goes on; a client that has gone
+        since is no error.
+        """
+        self._check_usable()
+        self._engine.need(Cap.AUTHORIZATION)
+        held = entitlements_of(entitlements)
+        await self._engine.request(
+            lambda: self._engine.authorize(request, held),
+            f"changing who may see {request.topic!r}",
+        )
 
     # --- status, events, middleware ------------------------------------------------------
 

@@ -11,8 +11,9 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from .authorization import Authorizers
 from .capabilities import Cap, Level, Support, effective
 from .clock import Clock
 from .codecs import CodecSet
@@ -27,7 +28,13 @@ from .errors import (
 from .events import BusEvent, InterestEvent, Notice, Status, StatusChanged
 from .eventstream import EventHub
 from .interest import Views
-from .interfaces import AuthorizationRequest, Backend, BackendContext, SessionFacts
+from .interfaces import (
+    AuthorizationRequest,
+    Backend,
+    BackendContext,
+    HasAuthorization,
+    SessionFacts,
+)
 from .message import InFrame, Receipt, Verdict
 from .middleware import (
     CallNext,
@@ -103,6 +110,7 @@ class Engine:
         self.publisher.capabilities = self.capabilities
         self.wiring = Wiring(self.backend, self.session, options, clock, self._stats, self)
         self.views = Views(self.backend)
+        self.authorizers = Authorizers(self.backend)
 
     def _named(self, names: Iterable[str]) -> list[Middleware]:
         known = {**builtin_middleware(), **self._registry.middleware()}
@@ -178,6 +186,7 @@ class Engine:
         for subscription in subscriptions:
             subscription.abandon()
         self.views.end()
+        await self.authorizers.end(caller)
         await asyncio.gather(*(each.stop_handler(caller) for each in subscriptions))
         await self.publisher.drain(deadline - self._loop.time())
         await session.stop_trying()
@@ -341,8 +350,17 @@ class Engine:
         self.views.route(event)
 
     def authorization(self, request: AuthorizationRequest) -> None:
-        """Note a question nobody here can answer yet."""
-        self.note(Notice("authorization", "a client waits for authorization", topic=request.topic))
+        """Bring a question to who answers it; note one that nobody here can answer."""
+        if not self.authorizers.route(request):
+            text = "a client waits for authorization, and no authorizer here is for that topic"
+            self.note(Notice("authorization", text, topic=request.topic))
+
+    async def authorize(
+        self, request: AuthorizationRequest, entitlements: frozenset[int] | None
+    ) -> None:
+        """Answer a question of the session at hand."""
+        async with asyncio.timeout(self.options.timeout):
+            await cast("HasAuthorization", self.backend).authorize(request, entitlements)
 
     def notice(self, notice: Notice) -> None:
         """Pass a notice on to who listens."""
@@ -378,3 +396,4 @@ class Engine:
         self.publisher.set_limits(self.backend.limits)
         await self.wiring.restore(facts, generation, self._lost_at)
         await self.views.restore()
+        await self.authorizers.restore()

@@ -228,6 +228,11 @@ class AuthorizationRequest(msgspec.Struct, frozen=True):
     topic: str
     tag: object = None
 
+    @property
+    def user(self) -> str:
+        """User name of the client, as the broker tells it, or ``""``."""
+        return self.member.name
+
 
 class Sink(Protocol):
     """Where a backend puts what arrives. One per session; a dead session's sink is deaf.
@@ -474,16 +479,35 @@ class HasAcknowledgement(Protocol):
 
 @runtime_checkable
 class HasAuthorization(Protocol):
-    """Capability ``authorization``."""
+    """Capability ``authorization``.
+
+    Nobody is shown anything before an answer, and nothing here answers by itself.
+    """
 
     async def watch_authorizations(self, filter: str) -> None:
-        """Ask the sink about clients that want topics matching *filter*."""
+        """Ask the sink about clients that want topics matching *filter*.
+
+        Called again in each session, and perhaps twice for one filter. What the broker asked
+        earlier in the session is kept until then: a client may have waited longer than we.
+        """
+        ...
+
+    async def unwatch_authorizations(self, filter: str) -> None:
+        """Stop asking."""
         ...
 
     async def authorize(
         self, request: AuthorizationRequest, entitlements: frozenset[int] | None
     ) -> None:
-        """Answer: the entitlements held, or None for no right at all."""
+        """Answer: the entitlements held, or None for no right at all.
+
+        Return once the broker acts on it, where that can be known. The same request may be
+        answered again later, which replaces what was answered before.
+
+        Raises:
+            ValueError: The broker cannot carry these entitlements.
+            NotConnected: There is no session.
+        """
         ...
 
 

@@ -42,6 +42,7 @@ from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
 
 from . import bus as _bus
+from .authorization import AuthorizationHandler, Authorizer, AuthorizerStats
 from .buffer import DecodePolicy
 from .bus import Bus
 from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
@@ -51,7 +52,7 @@ from .errors import BusClosed, PubSubError, WrongLoop
 from .events import BusEvent, InterestEvent, Status
 from .eventstream import EventStream
 from .interest import InterestView, Notifications, Presence
-from .interfaces import BackendInfo, HistoryQuery
+from .interfaces import AuthorizationRequest, BackendInfo, HistoryQuery
 from .message import Member, Message, Part, Receipt
 from .middleware import Middleware
 from .settings import BusOptions, OverflowPolicy
@@ -59,6 +60,7 @@ from .stats import BusStats
 from .subscription import Handler, Subscription, SubscriptionStats
 
 __all__ = [
+    "SyncAuthorizer",
     "SyncBus",
     "SyncEventStream",
     "SyncNotifications",
@@ -545,6 +547,22 @@ class SyncBus(_Synchronous):
 
         return SyncNotifications(self._call(entered, "notifications"), self._caller)
 
+    # --- authorization -----------------------------------------------------------------
+
+    def authorize(
+        self, filter: str, handler: AuthorizationHandler, *, timeout: float | None = None
+    ) -> SyncAuthorizer:
+        """Answer what other clients may see, from now on; see `Bus.authorize`."""
+
+        async def entered() -> Authorizer:
+            return await self._bus.authorize(filter, marked(handler, self._bus), timeout=timeout)
+
+        return SyncAuthorizer(self._call(entered, "authorize"), self._caller)
+
+    def entitle(self, request: AuthorizationRequest, entitlements: Iterable[int] | None) -> None:
+        """Change what the client of an earlier *request* may see; see `Bus.entitle`."""
+        self._call(lambda: self._bus.entitle(request, entitlements), "entitle")
+
     # --- status, events, middleware ------------------------------------------------------
 
     def events(self) -> SyncEventStream:
@@ -706,6 +724,45 @@ class SyncNotifications(_SyncView[Notifications]):
             return self._view.interest
 
         return self._call(looked, "interest")
+
+
+class SyncAuthorizer(_Synchronous):
+    """Answers what others may see; see `Authorizer`. Made by `SyncBus.authorize`."""
+
+    def __init__(self, authorizer: Authorizer, caller: _Caller) -> None:
+        super().__init__(caller)
+        self._authorizer = authorizer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def filter(self) -> str:
+        """The filter as it was given, captures included."""
+        return self._authorizer.filter
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that the handler has for one answer."""
+        return self._authorizer.timeout
+
+    @property
+    def stats(self) -> AuthorizerStats:
+        """Counters of the authorizer."""
+        return self._authorizer.stats
+
+    def close(self) -> None:
+        """Answer no more; rights that were given stay. Idempotent."""
+        if not self._caller.ended:
+            self._call(self._authorizer.close, "close")
 
 
 class SyncEventStream(_Synchronous):

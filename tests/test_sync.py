@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from pubsub_core import sync
+from pubsub_core.authorization import Authorizer
 from pubsub_core.bus import Bus, connect
 from pubsub_core.errors import (
     BusClosed,
@@ -36,6 +37,7 @@ from pubsub_core.message import Message, Receipt
 from pubsub_core.middleware import CallNext, Context
 from pubsub_core.subscription import Subscription
 from pubsub_core.sync import (
+    SyncAuthorizer,
     SyncBus,
     SyncEventStream,
     SyncNotifications,
@@ -100,6 +102,8 @@ MACHINERY = {
     "watch",
     "ack",
     "dropped",
+    "parsed",
+    "take",
 }
 EXTRA = {"call"}
 PAIRS: list[tuple[type[Any], type[Any]]] = [
@@ -108,6 +112,7 @@ PAIRS: list[tuple[type[Any], type[Any]]] = [
     (Presence, SyncPresence),
     (Notifications, SyncNotifications),
     (EventStream, SyncEventStream),
+    (Authorizer, SyncAuthorizer),
 ]
 
 

@@ -45,7 +45,7 @@ from pubsub_core.interfaces import (
     WireSub,
 )
 from pubsub_core.message import InFrame, Member, Origin, OutFrame, Part, Receipt
-from pubsub_core.topics import TopicFilter, overlap, parse_filter
+from pubsub_core.topics import TopicFilter, parse_filter
 
 from .client import AuthorizationHandler
 from .options import MessageBusOptions
@@ -76,6 +76,8 @@ logger = logging.getLogger("pubsub_messagebus.backend")
 _DEFAULT_PORT = 9001
 _HIGH = 1024 * 1024
 _SOURCES = 4096
+# As many as our own distributor lets wait.
+_QUESTIONS = 10_000
 
 
 class _Pair(NamedTuple):
@@ -212,10 +214,12 @@ class MessageBusBackend(Backend):
         self._closed = False
         self._pairs: dict[int, _Pair] = {}
         self._topics: dict[_Pair | tuple[str, str], str] = {}
-        self._heard: set[tuple[str, str]] = set()
         self._views: dict[str, _FeedView] = {}
         self._sources: dict[tuple[str, str], Member] = {}
-        self._authorizing: list[str] = []
+        self._authorizing: dict[str, TopicFilter] = {}
+        # What was asked before anybody here was there to answer; a new authorizer is asked
+        # at once about every client that waits.
+        self._questions: dict[tuple[uuid.UUID, str, str], WireAuthorizationRequest] = {}
         self._fence_name = ""
         self._fence_number = 0
         self._fences: dict[str, asyncio.Future[None]] = {}
@@ -379,8 +383,9 @@ class MessageBusBackend(Backend):
         self._online = False
         self._pairs.clear()
         self._topics.clear()
-        self._heard.clear()
         self._views.clear()
+        self._authorizing.clear()
+        self._questions.clear()
         fences = list(self._fences.values())
         if self._fence is not None:
             fences.append(self._fence)
@@ -593,7 +598,6 @@ class MessageBusBackend(Backend):
         if link is None or pair is None:
             return
         self._topics.pop(pair, None)
-        self._heard.discard(pair)
         link.write(encode_subscription_request(pair.feed, pair.topic, False))
         with contextlib.suppress(NotConnected):
             await self._confirm()
@@ -637,7 +641,6 @@ class MessageBusBackend(Backend):
             else:
                 self._spawn(self._tell_apart(pair, topic), "notice")
             return
-        self._heard.add(pair)
         parts: tuple[Part, ...] = ()
         payload = b""
         if packets:
@@ -679,23 +682,22 @@ class MessageBusBackend(Backend):
         """Find out what a server's notice means: its bytes are the same for both.
 
         After a denial or a revocation we are not subscribed; after the end of a publisher we
-        are. The feed's listing tells, where we may see it.
+        are. The feed's listing tells, where we have the role Notify; elsewhere it is empty,
+        as it is when nobody is left, and nothing tells the two apart.
         """
         feed, name = pair
-        heard = pair in self._heard
         try:
             async with self._viewing(feed) as view:
                 await self._confirm()
                 while view.working is not None:
                     await asyncio.wait([view.working])
                 subscribed = (name, self.client_id) in view.known
-                listing = bool(view.known)
         except NotConnected:
             return
         sink = self._sink
         if sink is None:
             return
-        if subscribed or (not listing and heard):
+        if subscribed:
             notice = Notice("source_lost", f"the publisher of {topic!r} went away", topic)
         else:
             notice = Notice("not_entitled", f"this client may not see {topic!r}", topic)
@@ -745,7 +747,8 @@ class MessageBusBackend(Backend):
 
     @staticmethod
     def _matches(parsed: TopicFilter, topic: str) -> bool:
-        return overlap(parsed.filter, topic)
+        # On this bus every topic is literal, whatever characters another client put in it.
+        return parsed.matches(topic)
 
     async def _watch(self, watch: Watch) -> tuple[_FeedView, TopicFilter]:
         parsed = parse_filter(watch.filter)
@@ -895,25 +898,46 @@ class MessageBusBackend(Backend):
 
     async def watch_authorizations(self, filter: str) -> None:
         """Ask the sink about clients that want topics matching *filter*."""
-        self._authorizing.append(parse_filter(filter).filter)
+        if self._link is None:
+            raise self._not_connected()
+        parsed = self._authorizing[filter] = parse_filter(filter)
+        for tag, message in tuple(self._questions.items()):
+            if parsed.matches(self.topic_of(message.feed, message.topic)):
+                del self._questions[tag]
+                self._ask(message)
+
+    async def unwatch_authorizations(self, filter: str) -> None:
+        """Stop asking; what comes now waits for the next authorizer."""
+        self._authorizing.pop(filter, None)
 
     async def authorize(
         self, request: AuthorizationRequest, entitlements: frozenset[int] | None
     ) -> None:
-        """Answer; a set without any entitlement is a no, unless the option everyone is set."""
+        """Answer; a set without any entitlement is a no, unless the option everyone is set.
+
+        Returns when the distributor has acted on it.
+        """
         client_id, feed, topic = cast("tuple[uuid.UUID, str, str]", request.tag)
         held = None if entitlements is None else set(entitlements)
         if held is not None and self._options.everyone is not None:
             held.add(self._options.everyone)
         self._send(encode_authorization_response(client_id, feed, topic, True, held))
+        await self._confirm()
 
     def _asked(self, message: WireAuthorizationRequest) -> None:
         topic = self.topic_of(message.feed, message.topic)
         for handler in self.authorization_handlers:
             self._spawn(self._handle(handler, message), "authorization")
-        if self._sink is not None and any(overlap(each, topic) for each in self._authorizing):
+        if any(parsed.matches(topic) for parsed in self._authorizing.values()):
+            self._ask(message)
+        elif not self.authorization_handlers and len(self._questions) < _QUESTIONS:
+            self._questions[message.client_id, message.feed, message.topic] = message
+
+    def _ask(self, message: WireAuthorizationRequest) -> None:
+        if self._sink is not None:
             member = Member(str(message.client_id), message.user, message.host)
             tag = (message.client_id, message.feed, message.topic)
+            topic = self.topic_of(message.feed, message.topic)
             self._sink.authorization(AuthorizationRequest(member, topic, tag))
 
     async def _handle(
