@@ -72,54 +72,6 @@ class Running:
         await within(asyncio.wait([self.task]))
 
 
-# --- the documentation of the package, with the import changed --------------------------------
-
-
-async def test_the_first_example(capsys: pytest.CaptureFixture[str]) -> None:
-    async def on_data(
-        user: str, host: str, feed: str, topic: str, data_packets: Any, is_image: bool
-    ) -> None:
-        print(f'data: user="{user}",feed="{feed}",topic="{topic}",is_image={is_image}')
-        if not data_packets:
-            print("no data")
-        else:
-            for packet in data_packets:
-                message = packet.data.decode("utf8") if packet.data else None
-                print(f"packet: entitlements={packet.entitlements},message={message}")
-
-    async with MessageBusServer() as server:
-        client = await CallbackClient.create("localhost", server.port)
-        client.data_handlers.append(on_data)
-        await client.add_subscription("TEST", "FOO")
-        running = asyncio.create_task(client.start())
-        async with await CallbackClient.create("localhost", server.port) as publisher:
-            await within(publisher.sync())
-            await within(client.sync())
-            await publisher.publish(
-                "TEST", "FOO", True, [DataPacket({1}, b"Hello"), DataPacket(None, None)]
-            )
-            await publisher.publish("TEST", "FOO", False, None)
-            await within(publisher.sync())
-            await within(client.sync())
-        client.stop()
-        await within(running)
-    shown = capsys.readouterr().out
-    assert (
-        shown.splitlines()
-        == [
-            'data: user="nobody",feed="TEST",topic="FOO",is_image=True',
-            "packet: entitlements={1},message=Hello",
-            "packet: entitlements=None,message=None",
-            'data: user="nobody",feed="TEST",topic="FOO",is_image=False',
-            "no data",
-            # The publisher left.
-            'data: user="",feed="TEST",topic="FOO",is_image=True',
-            "no data",
-        ][: len(shown.splitlines())]
-    )
-    assert len(shown.splitlines()) >= 5
-
-
 async def test_the_subclass_style_and_the_constructor() -> None:
     seen: list[tuple[Any, ...]] = []
 
@@ -589,17 +541,13 @@ async def test_login(tmp_path: Path, form: Any) -> None:
         BasicAuthenticator("tom", "a;b", handshake="connection-string")
 
 
-async def test_tls_and_the_context_of_the_packages_documentation(tmp_path: Path) -> None:
+async def test_tls(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     own = authority.issue("server")
     async with MessageBusServer(certfile=own.certfile, keyfile=own.keyfile) as server:
         context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=authority.cafile)
         async with Running(server.port, ssl=context) as running:
             assert await within(running.client.sync())
-    with pytest.raises(ValueError, match="SERVER_AUTH"):
-        await CallbackClient.create(
-            "127.0.0.1", 1, ssl=ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        )
 
 
 async def test_the_other_dialect() -> None:

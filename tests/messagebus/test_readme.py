@@ -23,6 +23,7 @@ def blocks(language: str) -> list[str]:
 async def test_the_select_feed() -> None:
     namespace: dict[str, Any] = {"__name__": "readme"}
     program = next(block for block in blocks("python") if "notifications" in block)
+    assert len(program.splitlines()) <= 20
     exec(compile(program, str(README), "exec"), namespace)
     async with MessageBusServer() as server:
         publishing = asyncio.create_task(namespace["main"](server.url))
@@ -39,7 +40,7 @@ async def test_the_select_feed() -> None:
                 assert set(more) == {"live"}, "the image was for the newcomer alone"
             await eventually(
                 lambda: (
-                    not [task for task in asyncio.all_tasks() if "ticks" in repr(task.get_coro())]
+                    not [task for task in asyncio.all_tasks() if "changes" in repr(task.get_coro())]
                 ),
                 what="the feed stops",
             )
