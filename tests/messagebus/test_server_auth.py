@@ -1,4 +1,4 @@
-"""How a distributor checks credentials: password files, tokens, a directory."""
+"""How a distributor checks credentials: password files and tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from pubsub_messagebus import passwords
 from pubsub_messagebus.protocol import Credentials
 from pubsub_messagebus.server_auth import (
     JwtServerAuthenticator,
-    LdapServerAuthenticator,
     PasswordFile,
     PasswordFileAuthenticator,
     Refused,
@@ -200,40 +199,3 @@ def test_a_missing_library_names_its_install_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__("sys").modules, "jwt", None)
     with pytest.raises(MissingDependency, match="messagebus-server"):
         JwtServerAuthenticator(SECRET)
-
-
-# --- a directory ---------------------------------------------------------------------------
-
-
-# ldap3 2.9.1 uses names that pyasn1 0.6 deprecates.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-async def test_a_bind_at_a_directory() -> None:
-    """Against ldap3's own mock server."""
-    ldap3: Any = pytest.importorskip("ldap3", reason="ldap3 is not installed")
-    bound: list[str] = []
-
-    def connect(name: str, password: str) -> Any:
-        bound.append(name)
-        connection = ldap3.Connection(
-            ldap3.Server("mock"), user=name, password=password, client_strategy=ldap3.MOCK_SYNC
-        )
-        connection.strategy.add_entry(
-            "uid=tom,ou=people,dc=example", {"userPassword": "right", "sn": "tom"}
-        )
-        return connection
-
-    authenticator = LdapServerAuthenticator(
-        "ldaps://mock", dn="uid={},ou=people,dc=example", connect=connect
-    )
-    user = await authenticator.authenticate(basic("tom", "right"))
-    assert (user.name, user.method) == ("tom", "LDAP")
-    for credentials in (
-        basic("tom", "wrong"),
-        basic("tom", ""),  # would be an anonymous bind
-        basic("", "right"),
-        basic("tom,ou=people", "right"),
-    ):
-        with pytest.raises(Refused):
-            await authenticator.authenticate(credentials)
-    # A name cannot leave its place in the pattern.
-    assert bound[-1] == "uid=tom\\,ou\\=people,ou=people,dc=example"

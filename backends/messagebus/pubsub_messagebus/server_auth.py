@@ -19,6 +19,7 @@ import binascii
 import hashlib
 import hmac
 import json
+import math
 import os
 import secrets
 import ssl
@@ -346,9 +347,9 @@ class LdapServerAuthenticator(ServerAuthenticator):
         # ldap3 verifies nothing unless it is told to.
         tls = self._ldap.Tls(validate=ssl.CERT_REQUIRED, ca_certs_file=self._ca_file or None)
         server = self._ldap.Server(self._url, tls=tls, connect_timeout=self._timeout)
-        return self._ldap.Connection(
-            server, user=name, password=password, receive_timeout=self._timeout
-        )
+        # ldap3 hands this to setsockopt, which takes whole seconds.
+        seconds = max(1, math.ceil(self._timeout))
+        return self._ldap.Connection(server, user=name, password=password, receive_timeout=seconds)
 
     def _bind(self, username: str, password: str) -> bool:
         escape = load_extra("ldap3.utils.dn", "LDAP authentication").escape_rdn
@@ -360,3 +361,6 @@ class LdapServerAuthenticator(ServerAuthenticator):
             raise Refused(f"the directory did not answer: {type(error).__name__}") from None
         finally:
             connection.unbind()
+            # Of an attempt that failed, ldap3 leaves the socket open.
+            if (left := getattr(connection, "socket", None)) is not None:
+                left.close()
