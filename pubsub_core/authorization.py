@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias, cast
@@ -50,10 +50,11 @@ def entitlements_of(given: Any) -> frozenset[int] | None:
     """
     if given is None:
         return None
-    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, bytearray, Mapping)):
-        held: frozenset[Any] = frozenset(given)
-        if all(isinstance(each, int) and not isinstance(each, bool) for each in held):
-            return held
+    if not isinstance(given, (str, bytes, bytearray, Mapping)):
+        with contextlib.suppress(TypeError):
+            held: frozenset[Any] = frozenset(given)
+            if all(isinstance(each, int) and not isinstance(each, bool) for each in held):
+                return held
     raise TypeError("entitlements are a set of int, or None for no right at all")
 
 

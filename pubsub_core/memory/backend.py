@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import secrets
 import socket
@@ -12,6 +13,7 @@ from typing import cast
 
 import msgspec
 
+from pubsub_core.capabilities import Limits
 from pubsub_core.errors import NotConnected
 from pubsub_core.events import InterestEvent
 from pubsub_core.interfaces import (
@@ -58,6 +60,12 @@ class MemoryBackend(Backend):
         self._timer: asyncio.Task[None] | None = None
         self._opened = False
         self._blocked: set[asyncio.Future[None]] = set()
+
+    @property
+    def limits(self) -> Limits:
+        """The declared limits, and the option rate."""
+        declared, rate = self.context.info.limits, self.options.rate
+        return declared if rate is None else dataclasses.replace(declared, rate=(rate, 1.0))
 
     # --- Backend -------------------------------------------------------------------------
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from msgspec import Meta
 
 from pubsub_core.secrets import Secret
 
@@ -42,6 +45,9 @@ class MemoryOptions:
     )
     history: int = field(
         default=10_000, metadata=_help("most messages the space stores; set by its first bus")
+    )
+    rate: Annotated[int, Meta(ge=1)] | None = field(
+        default=None, metadata=_help("most messages a second, as some brokers allow")
     )
     will: MemoryWill | None = field(
         default=None, metadata=_help("message published when the session is lost")

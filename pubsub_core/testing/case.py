@@ -50,6 +50,7 @@ class Need(StrEnum):
     RESTART = "the server cannot be restarted"
     UNPRIVILEGED = "no identity without rights is configured"
     SECOND = "no second identity is configured"
+    AUTHORIZER = "no identity that may authorize is configured"
     BAD_CREDENTIALS = "no wrong credentials are configured"
     KEEPALIVE = "the backend has no keepalive"
     CLIENT_LIBRARY = "the backend needs no client library"

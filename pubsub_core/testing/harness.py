@@ -242,8 +242,11 @@ class Harness:
         unprivileged_identity: URL or options of a user who may connect, but neither publish
             nor subscribe to `denied` topics.
         wrong_identity: URL or options that the broker must refuse.
+        authorizer_identity: URL or options of a user who may authorize on `guarded`.
+        guarded: Topic that needs authorization.
         denied: Topic that the unprivileged identity may not use.
         keepalive: Options that make keepalive as short as it can be, and its seconds.
+        rate: Options that limit the rate of publishing, where a limit is not a given.
         in_process: Whether the server runs in this process, so that the memory it takes
             cannot be told from the client's.
         client_modules: Top-level modules of the broker's client library.
@@ -273,8 +276,11 @@ class Harness:
     second_identity: str | Mapping[str, Any] | None = None
     unprivileged_identity: str | Mapping[str, Any] | None = None
     wrong_identity: str | Mapping[str, Any] | None = None
+    authorizer_identity: str | Mapping[str, Any] | None = None
     denied: str = "denied/{unique}"
+    guarded: str = "guarded/{unique}"
     keepalive: tuple[Mapping[str, Any], float] | None = None
+    rate: Mapping[str, Any] | None = None
     in_process: bool = False
     client_modules: tuple[str, ...] = ()
     native_type: str | None = None
@@ -327,6 +333,8 @@ class Harness:
                 return self.unprivileged_identity is not None
             case Need.SECOND:
                 return self.second_identity is not None
+            case Need.AUTHORIZER:
+                return self.authorizer_identity is not None
             case Need.BAD_CREDENTIALS:
                 return self.wrong_identity is not None
             case Need.KEEPALIVE:
@@ -334,7 +342,7 @@ class Harness:
             case Need.CLIENT_LIBRARY:
                 return bool(self.client_modules)
             case Need.RATE:
-                return self.info.limits.rate is not None
+                return self.info.limits.rate is not None or self.rate is not None
             case Need.PAYLOAD_LIMIT:
                 return self.info.limits.max_payload is not None
             case Need.DOLLAR:
@@ -488,6 +496,11 @@ class Trial:
     def topic(self, name: str = "topic") -> str:
         """Return a topic that no other trial uses."""
         return self.harness.unique(self.word, name)
+
+    @property
+    def guarded(self) -> str:
+        """Topic that needs authorization, and that no other trial uses."""
+        return self._filled(self.harness.guarded)
 
     def count(self, small: int, large: int) -> int:
         """Return *small*, or *large* in the thorough modes."""

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 from pubsub_core.bus import Bus
 from pubsub_core.capabilities import Cap, Level
 from pubsub_core.errors import NotSupported
-from pubsub_core.message import Part
+from pubsub_core.interfaces import AuthorizationRequest
+from pubsub_core.message import Member, Part
 
 from .harness import Trial
 
@@ -96,6 +97,18 @@ async def _entitlements(t: Trial, bus: Bus) -> None:
     await t.within(bus.publish(t.topic(), parts=parts))
 
 
+async def _authorization(t: Trial, bus: Bus) -> None:
+    async def nobody(request: AuthorizationRequest) -> None:
+        raise AssertionError(f"asked about {request.topic!r} although it is not supported")
+
+    request = AuthorizationRequest(Member("somebody"), t.topic())
+    with t.raises(NotSupported) as caught:
+        await t.within(bus.entitle(request, {1}))
+    t.check_refusal(caught[0], [Cap.AUTHORIZATION])
+    async with bus.authorize(t.topic(), nobody):
+        pass
+
+
 async def _ping(t: Trial, bus: Bus) -> None:
     await t.within(bus.ping())
 
@@ -117,6 +130,7 @@ _OPERATIONS: dict[Cap, Callable[[Trial, Bus], Awaitable[None]]] = {
     Cap.FLOW_CONTROL: _flow_control,
     Cap.ECHO_CONTROL: _echo_control,
     Cap.ENTITLEMENTS: _entitlements,
+    Cap.AUTHORIZATION: _authorization,
     Cap.PING: _ping,
 }
 

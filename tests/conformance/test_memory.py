@@ -23,5 +23,6 @@ class TestMemory(suite("memory")):  # type: ignore[misc]  # the base is made at 
         wrong_identity={"password": "wrong"},
         native_type="pubsub_core.memory.backend:MemoryBackend",
         link=MemoryLink,
+        rate={"rate": 20},
         prepare=_prepare,
     )

@@ -6,18 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from pubsub_core.capabilities import Cap
 from pubsub_core.testing import Harness, suite
-
-NO_AUTHORIZER = (
-    "the suite plays no authorizer, without whom a feed that needs one gives nothing; "
-    "tests/messagebus/test_backend.py does"
-)
+from pubsub_messagebus.roles import FeedPolicy, Policy, Role, RoleChange
 
 EXEMPT = {
-    "entitled_parts_only": NO_AUTHORIZER,
-    "not_entitled_is_told": NO_AUTHORIZER,
-    "entitlements_change_live": NO_AUTHORIZER,
-    "authorizer_gone_denies": NO_AUTHORIZER,
     "network_partition_and_heal": (
         "what went into the partition is gone: a receipt is the operating system's, and the "
         "distributor acknowledges nothing (at_most_once, as declared)"
@@ -29,6 +22,21 @@ EXEMPT = {
     ),
 }
 
+# Who subscribes to the feed AUTH needs an answer, which only one user may give.
+POLICY = Policy(
+    feeds={
+        "AUTH": FeedPolicy(
+            is_authorized=True,
+            change=RoleChange(deny=Role.AUTHORIZE),
+            users={("*", "tester"): RoleChange(allow=Role.AUTHORIZE)},
+        )
+    }
+)
+# In the other dialect nobody logs in, and everybody may answer; who does not, does not.
+OPEN_POLICY = Policy(feeds={"AUTH": FeedPolicy(is_authorized=True)})
+GUARDED = "AUTH/{unique}"
+EVERYONE = {Cap.ENTITLEMENTS: {"everyone": 0}}
+
 PASSWORDS = Path(__file__).parent.parent / "data" / "messagebus_passwords.json"
 
 
@@ -36,11 +44,14 @@ class TestMessageBus(suite("messagebus")):  # type: ignore[misc]  # the base is 
     harness = Harness(
         url="messagebus://tester:right@127.0.0.1:{port}",
         server="pubsub_messagebus.server:MessageBusServer",
-        server_options={"password_file": str(PASSWORDS)},
+        server_options={"password_file": str(PASSWORDS), "policy": POLICY},
         restart=True,
         in_process=True,
         second_identity="messagebus://guest:right@127.0.0.1:{port}",
         wrong_identity="messagebus://tester:wrong@127.0.0.1:{port}",
+        authorizer_identity="messagebus://tester:right@127.0.0.1:{port}",
+        guarded=GUARDED,
+        options_for=EVERYONE,
         keepalive=({"keepalive": 0.5}, 0.5),
         exempt=EXEMPT,
     )
@@ -51,7 +62,11 @@ class TestContentType(suite("messagebus")):  # type: ignore[misc]  # the base is
     harness = Harness(
         url="messagebus://127.0.0.1:{port}?dialect=content_type",
         server="pubsub_messagebus.server:MessageBusServer",
-        server_options={"dialect": "content_type"},
+        server_options={"dialect": "content_type", "policy": OPEN_POLICY},
+        second_identity="messagebus://127.0.0.1:{port}?dialect=content_type",
+        authorizer_identity="messagebus://127.0.0.1:{port}?dialect=content_type",
+        guarded=GUARDED,
+        options_for=EVERYONE,
         restart=True,
         in_process=True,
         keepalive=({"keepalive": 0.5}, 0.5),

@@ -251,7 +251,7 @@ async def loss_reported_as_gap_at_the_right_place(t: Trial) -> None:
 @needs(Need.RATE)
 async def rate_limit_delays_or_raises_before_the_broker_acts(t: Trial) -> None:
     """Publishing faster than the broker allows waits, or fails with the time to wait."""
-    bus = await t.connect()
+    bus = await t.connect(**(t.harness.rate or {}))
     rate = bus.limits.rate
     assert rate is not None
     count, seconds = rate

@@ -6,12 +6,16 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+from pubsub_core.authorization import Authorizer
+from pubsub_core.bus import Bus
 from pubsub_core.capabilities import Cap
-from pubsub_core.errors import NotSupported
-from pubsub_core.events import Notice
+from pubsub_core.errors import HandlerFailed, NotSupported
+from pubsub_core.events import Notice, Status
+from pubsub_core.interfaces import AuthorizationRequest
 from pubsub_core.message import Message, Origin, Part
+from pubsub_core.subscription import Subscription
 from pubsub_core.testing.case import Need, case, needs
-from pubsub_core.testing.harness import Trial, load
+from pubsub_core.testing.harness import Link, Trial, load
 
 __all__: list[str] = []
 
@@ -247,55 +251,142 @@ def _parts() -> list[Part]:
     ]
 
 
+async def _warden(
+    t: Trial, held: set[int] | None, link: Link | None = None
+) -> tuple[Bus, Authorizer, list[AuthorizationRequest]]:
+    """Return a bus whose authorizer gives everybody *held*, and the questions it had."""
+    asked: list[AuthorizationRequest] = []
+
+    async def answer(request: AuthorizationRequest) -> set[int] | None:
+        asked.append(request)
+        return held
+
+    bus = await t.connect(
+        identity=t.harness.authorizer_identity, caps=[Cap.ENTITLEMENTS], link=link
+    )
+    authorizer = await t.within(bus.authorize(t.guarded, answer).__aenter__())
+    return bus, authorizer, asked
+
+
+async def _answered(t: Trial, authorizer: Authorizer, count: int = 1) -> None:
+    stats = authorizer.stats
+    await t.until(stats, lambda s: s.granted + s.refused == count, "the authorizer answers")
+
+
+async def _passed(t: Trial, publisher: Bus, *readers: Bus) -> None:
+    """Return when what was published has passed the broker, as something after it has."""
+    for reader in readers:
+        subscription = await t.subscribed(reader, t.topic())
+        await t.within(publisher.publish(t.topic(), b"after"))
+        assert (await t.get(subscription)).payload == b"after"
+
+
+async def _read(t: Trial, subscription: Subscription[bytes]) -> list[bytes]:
+    return [part.data for part in (await t.get(subscription)).parts]
+
+
 @case(140)
-@needs(Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Need.SECOND)
+@needs(Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Need.SECOND, Need.AUTHORIZER)
 async def entitled_parts_only(t: Trial) -> None:
     """A subscriber gets the parts that it is entitled to, and no others."""
+    warden, authorizer, asked = await _warden(t, {1})
     publisher = await t.connect(caps=[Cap.ENTITLEMENTS])
-    reader = await t.connect(identity=t.harness.second_identity)
-    subscription = await t.subscribed(reader, t.topic())
-    await t.within(publisher.publish(t.topic(), parts=_parts()))
-    got = [part.data for part in (await t.get(subscription)).parts]
-    assert b"for everybody" in got
-    assert len(got) < 3
+    reader = await t.connect(identity=t.harness.second_identity, caps=[Cap.ENTITLEMENTS])
+    subscription = await t.subscribed(reader, t.guarded)
+    await _answered(t, authorizer)
+    assert [request.topic for request in asked] == [t.guarded]
+    assert asked[0].member.id
+    await t.within(publisher.publish(t.guarded, parts=_parts()))
+    assert await _read(t, subscription) == [b"for everybody", b"for one"]
+    await t.within(warden.close())
+    await t.within(publisher.publish(t.guarded, parts=_parts()[1:]))
+    assert await _read(t, subscription) == [b"for one"]
 
 
 @case(141)
-@needs(Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Need.UNPRIVILEGED)
+@needs(Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Need.SECOND, Need.AUTHORIZER)
 async def not_entitled_is_told(t: Trial) -> None:
-    """A subscriber without any entitlement is told so, and not left in silence."""
+    """A subscriber without any right is told so and left without data, and so is one whose
+    authorizer fails."""
+    warden, authorizer, _ = await _warden(t, None)
     publisher = await t.connect(caps=[Cap.ENTITLEMENTS])
-    reader = await t.connect(identity=t.harness.unprivileged_identity)
+    reader = await t.connect(identity=t.harness.second_identity, caps=[Cap.ENTITLEMENTS])
     told = t.watch(reader, Notice)
-    await t.subscribed(reader, t.topic())
-    await t.within(publisher.publish(t.topic(), parts=_parts()[1:]))
+    subscription = await t.subscribed(reader, t.guarded)
     await t.eventually(
-        lambda: "not_entitled" in {notice.kind for notice in told}, "the subscriber is told"
+        lambda: [(notice.kind, notice.topic) for notice in told] == [("not_entitled", t.guarded)],
+        "the subscriber is told",
     )
+    await t.within(publisher.publish(t.guarded, parts=_parts()))
+    await t.within(authorizer.close())
+
+    async def broken(request: AuthorizationRequest) -> set[int]:
+        raise LookupError(request.topic)
+
+    failing = await t.within(warden.authorize(t.guarded, broken).__aenter__())
+    failures: list[HandlerFailed] = []
+    warden.on_handler_failure(failures.append)
+    other = await t.connect(identity=t.harness.second_identity, caps=[Cap.ENTITLEMENTS])
+    told_too = t.watch(other, Notice)
+    second = await t.subscribed(other, t.guarded)
+    await t.eventually(lambda: len(told_too) == 1, "the other subscriber is told")
+    assert told_too[0].kind == "not_entitled"
+    await t.within(publisher.publish(t.guarded, parts=_parts()))
+    await _passed(t, publisher, reader, other)
+    assert (subscription.stats.received, second.stats.received) == (0, 0)
+    assert failing.stats.failed == 1
+    assert [type(failure.__cause__) for failure in failures] == [LookupError]
 
 
 @case(142)
-@needs(Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Need.SECOND)
+@needs(Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Need.SECOND, Need.AUTHORIZER)
 async def entitlements_change_live(t: Trial) -> None:
-    """Taking an entitlement away takes effect while the subscription goes on."""
+    """Giving and taking an entitlement takes effect while the subscription goes on."""
+    warden, authorizer, asked = await _warden(t, {1})
     publisher = await t.connect(caps=[Cap.ENTITLEMENTS])
-    reader = await t.connect(identity=t.harness.second_identity)
-    subscription = await t.subscribed(reader, t.topic())
-    await t.within(publisher.publish(t.topic(), parts=_parts()))
-    before = len((await t.get(subscription)).parts)
-    await t.within(publisher.publish(t.topic(), parts=_parts()[:1]))
-    assert len((await t.get(subscription)).parts) <= before
+    reader = await t.connect(identity=t.harness.second_identity, caps=[Cap.ENTITLEMENTS])
+    told = t.watch(reader, Notice)
+    subscription = await t.subscribed(reader, t.guarded)
+    await _answered(t, authorizer)
+    for held, seen in (
+        ({1}, [b"for everybody", b"for one"]),
+        ({1, 2}, [b"for everybody", b"for one", b"for two"]),
+        ({2}, [b"for everybody", b"for two"]),
+    ):
+        await t.within(warden.entitle(asked[0], held))
+        await t.within(publisher.publish(t.guarded, parts=_parts()))
+        assert await _read(t, subscription) == seen
+    await t.within(warden.entitle(asked[0], None))
+    await t.within(publisher.publish(t.guarded, parts=_parts()))
+    await t.eventually(
+        lambda: [notice.kind for notice in told] == ["not_entitled"], "the subscriber is told"
+    )
+    await _passed(t, publisher, reader)
+    await t.within(warden.entitle(asked[0], {1}))
+    await t.within(publisher.publish(t.guarded, parts=_parts()[1:]))
+    # The first thing to come is what was published once there was a right again.
+    assert await _read(t, subscription) == [b"for one"]
 
 
 @case(143)
-@needs(Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Need.CUT)
+@needs(Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Need.SECOND, Need.AUTHORIZER, Need.CUT)
 async def authorizer_gone_denies(t: Trial) -> None:
-    """Without an authorizer nobody gets parts that need an entitlement."""
-    publisher = await t.connect()
-    reader = await t.connect(identity=t.harness.second_identity)
-    subscription = await t.subscribed(reader, t.topic())
-    await t.within(publisher.publish(t.topic(), parts=_parts()))
-    assert [part.data for part in (await t.get(subscription)).parts] == [b"for everybody"]
+    """Without an authorizer nobody gets anything that needs one; it comes back, and they do."""
+    link = await t.link()
+    warden, authorizer, _ = await _warden(t, {1}, link)
+    publisher = await t.connect(caps=[Cap.ENTITLEMENTS])
+    reader = await t.connect(identity=t.harness.second_identity, caps=[Cap.ENTITLEMENTS])
+    await t.within(link.down())
+    await t.within(warden.wait_for(Status.RECONNECTING))
+    subscription = await t.subscribed(reader, t.guarded)
+    await t.within(publisher.publish(t.guarded, parts=_parts()))
+    await _passed(t, publisher, reader)
+    assert subscription.stats.received == 0
+    assert authorizer.stats.asked == 0
+    await t.within(link.up())
+    await _answered(t, authorizer)
+    await t.within(publisher.publish(t.guarded, parts=_parts()[1:]))
+    assert await _read(t, subscription) == [b"for one"]
 
 
 @case(144)
