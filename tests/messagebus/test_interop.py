@@ -22,14 +22,14 @@ from pubsub_core.message import Part
 from pubsub_messagebus.roles import FeedPolicy, Policy, Role, RoleChange
 from pubsub_messagebus.server import ListenerOptions, MessageBusServer
 from pubsub_messagebus.server_auth import PasswordFile
-from tests.servers import eventually
+from tests.servers import Authority, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 VERSIONS = ("3.0.1", "4.1.1", "6.0.0a1")
 
 DRIVER = """
-import asyncio, json, sys, uuid
+import asyncio, json, ssl, sys, uuid
 from jetblack_messagebus import CallbackClient, DataPacket
 from jetblack_messagebus.authentication import BasicAuthenticator
 
@@ -42,11 +42,16 @@ def packets(data):
         for p in data
     ]
 
-async def main(port, user, password, heartbeat):
+async def main(port, user, password, heartbeat, tls):
     options = {"monitor_heartbeat": True} if heartbeat else {}
+    if tls:
+        authority, *own = tls
+        options["ssl"] = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=authority)
+        if own:
+            options["ssl"].load_cert_chain(*own)
     if user:
         options["authenticator"] = BasicAuthenticator(user, password)
-    client = await CallbackClient.create("127.0.0.1", port, **options)
+    client = await CallbackClient.create("localhost" if tls else "127.0.0.1", port, **options)
     rights = {}
     async def on_data(user, host, feed, topic, data, flag):
         tell("data", user, feed, topic, packets(data), flag)
@@ -77,7 +82,7 @@ async def main(port, user, password, heartbeat):
         else:
             await getattr(client, name)(*given)
 
-asyncio.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "1"))
+asyncio.run(main(*json.loads(sys.argv[1])))
 """
 
 
@@ -88,16 +93,14 @@ def package(
     """Return a version and the interpreter that has it."""
     version: str = request.param
     folder = tmp_path_factory.mktemp(f"jetblack-{version}")
-    venv.create(folder, with_pip=True)
+    # Without a pip of its own, which takes many seconds to unpack.
+    venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     done = subprocess.run(
         [
-            python,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--disable-pip-version-check",
+            sys.executable,
+            *("-m", "pip", "--python", python),
+            *("install", "-q", "--disable-pip-version-check"),
             "--no-deps",
             f"jetblack-messagebus-python3=={version}",
         ],
@@ -114,9 +117,17 @@ def package(
 class Peer:
     """A process that holds one client of the package."""
 
-    def __init__(self, python: Path, port: int, *, user: str = "", heartbeat: bool = False) -> None:
-        password = "right" if user else ""
-        self._arguments = [str(python), "-c", DRIVER, str(port), user, password, "01"[heartbeat]]
+    def __init__(
+        self,
+        python: Path,
+        port: int,
+        *,
+        user: str = "",
+        heartbeat: bool = False,
+        tls: tuple[str, ...] = (),
+    ) -> None:
+        arguments = [port, user, "right" if user else "", heartbeat, tls]
+        self._arguments = [str(python), "-c", DRIVER, json.dumps(arguments)]
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
@@ -265,6 +276,40 @@ async def test_heartbeats(package: tuple[str, Path]) -> None:
                     None,
                     site.image,
                 ]
+
+
+async def test_tls_with_certificates_of_both_sides(
+    package: tuple[str, Path], tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    own, theirs = authority.issue("server"), authority.issue("client", client=True)
+    PasswordFile(tmp_path / "passwords.json").add("tom", "right")
+    files = {"certfile": own.certfile, "keyfile": own.keyfile, "cafile": authority.cafile}
+    certified = (authority.cafile, theirs.certfile, theirs.keyfile)
+    options: dict[str, Any] = {**files, "password_file": str(tmp_path / "passwords.json")}
+    if package[0].startswith("6"):
+        options["dialect"] = "content_type"
+    async with MessageBusServer(**options) as server:
+        site = Site(*package, server, server.port)
+        # Without a certificate it gets no further than the handshake of TLS, which 1.3 lets
+        # a client complete before it learns of its refusal.
+        async with site.peer(user="tom", tls=(authority.cafile,)) as stranger:
+            stranger.do("add_subscription", "F", "T")
+            async with site.peer(user="tom", tls=certified) as peer:
+                peer.do("add_subscription", "F", "T")
+                await site.until("F", "T", 1)
+                peer.do("publish", "F", "T", site.delta, [[None, "x" * 20_000]])
+                received = await peer.next()
+                assert received[:2] == ["data", "tom"]
+                assert received[4] == [[None, "x" * 20_000]]
+                assert server.count.accepted == 1
+    # And the packages verify whom they talk to.
+    async with MessageBusServer(**files) as server:
+        other = Authority(tmp_path, name="another authority")
+        peer = Site(*package, server, server.port).peer(tls=(other.cafile, *certified[1:]))
+        with pytest.raises(AssertionError, match="ended"):
+            await peer.__aenter__()
+        await peer.kill()
 
 
 async def test_with_our_backend(site: Site) -> None:
