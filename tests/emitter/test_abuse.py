@@ -1,0 +1,345 @@
+"""The embedded broker under attack, as a process of its own, with its default settings.
+
+Each test says what a working client sees meanwhile, what the broker's memory does, and that
+nothing was left unhandled. Sizes of single packets, keepalive and malformed packets are tested
+with the endpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pubsub_mqtt.endpoint.packets import (
+    ConnAck,
+    Connect,
+    Packet,
+    PingReq,
+    PingResp,
+    PubAck,
+    Publish,
+    PubRel,
+    SubAck,
+    Subscribe,
+    Unsubscribe,
+    WillMessage,
+    encode,
+)
+from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY
+from tests.endpoint.wire import Wire
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
+
+DEMO = KEYS["demo/#/ rwslp"]
+
+CHILD = """
+import asyncio, dataclasses, json, logging, sys
+from pubsub_emitter import EmitterServer
+
+async def main():
+    logging.basicConfig(level=logging.ERROR)
+    server = EmitterServer(license=sys.argv[1])
+    dialect = server.dialect
+    dialect.profile = dataclasses.replace(dialect.profile, **json.loads(sys.argv[2]))
+    async with server:
+        print(server.port, flush=True)
+        while await asyncio.to_thread(sys.stdin.readline):
+            told = dataclasses.asdict(server.stats) | {"links": len(server.links)}
+            print(json.dumps(told), flush=True)
+
+asyncio.run(main(), debug=False)
+"""
+
+
+class Process:
+    """A broker in another process."""
+
+    def __init__(self, child: asyncio.subprocess.Process, port: int) -> None:
+        self._child = child
+        self.port = port
+
+    async def stats(self) -> dict[str, int]:
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.write(b"\n")
+        async with asyncio.timeout(10):
+            found: dict[str, int] = json.loads(await self._child.stdout.readline())
+        return found
+
+    def memory(self, *, peak: bool = False) -> int:
+        """Bytes of memory that it has, or at most had since it started."""
+        name = "VmHWM:" if peak else "VmRSS:"
+        text = Path(f"/proc/{self._child.pid}/status").read_text()
+        return int(text.partition(name)[2].split()[0]) * 1024
+
+
+@contextlib.asynccontextmanager
+async def process(**profile: Any) -> AsyncIterator[Process]:
+    """Yield a broker that must end by itself, and with nothing to complain of."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-W", "error", "-c", CHILD, LICENSE, json.dumps(profile),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        async with asyncio.timeout(20):
+            port = int(await child.stdout.readline())
+        yield Process(child, port)
+        async with asyncio.timeout(20):
+            _, complaints = await child.communicate(b"")
+        assert child.returncode == 0
+        assert complaints.decode() == ""
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.communicate()
+
+
+@pytest.fixture(autouse=True)
+def descriptors() -> None:
+    """Allow a thousand sockets here, and in the broker, which inherits the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 4096 <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+
+
+async def round_trip(wire: Wire, text: bytes) -> float:
+    """Publish to oneself; return the seconds until it is back and confirmed."""
+    began = time.perf_counter()
+    await wire.send(Publish(f"{DEMO}/demo/self/", text, 1, packet_id=9))
+    assert await wire.next() == Publish("demo/self/", text)
+    assert await wire.next() == PubAck(9)
+    return time.perf_counter() - began
+
+
+async def join(wire: Wire, channel: str) -> None:
+    await wire.send(Subscribe(1, ((f"{DEMO}/{channel}", 0),)))
+    assert await wire.next() == SubAck(1, (0,))
+
+
+@pytest.fixture
+async def working() -> AsyncIterator[tuple[Process, Wire]]:
+    """A broker with a short deadline for handshakes, and a client that works."""
+    async with process(handshake=2.0) as broker, Wire.connected(broker.port) as wire:
+        await join(wire, "demo/self/")
+        yield broker, wire
+
+
+async def test_900_half_connects_disturb_nobody_and_are_gone_after_the_deadline(
+    working: tuple[Process, Wire],
+) -> None:
+    broker, wire = working
+    before = broker.memory()
+    half = encode(Connect("x" * 50))[:20]
+    halves: list[Wire] = []
+    try:
+        for _ in range(900):
+            halves.append(await Wire.open(broker.port))
+            halves[-1].writer.write(half)
+        times: list[float] = []
+        for number in range(5):
+            began = time.perf_counter()
+            async with Wire.connected(broker.port, Connect("good")):
+                times.append(time.perf_counter() - began)
+            await round_trip(wire, b"%d" % number)
+        print(f"a good client is connected after {min(times) * 1000:.1f} ms")
+        assert min(times) < 0.1
+        assert broker.memory() - before < 30_000_000
+
+        async def work() -> None:
+            while True:
+                await round_trip(wire, b"meanwhile")
+                await asyncio.sleep(0.01)
+
+        working_on = asyncio.create_task(work())
+        async with asyncio.timeout(10):
+            for each in halves:
+                assert await each.closed() == []
+        assert not working_on.done()
+        working_on.cancel()
+        stats = await broker.stats()
+        assert stats["late"] == 900
+        assert stats["errors"] == 0
+    finally:
+        for each in halves:
+            each.close()
+
+
+def _hostile(source: random.Random) -> bytes:
+    """Packets that begin well, some of them damaged."""
+    key = source.choice([DEMO, MASTER_KEY, *KEYS.values(), "", "x" * 32])
+    channel = source.choice(["demo/a/", "demo/+/", "demo/#/", "demo", "/", "$share/g/demo/"])
+    query = source.choice(["", "", "?ttl=60", "?last=5&from=1", "?ttl=-1", "?me=0", "?x", "?a=%"])
+    request = source.choice(["keygen", "keyban", "link", "me", "presence", "history", "x"])
+    body = {
+        "key": source.choice([key, None, 5, [], {}]),
+        "channel": source.choice([channel, None, 1.5, ["a"], "\0"]),
+        "type": source.choice(["rwslpex", "", None, 3]),
+        "ttl": source.choice([0, -1, 1 << 80, "1", None]),
+        "secret": MASTER_KEY,
+        "target": source.choice([DEMO[::-1], "", None]),
+        "banned": source.choice([True, False, None, "no"]),
+        "name": source.choice(["a", "ab", "abc", "", None]),
+        "subscribe": True,
+        "status": source.choice([True, None, 1]),
+        "changes": source.choice([True, False, None, "x"]),
+        "startFromID": source.choice(["", "x", base64.b64encode(bytes(20)).decode()]),
+    }
+    payload = json.dumps(body).encode()
+    qos = source.randrange(3)
+    mid = source.randint(1, 9) if qos else 0
+    packets: list[Packet] = [
+        Publish(f"{key}/{channel}{query}", source.randbytes(20), qos, packet_id=mid),
+        Publish(f"emitter/{request}/{query}", payload, qos, packet_id=mid),
+        Publish(source.choice(["a", "ab", "", "#"]), b"by a link", qos, packet_id=mid),
+        Subscribe(source.randint(1, 9), ((f"{key}/{channel}{query}", source.randrange(3)),)),
+        Unsubscribe(source.randint(1, 9), (f"{key}/{channel}",)),
+        PubRel(source.randint(1, 9)),
+        PingReq(),
+    ]
+    data = bytearray(b"".join(encode(source.choice(packets)) for _ in range(6)))
+    if source.random() < 0.5:
+        for _ in range(source.randint(1, 4)):
+            data[source.randrange(len(data))] = source.randrange(256)
+    return bytes(data)
+
+
+def _greeting(source: random.Random, number: int) -> bytes:
+    match number % 8:
+        case 0:
+            return source.randbytes(60)
+        case 1:
+            return b"GET /keygen HTTP/1.1\r\nHost: h\r\n" + source.randbytes(40) + b"\r\n\r\n"
+        case 2:
+            body = b"key=" + MASTER_KEY.encode() + b"&channel=" + source.randbytes(9)
+            return (
+                b"POST /keygen HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+        case 3:
+            return (
+                b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+            ) + source.randbytes(60)
+        case _:
+            will = WillMessage(f"{DEMO}/demo/will/", b"x", retain=True)
+            return encode(Connect("fuzz", "u", b"p", will=source.choice([None, will])))
+
+
+async def test_random_and_mutated_packets_kill_and_leave_nothing(
+    working: tuple[Process, Wire],
+) -> None:
+    broker, wire = working
+    source = random.Random(31)
+
+    async def attack(count: int) -> None:
+        for number in range(count):
+            enemy = await Wire.open(broker.port)
+            enemy.writer.write(_greeting(source, number))
+            enemy.writer.write(_hostile(source))
+            with contextlib.suppress(OSError):  # it was closed already
+                enemy.writer.write_eof()
+            # It is answered or not; what matters is that the broker closes it.
+            with contextlib.suppress(ConnectionError):
+                async with asyncio.timeout(10):
+                    while await enemy.reader.read(65536):
+                        pass
+            enemy.close()
+            if number % 100 == 0:
+                await round_trip(wire, b"%d" % number)
+
+    await attack(500)  # what is imported and cached on first use belongs to no attack
+    before = broker.memory()
+    await attack(3000)
+    growth = broker.memory() - before
+    print(f"{growth / 1e6:.1f} MB more")
+    assert growth < 20_000_000
+    await wire.send(PingReq())
+    assert await wire.next() == PingResp()
+    stats = await broker.stats()
+    assert stats["errors"] > 500
+    assert (stats["links"], stats["clients"]) == (1, 1)
+
+
+async def test_1000_clients_connect_at_once_and_take_little_memory() -> None:
+    async with process() as broker:
+        before = broker.memory()
+        wires: list[Wire] = []
+
+        async def connect(number: int) -> float:
+            began = time.perf_counter()
+            wire = await Wire.open(broker.port)
+            wires.append(wire)
+            await wire.send(Connect(f"client{number}"))
+            assert await wire.next() == ConnAck(0)
+            await join(wire, f"demo/{number}/")
+            return time.perf_counter() - began
+
+        async with asyncio.timeout(20):
+            times = await asyncio.gather(*(connect(number) for number in range(1000)))
+        each = (broker.memory() - before) / 1000
+        total = broker.memory()
+        print(f"{each:.0f} bytes for each client, {total / 1e6:.0f} MB together")
+        print(f"the last one was connected after {max(times):.2f} s")
+        assert each < 20_000
+        assert total < 60_000_000
+        assert max(times) < 3
+        assert (await broker.stats())["clients"] == 1000
+        for wire in wires:
+            wire.close()
+        async with asyncio.timeout(10):
+            while (await broker.stats())["links"]:
+                await asyncio.sleep(0.01)
+
+
+async def test_200_mb_for_a_reader_that_stopped_harm_neither_others_nor_memory() -> None:
+    size, count = 62_000, 3_300
+    async with process() as broker:
+        async with (
+            Wire.connected(broker.port, Connect("stopped")) as stopped,
+            Wire.connected(broker.port, Connect("fast")) as fast,
+            Wire.connected(broker.port, Connect("aside")) as aside,
+            Wire.connected(broker.port, Connect("publisher")) as publisher,
+        ):
+            await join(stopped, "demo/flood/")
+            await join(fast, "demo/flood/")
+            await join(aside, "demo/self/")
+            stream: Any = stopped.reader  # asyncio has no public way
+            stream._transport.pause_reading()
+            before = broker.memory()
+
+            async def read() -> None:
+                for number in range(count):
+                    packet = await fast.next()
+                    assert isinstance(packet, Publish)
+                    assert int(packet.payload[:8]) == number
+
+            async def publish() -> None:
+                for number in range(count):
+                    payload = b"%08d" % number + bytes(size - 8)
+                    await publisher.send(Publish(f"{DEMO}/demo/flood/", payload))
+
+            async with asyncio.timeout(40), asyncio.TaskGroup() as group:
+                reading = group.create_task(read())
+                group.create_task(publish())
+                while not reading.done():
+                    await round_trip(aside, b"others flow")
+                    await asyncio.sleep(0.02)
+            growth = broker.memory(peak=True) - before
+            print(f"{growth / 1e6:.0f} MB more at most")
+            assert growth < 64_000_000
+            stats = await broker.stats()
+            assert (stats["slow_readers"], stats["clients"]) == (1, 3)
+            assert stats["messages_in"] >= count
