@@ -11,10 +11,6 @@ from pubsub_core.testing import Harness, suite
 from pubsub_messagebus.roles import FeedPolicy, Policy, Role, RoleChange
 
 EXEMPT = {
-    "network_partition_and_heal": (
-        "what went into the partition is gone: a receipt is the operating system's, and the "
-        "distributor acknowledges nothing (at_most_once, as declared)"
-    ),
     "presence_denied_is_notauthorized": "the distributor ignores what is not allowed, in silence",
     "source_identity_present_when_declared": (
         "a message tells user and host of its publisher, not which of their connections; "

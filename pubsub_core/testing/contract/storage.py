@@ -306,8 +306,7 @@ async def entitled_parts_only(t: Trial) -> None:
 @case(141)
 @needs(Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Need.SECOND, Need.AUTHORIZER)
 async def not_entitled_is_told(t: Trial) -> None:
-    """A subscriber without any right is told so and left without data, and so is one whose
-    authorizer fails."""
+    """A subscriber without any right is told so, and so is one whose authorizer fails."""
     warden, authorizer, _ = await _warden(t, None)
     publisher = await t.connect(caps=[Cap.ENTITLEMENTS])
     reader = await t.connect(identity=t.harness.second_identity, caps=[Cap.ENTITLEMENTS])
