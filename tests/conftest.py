@@ -38,6 +38,11 @@ topic readwrite bob/#
 """
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Two workers per core: most tests wait for a socket or a timer most of their time."""
+    return 2 * (os.cpu_count() or 1)
+
+
 def pytest_collection_finish() -> None:
     # Leak checks collect garbage after every test. What was imported and collected until
     # here stays for good; left out of those collections, they cost a fraction.
