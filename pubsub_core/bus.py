@@ -371,6 +371,7 @@ class Bus:
                 topic=topic,
                 payload=payload,
                 headers=dict(given_headers),
+                given_headers=given_headers,
                 options={
                     "qos": qos,
                     "retain": retain,

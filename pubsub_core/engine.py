@@ -281,7 +281,7 @@ class Engine:
         options = dict(context.options)
         timeout, confirm = options.pop("timeout", None), options.pop("confirm", None)
         out = self.publisher.frame(
-            context.topic, context.payload, headers=context.headers or None, **options
+            context.topic, context.payload, headers=context.headers_to_send() or None, **options
         )
         return await self.publisher.send(out, timeout, confirm)
 

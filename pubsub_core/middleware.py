@@ -26,7 +26,7 @@ import msgspec
 from .capabilities import Cap
 from .clock import Clock, SystemClock
 from .errors import HandlerFailed, Outcome, PublishTimeout, PubSubError, RateLimited
-from .message import Headers, Message, Verdict
+from .message import NO_HEADERS, Headers, Message, Verdict
 from .topics import validate_topic
 
 __all__ = [
@@ -65,6 +65,7 @@ class Context:
         bus: The `Bus` it goes through; None only in tests of a middleware alone.
         subscription: The subscription it was received by; None on publishing.
         attempt: From 1; `Retry` counts it up.
+        given_headers: Headers as the caller of a publish gave them; names may repeat.
     """
 
     direction: Direction
@@ -76,6 +77,11 @@ class Context:
     bus: Any = None
     subscription: Any = None
     attempt: int = 1
+    given_headers: Headers = NO_HEADERS
+
+    def headers_to_send(self) -> Headers:
+        """Return `headers`; a name that no middleware assigned may repeat as it was given."""
+        return _merged(self.given_headers, self.headers)
 
     def received(self) -> Message[Any]:
         """Return the message with the topic, payload and headers that middleware assigned.
@@ -88,12 +94,31 @@ class Context:
         message = self.message
         if message is None:
             raise ValueError(f"a publish to {self.topic!r} has no received message")
-        if self.headers != dict(message.headers):
-            frame = msgspec.structs.replace(message.frame, headers=Headers(self.headers))
+        headers = _merged(message.headers, self.headers)
+        if headers is not message.headers:
+            frame = msgspec.structs.replace(message.frame, headers=headers)
             message = msgspec.structs.replace(message, frame=frame)
         if self.payload is not message.payload or self.topic != message.topic:
             message = msgspec.structs.replace(message, topic=self.topic, payload=self.payload)
         return message
+
+
+def _merged(given: Headers, wanted: Mapping[str, str]) -> Headers:
+    """Return *wanted*, with every value of the names that are as they were in *given*."""
+    if wanted == dict(given):
+        return given
+    pairs: list[tuple[str, str]] = []
+    replaced: set[str] = set()
+    for name, value in given.pairs:
+        if name in replaced or name not in wanted:
+            continue
+        if wanted[name] == given[name]:
+            pairs.append((name, value))
+        else:
+            replaced.add(name)
+            pairs.append((name, wanted[name]))
+    pairs += [(name, value) for name, value in wanted.items() if name not in given]
+    return Headers(pairs)
 
 
 CallNext: TypeAlias = Callable[[Context], Awaitable[Any]]
@@ -121,18 +146,19 @@ def builtin_middleware() -> Mapping[str, Callable[..., Middleware]]:
 
 
 def dead_letter_headers(
-    topic: str, error: BaseException, *, attempts: int = 1, headers: Mapping[str, str] = {}
-) -> dict[str, str]:
+    topic: str, error: BaseException, *, attempts: int = 1, headers: Mapping[str, str] = NO_HEADERS
+) -> Headers:
     """Return *headers* and what is told of a message that nobody could handle.
 
     The error is named by its class alone: its text may quote the payload.
     """
-    return {
-        **headers,
+    told = {
         "x-dead-letter-topic": topic,
         "x-dead-letter-error": type(error).__qualname__,
         "x-dead-letter-attempts": str(attempts),
     }
+    kept = [(name, value) for name, value in Headers(headers).pairs if name not in told]
+    return Headers([*kept, *told.items()])
 
 
 class Retry:

@@ -330,6 +330,50 @@ async def test_an_exhausted_message_is_published_as_it_arrived_and_counts_as_han
     ]
 
 
+async def passes(context: Context, call_next: CallNext) -> Any:
+    return await call_next(context)
+
+
+async def changes(context: Context, call_next: CallNext) -> Any:
+    context.headers["new"] = "5"
+    context.headers["once"] = "6"
+    context.headers.pop("gone", None)
+    return await call_next(context)
+
+
+REPEATED = [("twice", "1"), ("once", "2"), ("gone", "3"), ("twice", "4"), ("twice", "1")]
+CHANGED = [("twice", "1"), ("once", "6"), ("twice", "4"), ("twice", "1"), ("new", "5")]
+
+
+@pytest.mark.parametrize(("middleware", "expected"), [(passes, REPEATED), (changes, CHANGED)])
+@pytest.mark.parametrize("publishing", [True, False])
+async def test_a_header_that_nobody_assigned_may_repeat(
+    middleware: Middleware, expected: list[tuple[str, str]], publishing: bool
+) -> None:
+    """The context's headers are a dict; that is no reason to lose the others."""
+    async with connect("memory://headers") as sender, connect("memory://headers") as receiver:
+        (sender if publishing else receiver).use(middleware)
+        async with receiver.subscribe("a") as messages:
+            await sender.publish("a", b"x", headers=REPEATED)
+            message = await messages.get(5)
+            assert list(message.headers.pairs) == expected
+            assert message.headers.get_all("twice") == ["1", "4", "1"]
+
+
+async def test_a_dead_letter_keeps_headers_that_repeat() -> None:
+    async def fail(message: Message[bytes]) -> None:
+        raise ValueError
+
+    async with connect("memory://buried") as bus:
+        bus.use(Retry(1, dead_letter="dead/retried"))
+        async with bus.subscribe("dead/#") as dead:
+            async with bus.subscribe("a", handler=fail):
+                await bus.publish("a", b"x", headers=REPEATED)
+                message = await dead.get(5)
+                assert message.headers.get_all("twice") == ["1", "4", "1"]
+                assert message.headers["x-dead-letter-topic"] == "a"
+
+
 async def test_where_no_headers_travel_the_payload_goes_alone() -> None:
     bus = FakeBus()
     context = incoming(bus, headers={"a": "1"}, content_type="text/plain")
