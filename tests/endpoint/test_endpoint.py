@@ -907,3 +907,11 @@ async def test_a_paused_server_answers_nobody_and_closes_nobody() -> None:
         assert await early.next() == PingResp()
         assert await late.next() == ConnAck(0)
         late.close()
+
+
+async def test_another_protocol_is_answered_where_the_dialect_says_so() -> None:
+    async with serving(Profile(answer_other_names=True)) as (server, _):
+        wire = await Wire.open(server.port)
+        await wire.send(bytes.fromhex(FIRST["another protocol"]))
+        assert await wire.closed() == [ConnAck(1)]
+        wire.close()

@@ -28,6 +28,7 @@ from .packets import (
     Connect,
     Decoder,
     Disconnect,
+    OtherProtocol,
     Packet,
     PacketTooLarge,
     PingReq,
@@ -209,6 +210,8 @@ class Client:
         except ProtocolError as exc:
             self.stats.errors += 1
             large = isinstance(exc, PacketTooLarge)
+            if isinstance(exc, OtherProtocol) and self.dialect.profile.answer_other_names:
+                self._write(encode(ConnAck(1)))
             self.close(f"it sent {exc}", Ending.TOO_LARGE if large else Ending.PROTOCOL)
         except Exception:
             # A mistake of ours must not keep the client waiting for an answer.

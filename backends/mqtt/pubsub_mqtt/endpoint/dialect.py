@@ -30,6 +30,8 @@ class Profile:
     Attributes:
         levels: Protocol names and levels that are accepted. Another level is answered with
             return code 1.
+        answer_other_names: Whether a CONNECT with another protocol name is answered so, too,
+            before it is closed.
         max_packet: Largest remaining length once CONNECT was accepted.
         max_early_packet: The same before that.
         handshake: Seconds from the connection to the end of CONNECT, TLS and WebSocket included.
@@ -47,6 +49,7 @@ class Profile:
     """
 
     levels: frozenset[tuple[str, int]] = frozenset({("MQTT", 4)})
+    answer_other_names: bool = False
     max_packet: int = 1_048_576
     max_early_packet: int = 65_536
     handshake: float = 10.0

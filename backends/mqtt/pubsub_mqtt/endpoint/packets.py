@@ -27,6 +27,7 @@ __all__ = [
     "Decoder",
     "Disconnect",
     "Leniency",
+    "OtherProtocol",
     "Packet",
     "PacketTooLarge",
     "PingReq",
@@ -55,6 +56,10 @@ REFUSED: Final = 0x80
 
 class ProtocolError(Exception):
     """The peer sent what MQTT does not allow; the connection must be closed (section 4.8)."""
+
+
+class OtherProtocol(ProtocolError):
+    """A CONNECT that names neither MQTT nor its predecessor."""
 
 
 class PacketTooLarge(ProtocolError):
@@ -384,7 +389,7 @@ def _read_connect(data: bytes, at: int, end: int) -> Connect:
     keepalive = data[at + 2] << 8 | data[at + 3]
     at += 4
     if protocol not in ("MQTT", "MQIsdp"):
-        raise ProtocolError("a CONNECT of another protocol")
+        raise OtherProtocol("a CONNECT of another protocol")
     if level not in (3, 4):
         # What follows is laid out otherwise in other versions: do not read on.
         return Connect("", protocol=protocol, level=level, keepalive=keepalive)

@@ -1,0 +1,168 @@
+"""An SQLite file that a broker writes behind its back, without holding up its event loop.
+
+A broker answers from memory. What must survive it goes to a `Journal`, which writes from a
+thread of its own and flushes many changes at once; whoever must not lose something waits for
+`Journal.settled` before saying that it is kept. After a crash, ``kill -9`` included, the file has
+everything that was settled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeAlias, TypeVar
+
+from pubsub_core.errors import ConnectError
+
+__all__ = ["Done", "Journal"]
+
+logger = logging.getLogger("pubsub_mqtt.endpoint")
+
+T = TypeVar("T")
+
+Done: TypeAlias = Callable[[BaseException | None], None]
+_Change: TypeAlias = tuple[str, Sequence[Any]]
+
+_TURN: Final = 10_000
+_STOP: Final = 5.0
+
+# FULL: a commit returns when the disk has it, so what is settled is kept.
+_PREPARE: Final = """
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+"""
+
+
+class Journal:
+    """One file, which only one broker may use at a time; readable by its owner alone.
+
+    Args:
+        schema: Statements that create the tables where they are missing.
+        backend: Name for errors.
+        max_waiting: Changes that may wait for the disk; see `is_full`.
+    """
+
+    def __init__(
+        self, path: str | Path, schema: str, *, backend: str, max_waiting: int = 100_000
+    ) -> None:
+        self.path = Path(path)
+        self._schema = schema
+        self._backend = backend
+        self._max_waiting = max_waiting
+        self._queue: queue.SimpleQueue[_Change | Done | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether changes are taken."""
+        return self._thread is not None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the disk is so far behind that nothing more should be given to it."""
+        return self._queue.qsize() > self._max_waiting
+
+    async def open(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """Open the file, or create it, and return what *read* makes of it in another thread.
+
+        Raises:
+            ConnectError: It is no file of ours, or in use by another broker.
+        """
+        self._loop = asyncio.get_running_loop()
+        try:
+            database, found = await asyncio.to_thread(self._open, read)
+        except (OSError, sqlite3.Error, ValueError) as exc:
+            raise ConnectError(
+                f"cannot use {self.path} to store what must be kept: {exc}",
+                hint="no other broker may use it; give another path",
+                backend=self._backend,
+            ) from exc
+        self._thread = threading.Thread(
+            target=self._work, args=(database,), name=f"pubsub-{self._backend}-store", daemon=True
+        )
+        self._thread.start()
+        return found
+
+    def _open(self, read: Callable[[sqlite3.Connection], T]) -> tuple[sqlite3.Connection, T]:
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        database = sqlite3.connect(self.path, timeout=1.0, check_same_thread=False)
+        try:
+            database.executescript(_PREPARE + self._schema)
+            found = read(database)
+            database.commit()
+        except BaseException:
+            database.close()
+            raise
+        return database, found
+
+    def write(self, statement: str, values: Sequence[Any] = ()) -> None:
+        """Have one change written; ignored while the file is not open."""
+        if self._thread is not None:
+            self._queue.put((statement, values))
+
+    def settled(self, done: Done) -> bool:
+        """Return True when no file is open; else call *done* once the disk has all so far.
+
+        *done* is called in the event loop, with what went wrong or None.
+        """
+        if self._thread is None:
+            return True
+        self._queue.put(done)
+        return False
+
+    async def close(self) -> None:
+        """Write what waits and close the file; gives up after some seconds."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._queue.put(None)
+        await asyncio.to_thread(thread.join, _STOP)
+        if thread.is_alive():
+            logger.error("%s could not be written within %g s", self.path, _STOP)
+
+    def _work(self, database: sqlite3.Connection) -> None:
+        running = True
+        # An error stays until somebody was told of it: what failed may have stood in an
+        # earlier turn than whoever waits for it.
+        error: BaseException | None = None
+        while running:
+            items = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(items) < _TURN:
+                    items.append(self._queue.get_nowait())
+            running = None not in items
+            waiting: list[Done] = []
+            try:
+                for item in items:
+                    if callable(item):
+                        waiting.append(item)
+                    elif item is not None:
+                        statement, values = item
+                        database.execute(statement, values)
+                database.commit()
+            except (sqlite3.Error, ValueError, OverflowError) as exc:
+                error = exc
+                logger.exception("%s could not be written", self.path)
+                with contextlib.suppress(sqlite3.Error):
+                    database.rollback()
+                waiting = [each for each in items if callable(each)]
+            if waiting and self._loop is not None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    self._loop.call_soon_threadsafe(_tell, waiting, error)
+                error = None
+        database.close()
+
+
+def _tell(waiting: list[Done], error: BaseException | None) -> None:
+    for done in waiting:
+        done(error)
