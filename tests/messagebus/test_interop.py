@@ -284,7 +284,11 @@ async def test_tls_with_certificates_of_both_sides(
     authority = Authority(tmp_path)
     own, theirs = authority.issue("server"), authority.issue("client", client=True)
     PasswordFile(tmp_path / "passwords.json").add("tom", "right")
-    files = {"certfile": own.certfile, "keyfile": own.keyfile, "cafile": authority.cafile}
+    files: dict[str, Any] = {
+        "certfile": own.certfile,
+        "keyfile": own.keyfile,
+        "cafile": authority.cafile,
+    }
     certified = (authority.cafile, theirs.certfile, theirs.keyfile)
     options: dict[str, Any] = {**files, "password_file": str(tmp_path / "passwords.json")}
     if package[0].startswith("6"):
