@@ -1,5 +1,67 @@
-"""Losant devices: state and commands, over MQTT."""
+"""Losant for pubsub_core: a client with the names of ``losant-mqtt``, and a broker for tests.
+
+Names are imported when they are used, so that a device needs no server and a server no device.
+"""
 
 from __future__ import annotations
 
-__all__: list[str] = []
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .access import AccessKey, DeviceSpec
+    from .aio import AsyncDevice, AsyncGateway, AsyncPeripheral
+    from .device import Device, Gateway, Peripheral
+    from .errors import (
+        LosantAuthError,
+        LosantConnectError,
+        LosantError,
+        LosantProtocolError,
+        LosantTLSError,
+    )
+    from .server import LosantServer
+
+__all__ = [
+    "AccessKey",
+    "AsyncDevice",
+    "AsyncGateway",
+    "AsyncPeripheral",
+    "Device",
+    "DeviceSpec",
+    "Gateway",
+    "LosantAuthError",
+    "LosantConnectError",
+    "LosantError",
+    "LosantProtocolError",
+    "LosantServer",
+    "LosantTLSError",
+    "Peripheral",
+]
+
+_HOMES = {
+    "AccessKey": "access",
+    "AsyncDevice": "aio",
+    "AsyncGateway": "aio",
+    "AsyncPeripheral": "aio",
+    "Device": "device",
+    "DeviceSpec": "access",
+    "Gateway": "device",
+    "LosantAuthError": "errors",
+    "LosantConnectError": "errors",
+    "LosantError": "errors",
+    "LosantProtocolError": "errors",
+    "LosantServer": "server",
+    "LosantTLSError": "errors",
+    "Peripheral": "device",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
