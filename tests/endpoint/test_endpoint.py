@@ -21,7 +21,14 @@ from wsproto import ConnectionType, WSConnection
 from wsproto import events as ws
 
 from pubsub_core.errors import ConnectError, TLSProblem
-from pubsub_mqtt.endpoint import Client, Ending, EndpointServer, Leniency, Profile
+from pubsub_mqtt.endpoint import (
+    Client,
+    Ending,
+    EndpointServer,
+    EndpointStats,
+    Leniency,
+    Profile,
+)
 from pubsub_mqtt.endpoint.packets import (
     ConnAck,
     Connect,
@@ -174,11 +181,12 @@ async def test_a_publisher_waits_for_a_reader_of_usual_speed_and_not_for_a_stopp
             async with asyncio.TaskGroup() as group:
                 group.create_task(publisher.send(*packets, PingReq()))
                 with pytest.raises(TimeoutError):
-                    await publisher.next(within=0.3)
+                    await publisher.next(within=0.2)
                 _read_again(reader)
-                assert await publisher.next() == PingResp()
-            for _ in range(900):
-                await reader.next()
+                answer = group.create_task(publisher.next())
+                for _ in range(900):
+                    await reader.next()
+                assert await answer == PingResp()
             assert server.stats.slow_readers == 0
 
 
@@ -209,7 +217,7 @@ async def test_nothing_that_follows_disconnect_is_acted_on() -> None:
 
 
 async def test_a_connection_that_says_nothing_is_closed() -> None:
-    async with serving(Profile(handshake=0.3)) as (server, _):
+    async with serving(Profile(handshake=0.1)) as (server, _):
         wire = await Wire.open(server.port)
         assert await wire.closed(within=2) == []
         assert server.stats.late == 1
@@ -217,9 +225,8 @@ async def test_a_connection_that_says_nothing_is_closed() -> None:
 
 
 async def test_a_connect_in_single_bytes_has_no_more_time_than_another() -> None:
-    async with serving(Profile(handshake=0.3)) as (server, _):
+    async with serving(Profile(handshake=0.1)) as (server, _):
         wire = await Wire.open(server.port)
-        began = time.monotonic()
 
         async def dribble() -> None:
             for byte in encode(Connect("x" * 2000)):
@@ -227,14 +234,14 @@ async def test_a_connect_in_single_bytes_has_no_more_time_than_another() -> None
                 await asyncio.sleep(0.01)
 
         task = asyncio.create_task(dribble())
-        assert await wire.closed(within=2) == []
-        assert time.monotonic() - began < 1
+        assert await wire.closed() == []
+        assert not task.done()
         task.cancel()
         wire.close()
 
 
 async def test_a_slow_http_request_has_no_more_time_than_connect() -> None:
-    async with serving(Profile(handshake=0.3)) as (server, _):
+    async with serving(Profile(handshake=0.1)) as (server, _):
         wire = await Wire.open(server.port)
         await wire.send(b"GET / HTTP/1.1\r\n")
         async with asyncio.timeout(2):
@@ -247,42 +254,85 @@ async def test_the_default_handshake_deadline_is_ten_seconds() -> None:
     assert Profile().max_early_packet == 65_536
 
 
-async def test_a_silent_client_is_closed_after_one_and_a_half_times_its_keepalive() -> None:
+def accepted(profile: Profile | None = None, *, keepalive: int = 0) -> Client:
+    """A client whose CONNECT came at second 0; time is what the test says."""
+    client = Client(SmallDialect(profile), EndpointStats(), now=0.0)
+    assert client.tick(0.0) == client.dialect.profile.handshake
+    client.receive(encode(Connect("c", keepalive=keepalive)), 0.0)
+    assert client.take() == encode(ConnAck(0))
+    return client
+
+
+def test_a_silent_client_is_closed_after_one_and_a_half_times_its_keepalive() -> None:
+    client = accepted(keepalive=10)
+    assert client.tick(0.0) == 15.0
+    assert client.tick(14.75) == 0.25
+    assert client.tick(15.0) is None
+    assert client.closed
+    assert client.reason == "it was silent for 15.0 s"
+    assert client.stats.silent == 1
+
+
+def test_a_client_that_pings_stays_and_one_without_keepalive_has_the_profiles_time() -> None:
+    pinging = accepted(Profile(idle=40.0), keepalive=10)
+    for now in range(0, 1000, 14):
+        assert pinging.tick(now) is not None
+        pinging.receive(encode(PingReq()), now)
+        assert pinging.take() == encode(PingResp())
+    idle = accepted(Profile(idle=40.0))
+    assert idle.tick(39.5) == 0.5
+    assert idle.tick(40.0) is None
+    assert idle.closed
+    endless = accepted(Profile(idle=None))
+    assert endless.tick(1e9) is None
+    assert not endless.closed
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_a_connect_in_pieces_is_accepted(size: int) -> None:
+    client = Client(SmallDialect(), EndpointStats(), now=0.0)
+    data = encode(Connect("x" * 50))
+    for start in range(0, len(data), size):
+        assert client.take() == b""
+        client.receive(data[start : start + size], start / 100)
+    assert client.take() == encode(ConnAck(0))
+    assert not client.closed
+
+
+def test_a_handshake_has_no_more_time_however_slowly_it_comes() -> None:
+    client = Client(SmallDialect(), EndpointStats(), now=0.0)
+    for second, byte in enumerate(encode(Connect("x" * 50))[:10]):
+        assert client.tick(second) == 10.0 - second
+        client.receive(bytes((byte,)), second)
+    assert client.tick(10.0) is None
+    assert client.closed
+    assert (client.stats.late, client.stats.clients) == (1, 0)
+
+
+@pytest.mark.slow
+async def test_the_server_asks_for_what_is_due_when_it_is() -> None:
     async with serving() as (server, dialect):
-        async with Wire.connected(server.port, Connect("c", keepalive=1)) as wire:
-            began = time.monotonic()
-            assert await wire.closed() == []
-            assert 1.4 < time.monotonic() - began < 2.5
-            assert server.stats.silent == 1
-            await eventually(lambda: dialect.gone)
-
-
-async def test_a_client_that_pings_stays_and_one_without_keepalive_has_the_profiles_time() -> None:
-    async with serving(Profile(idle=0.4)) as (server, _):
         async with (
-            Wire.connected(server.port, Connect("a", keepalive=1)) as pinging,
-            Wire.connected(server.port, Connect("b", keepalive=0)) as idle,
+            Wire.connected(server.port, Connect("silent", keepalive=1)) as silent,
+            Wire.connected(server.port, Connect("pings", keepalive=1)) as pings,
         ):
-            assert await idle.closed(within=2) == []
-            until = time.monotonic() + 1.6
-            while time.monotonic() < until:
-                await pinging.send(PingReq())
-                assert await pinging.next() == PingResp()
+            closed = asyncio.create_task(silent.closed())
+            while not closed.done():
+                await pings.send(PingReq())
+                assert await pings.next() == PingResp()
                 await asyncio.sleep(0.05)
+            assert closed.result() == []
+            assert server.stats.silent == 1
+            await eventually(lambda: [name for name, _, _ in dialect.gone] == ["silent"])
 
 
-async def test_half_a_packet_does_not_keep_a_client_alive() -> None:
-    async with serving(Profile(idle=0.4)) as (server, _):
-        async with Wire.connected(server.port) as wire:
-
-            async def dribble() -> None:
-                for byte in encode(Publish("t", bytes(5000))):
-                    wire.writer.write(bytes((byte,)))
-                    await asyncio.sleep(0.02)
-
-            task = asyncio.create_task(dribble())
-            assert await wire.closed(within=2) == []
-            task.cancel()
+def test_half_a_packet_does_not_keep_a_client_alive() -> None:
+    client = accepted(keepalive=10)
+    for second, byte in enumerate(encode(Publish("t", bytes(5000)))[:15]):
+        assert client.tick(second) == 15.0 - second
+        client.receive(bytes((byte,)), second)
+    assert client.tick(15.0) is None
+    assert client.closed
 
 
 async def test_a_packet_over_the_limit_is_refused_on_its_header() -> None:
@@ -424,7 +474,10 @@ async def test_a_mistake_in_the_dialect_closes_one_client_and_is_logged(
     assert "a mistake in the dialect" in caplog.text
 
 
-async def test_random_and_mutated_frames_kill_nothing(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("count", [200, pytest.param(1500, marks=pytest.mark.slow)])
+async def test_random_and_mutated_frames_kill_nothing(
+    count: int, caplog: pytest.LogCaptureFixture
+) -> None:
     source = random.Random(20)
     good = [
         encode(each)
@@ -439,7 +492,7 @@ async def test_random_and_mutated_frames_kill_nothing(caplog: pytest.LogCaptureF
     ]
     before = memory()
     async with serving(Profile(handshake=2)) as (server, _):
-        for number in range(1500):
+        for number in range(count):
             wire = await Wire.open(server.port)
             if number % 4:
                 await wire.send(Connect("fuzz"))
@@ -458,16 +511,17 @@ async def test_random_and_mutated_frames_kill_nothing(caplog: pytest.LogCaptureF
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-async def test_900_half_sent_connects_do_not_hinder_a_good_client() -> None:
+async def test_half_sent_connects_do_not_hinder_a_good_client() -> None:
     async with serving() as (server, _):
         half = encode(Connect("x" * 50))[:20]
         wires: list[Wire] = []
-        for _ in range(300):
+        for _ in range(100):
             wires.append(await Wire.open(server.port))
             wires[-1].writer.write(half)
-        began = time.monotonic()
-        async with Wire.connected(server.port):
-            assert time.monotonic() - began < 0.5
+        async with Wire.connected(server.port) as wire:
+            await wire.send(PingReq())
+            assert await wire.next() == PingResp()
+            assert (len(server.links), server.stats.clients) == (101, 1)
         for wire in wires:
             wire.close()
         await eventually(lambda: not server.links)
@@ -476,6 +530,13 @@ async def test_900_half_sent_connects_do_not_hinder_a_good_client() -> None:
 # --- slow readers ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publisher is held up for a moment only because of a reader that has stopped."""
+    monkeypatch.setattr("pubsub_mqtt.endpoint.server._GRACE", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
 async def test_a_reader_that_stops_is_closed_and_the_others_get_everything() -> None:
     profile = Profile(max_queue=2_000_000)
     async with serving(profile) as (server, dialect):
@@ -509,6 +570,7 @@ async def test_a_reader_that_stops_is_closed_and_the_others_get_everything() -> 
             assert memory() - before < 64_000_000
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_dialect_may_drop_instead_and_every_loss_is_counted() -> None:
     profile = Profile(max_queue=100_000, slow_reader="drop")
     async with serving(profile) as (server, dialect):
@@ -540,9 +602,8 @@ async def test_ten_thousand_filters_come_and_go() -> None:
             await wire.send(Subscribe(1, filters))
             assert isinstance(await wire.next(), SubAck)
         assert len(dialect.trie) == 10_000
-        began = time.perf_counter()
-        dialect.trie.match("a/x/5000/y")
-        assert time.perf_counter() - began < 0.002
+        await wire.send(Publish("a/x/5000/y", b"found"))
+        assert await wire.next() == Publish("a/x/5000/y", b"found")
         for start in range(0, 10_000, 500):
             await wire.send(Unsubscribe(1, tuple(f"a/+/{n}/#" for n in range(start, start + 500))))
             assert await wire.next() == UnsubAck(1)
@@ -608,7 +669,7 @@ def tls(authority: Authority) -> tuple[ServerTLS, ssl.SSLContext]:
 
 async def test_tls_and_what_is_not_tls(tls: tuple[ServerTLS, ssl.SSLContext]) -> None:
     settings, context = tls
-    async with serving(Profile(handshake=0.5), tls=settings) as (server, _):
+    async with serving(Profile(handshake=0.2), tls=settings) as (server, _):
         assert server.url.startswith("mqtts://")
         async with Wire.connected(server.port, tls=context) as wire:
             await wire.send(PingReq())

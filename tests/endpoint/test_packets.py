@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -233,18 +231,19 @@ def test_an_unfinished_packet_keeps_no_more_than_arrived() -> None:
     assert decoder.buffered == 15
 
 
-def test_a_large_packet_in_single_bytes_takes_linear_time() -> None:
-    data = encode(Publish("t", bytes(300_000)))
+def test_a_large_packet_in_single_bytes_is_copied_once() -> None:
+    data = encode(Publish("t", bytes(30_000)))
     decoder = Decoder()
-    began = time.perf_counter()
+    copied = 0
     found: list[Packet] = []
     for byte in data:
         decoder.receive(bytes((byte,)))
+        copied += len(decoder._data)  # what was taken out of the unfinished rest
         packet = decoder.next_packet()
         if packet is not None:
             found.append(packet)
     assert len(found) == 1
-    assert time.perf_counter() - began < 3
+    assert copied < len(data) + 20
 
 
 def test_no_repr_shows_a_topic_or_a_password() -> None:

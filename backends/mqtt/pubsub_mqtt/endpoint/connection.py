@@ -195,7 +195,8 @@ class Client:
             return
         decoder = self._decoder
         try:
-            if self.packet is None and self._last_in == self._made and data[0] >> 4 != 1:
+            # Only what begins a packet tells its type: CONNECT may come in pieces.
+            if self.packet is None and not decoder.buffered and data[0] >> 4 != 1:
                 raise ProtocolError("something else than CONNECT")
             decoder.receive(data)
             while not self.closed:
