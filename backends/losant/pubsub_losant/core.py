@@ -17,6 +17,7 @@ import ssl
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Final, Literal, get_args
 
 from pubsub_core.errors import ConnectError, NotConnected, ServerRefused, TLSProblem
@@ -303,18 +304,16 @@ class DeviceCore:
             websocket=WebSocketTarget(self._ws_path) if self._transport == "websockets" else None,
         )
 
-    def _open(self, context: ssl.SSLContext | None) -> None:
-        """Begin what one ``connect()`` begins: everything of the last one is over."""
-        endpoint = self._target()
-        if context is not None:
-            endpoint = Endpoint(
-                host=endpoint.host,
-                port=endpoint.port,
-                tls=TLSSettings(context=context),
-                websocket=endpoint.websocket,
-            )
-        self._endpoint = endpoint
+    def _secure_with(self, context: ssl.SSLContext | None) -> None:
+        """Use that context for every dial of this ``connect()``."""
         self._context = context
+        if context is not None:
+            self._endpoint = replace(self._endpoint, tls=TLSSettings(context=context))
+
+    def _open(self) -> None:
+        """Begin what one ``connect()`` begins: everything of the last one is over."""
+        endpoint = self._endpoint = self._target()
+        self._context = None
         real = endpoint.host == _PLATFORM or endpoint.host.endswith(".losant.com")
         default: RateGuard = "drop" if real else "off"
         self._guard = self._rate_guard or default
@@ -593,20 +592,30 @@ class DeviceCore:
             self._backlog.append((topic, text))
         return True
 
-    def _write(self, topic: str, payload: bytes, qos: int) -> bool:
-        """Hand one message to the connection; return whether it took it."""
+    def _has_room(self, qos: int) -> bool:
+        """Whether the connection can take one more message; where not, it is counted."""
         connection = self._connection
         full = connection.unsent > _MOST_UNSENT
         if full or (qos and connection.unfinished >= _MOST_UNCONFIRMED):
             self.stats["dropped"] += 1
+            return False
+        return True
+
+    def _sent(self, topic: str) -> None:
+        self._last_sent = (topic, time.monotonic())
+        self.stats["sent"] += 1
+
+    def _write(self, topic: str, payload: bytes, qos: int) -> bool:
+        """Hand one message to the connection; return whether it took it."""
+        connection = self._connection
+        if not self._has_room(qos):
             return False
         try:
             if qos or not connection.publish_now(topic, payload):
                 connection.publish(topic, payload, qos=qos)
         except NotConnected:
             return False
-        self._last_sent = (topic, time.monotonic())
-        self.stats["sent"] += 1
+        self._sent(topic)
         return True
 
     def _flush_backlog(self, now: float) -> None:

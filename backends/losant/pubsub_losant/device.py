@@ -27,7 +27,13 @@ from .core import DeviceCore, Observer, Observers
 from .errors import LosantError
 from .link import Wait, dial_steps, limit_unacknowledged
 from .times import TimeLike
-from .topics import check_custom_topic, check_device_id, command_topic, encode_hello, state_topic
+from .topics import (
+    check_device_id,
+    check_publish_topic,
+    command_topic,
+    encode_hello,
+    state_topic,
+)
 
 __all__ = ["Device", "Gateway", "Peripheral"]
 
@@ -107,7 +113,9 @@ class Device(DeviceCore):
                 if not (blocking and self._blocking and not self._running):
                     return
             else:
-                self._open(self._tls.build() if self._secure else None)
+                context = self._tls.build() if self._secure else None
+                self._open()
+                self._secure_with(context)
                 self._epoch += 1
                 self._blocking = blocking
                 self._closing = False
@@ -226,7 +234,7 @@ class Device(DeviceCore):
         """
         if qos not in (None, 0, 1):
             raise ValueError(f"the platform has QoS 0 and 1, not {qos}")
-        _plain_topic(check_custom_topic(topic))
+        check_publish_topic(topic)
         data = payload.encode() if isinstance(payload, str) else bytes(payload)
         return self._deliver(topic, self._checked(data), qos=qos)
 
@@ -563,12 +571,6 @@ def _wait_for(sock: BufferedSocket, mask: int, seconds: float) -> None:
     poll = select.poll()
     poll.register(sock.fileno(), mask)
     poll.poll(max(seconds, 0.0) * 1000)
-
-
-def _plain_topic(topic: str) -> str:
-    if not topic or not {"+", "#", "\0"}.isdisjoint(topic):
-        raise ValueError(f"{topic!r} is no topic to publish to")
-    return topic
 
 
 class Peripheral:

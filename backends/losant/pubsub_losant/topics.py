@@ -16,6 +16,7 @@ __all__ = [
     "MAX_PAYLOAD",
     "check_custom_topic",
     "check_device_id",
+    "check_publish_topic",
     "command_topic",
     "encode_hello",
     "hello_topic",
@@ -86,6 +87,17 @@ def check_custom_topic(topic: str) -> str:
     if topic.startswith("$"):
         raise ValueError(f"{topic!r} begins with '$': the platform has no such topics")
     return topic
+
+
+def check_publish_topic(topic: str) -> str:
+    """Return *topic*, which may be published to: a custom one, without wildcards.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not topic or not {"+", "#", "\0"}.isdisjoint(topic):
+        raise ValueError(f"{topic!r} is no topic to publish to")
+    return check_custom_topic(topic)
 
 
 def encode_hello(
