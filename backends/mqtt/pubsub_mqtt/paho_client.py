@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import threading
 from typing import Any, Protocol
 
 import paho.mqtt.properties
@@ -142,9 +143,22 @@ class PahoClient(Client):
 
     def wake(self) -> None:
         """Make paho's own loop look at the buffer, if one is running."""
-        if self._sockpairW is not None:
-            with contextlib.suppress(BlockingIOError):
-                self._sockpairW.send(b"0")
+        waker = self._sockpairW
+        if waker is not None:
+            with contextlib.suppress(OSError):  # it is full, or another thread has closed it
+                waker.send(b"0")
+
+    def loop_stop(self) -> MQTTErrorCode:
+        """Stop the loop's thread; paho's own notices after a second, and leaks what woke it."""
+        thread = self._thread
+        if thread is None:
+            return super().loop_stop()
+        self._thread_terminate = True
+        self.wake()
+        result = super().loop_stop()
+        if thread is not threading.current_thread():
+            self.rest()
+        return result
 
     def rest(self) -> None:
         """Close what paho's `loop` keeps to be woken; its `loop_start` would leak it."""
