@@ -363,18 +363,21 @@ async def test_expired_foreign_master_and_powerless_keys_are_refused_and_the_log
             assert codes == (128,)
 
 
-async def test_ten_thousand_random_keys_are_refused_and_do_not_flood_the_log(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+async def test_random_keys_are_refused_and_do_not_flood_the_log(
+    count: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = random.Random(11)
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    began = time.monotonic()
     async with broker() as server, Peer.connected(server) as peer:
-        for _ in range(20):
-            topics = ["".join(source.choices(alphabet, k=32)) + "/demo/" for _ in range(500)]
+        for _ in range(0, count, 200):
+            topics = ["".join(source.choices(alphabet, k=32)) + "/demo/" for _ in range(200)]
             codes, errors = await peer.try_subscribe(*topics)
             assert set(codes) == {128}
-            assert len(errors) == 500
-    assert len(caplog.records) < 1500
+            assert len(errors) == 200
+    seconds = int(time.monotonic() - began) + 2  # those that it began and ended in are two
+    assert 20 <= len(caplog.records) <= 21 * seconds
 
 
 async def test_keys_altered_in_contract_or_signature_are_refused() -> None:
@@ -461,7 +464,9 @@ async def test_me_0_suppresses_the_copy_of_the_publisher_alone() -> None:
             assert [payload for _, payload in await other.messages()] == [b"1", b"2"]
 
 
-async def test_ttl_stores_where_the_key_may_and_what_expired_is_gone() -> None:
+async def test_ttl_stores_where_the_key_may_and_what_expired_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with broker() as server, Peer.connected(server) as peer:
         await peer.publish(f"{DEMO}/demo/a/?ttl=100", b"kept")
         plain = server.make_key("demo/#/", "rw")
@@ -472,7 +477,7 @@ async def test_ttl_stores_where_the_key_may_and_what_expired_is_gone() -> None:
         assert await peer.subscribe(f"{DEMO}/demo/c/") == []
         await peer.publish(f"{DEMO}/demo/d/?ttl=1", b"short")
         assert await peer.subscribe(f"{DEMO}/demo/d/") == [("demo/d/", b"short")]
-        await eventually(lambda: server.storage.query(ours.contract, "demo/d/", last=9) == [])
+        monkeypatch.setattr(server.storage, "_clock", lambda: time.time() + 1)
         assert await peer.subscribe(f"{DEMO}/demo/d/") == []
 
 

@@ -76,14 +76,15 @@ def test_any_text_is_a_channel_or_refused(topic: str) -> None:
 
 def test_parsing_takes_linear_time() -> None:
     def took(topic: str) -> float:
-        began = time.perf_counter()
+        began = time.thread_time()  # what others do on the machine does not count
         with contextlib.suppress(InvalidChannel):
             assert parse_channel(topic).last is None  # the number is read, too
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
+    # They take milliseconds; one step for each pair of characters would take minutes.
     for unit in ("k/" + "a/" * 32000, "k/" + "a" * 65000 + "!", "k/a/?" + "a=1&" * 16000 + "!"):
-        assert took(unit) < 0.1
-    assert took("k/a/?last=" + "9" * 65000) < 0.1
+        assert took(unit) < 2
+    assert took("k/a/?last=" + "9" * 65000) < 2
 
 
 def test_the_repr_of_a_channel_has_no_key() -> None:

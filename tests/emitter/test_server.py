@@ -112,7 +112,9 @@ async def test_a_taken_port_leaves_nothing_open(tmp_path: Path) -> None:
 # --- storing in a file ---------------------------------------------------------------------
 
 
-async def test_a_file_keeps_messages_bans_and_the_license(tmp_path: Path) -> None:
+async def test_a_file_keeps_messages_bans_and_the_license(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "store"
     async with EmitterServer(store=path) as server, Peer.connected(server) as peer:
         key = server.make_key("demo/#/", "rwsl")
@@ -123,8 +125,9 @@ async def test_a_file_keeps_messages_bans_and_the_license(tmp_path: Path) -> Non
         await peer.publish(f"{key}/demo/gone/?ttl=1", b"short")
         await peer.request("keyban", secret=master, target=banned, banned=True)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    await asyncio.sleep(1.1)  # until the short one has expired; seconds are the resolution
-    async with EmitterServer(store=path) as server, Peer.connected(server) as peer:
+    again = EmitterServer(store=path)
+    monkeypatch.setattr(again.storage, "_clock", lambda: time.time() + 1)
+    async with again as server, Peer.connected(server) as peer:
         assert server.license == license_
         found = await peer.subscribe(f"{key}/demo/a/?last=99")
         assert [payload for _, payload in found] == [b"%d" % number for number in range(20)]
@@ -143,6 +146,7 @@ async def test_a_given_license_wins_over_that_of_the_file(tmp_path: Path) -> Non
         assert server.license == LICENSE
 
 
+@pytest.mark.slow  # sqlite waits a second for a file in use
 async def test_a_file_in_use_or_of_something_else_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "store"
     async with EmitterServer(store=path):
@@ -167,6 +171,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_what_was_acknowledged_as_stored_survives_kill_9(tmp_path: Path) -> None:
     store = tmp_path / "store"
     acknowledged = 0
