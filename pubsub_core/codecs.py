@@ -24,7 +24,14 @@ from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast, get_args, run
 
 import msgspec
 
-from .errors import BadOption, ConfigError, DecodeFailed, EncodeFailed, PubSubError
+from .errors import (
+    BadOption,
+    ConfigError,
+    DecodeFailed,
+    EncodeFailed,
+    InvalidFilter,
+    PubSubError,
+)
 from .settings import CodecRule
 from .topics import TopicFilter, overlap, parse_filter
 
@@ -191,6 +198,15 @@ BUILTIN_CODECS: Final[tuple[Codec, ...]] = (
 """The codecs that are always there. Their names cannot be given to another codec."""
 
 
+def _filter_of(rule: CodecRule) -> TopicFilter:
+    try:
+        return parse_filter(rule.match)
+    except InvalidFilter as exc:
+        raise BadOption(
+            f"codecs: match = {rule.match!r} is no topic filter", option="codecs", hint=str(exc)
+        ) from exc
+
+
 class CodecSet:
     """The codecs of one bus, and the rules that choose among them.
 
@@ -201,7 +217,7 @@ class CodecSet:
 
     Raises:
         ConfigError: A name is unknown, or a codec lacks a method.
-        InvalidFilter: A rule's filter is none.
+        BadOption: A rule's filter is none.
     """
 
     def __init__(
@@ -215,7 +231,7 @@ class CodecSet:
             self._add(codec)
         self._default = self._get(default)
         self._rules: list[tuple[TopicFilter, Codec]] = [
-            (parse_filter(rule.match), self._get(rule.codec)) for rule in rules
+            (_filter_of(rule), self._get(rule.codec, option="codecs")) for rule in rules
         ]
         self._text = self._codecs["text"]
         self._ruled: dict[str, Codec | None] = {}
@@ -310,7 +326,7 @@ class CodecSet:
             return
         self._codecs[name] = codec
 
-    def _get(self, codec: str | Codec) -> Codec:
+    def _get(self, codec: str | Codec, option: str = "codec") -> Codec:
         if not isinstance(codec, str):
             return codec
         found = self._codecs.get(codec)
@@ -320,7 +336,7 @@ class CodecSet:
         meant = f"did you mean {near[0]!r}? " if near else ""
         raise BadOption(
             f"there is no codec {codec!r}",
-            option="codec",
+            option=option,
             hint=f"{meant}known codecs: {', '.join(self.names)}",
         )
 

@@ -117,10 +117,10 @@ class Publisher:
         self.limits = limits
         self._most = limits.max_payload
 
-    def check_name(self, name: str) -> None:
-        """Raise InvalidTopic for a topic or filter that this broker cannot carry."""
+    def check_filter(self, filter: str) -> None:
+        """Raise InvalidFilter for a plain filter that this broker cannot carry."""
         if self._special_topics:
-            check_limits(name, self.limits, self._name)
+            check_limits(filter, self.limits, self._name, is_filter=True)
 
     def frame(
         self,
@@ -136,74 +136,83 @@ class Publisher:
         parts: Sequence[Part] | None = None,
     ) -> OutFrame:
         """Check and encode one message; see `Bus.publish`."""
-        validate_topic(topic)
-        if self._topic_defaults is not None:
-            default_qos, default_retain = self._topic_defaults(topic)
-            qos = default_qos if qos is None else qos
-            retain = default_retain if retain is None else retain
-        if self._special_topics:
-            check_limits(topic, self.limits, self._name)
-        if type(payload) is bytes and codec is None:
-            if (
-                qos is None
-                and ttl is None
-                and headers is None
-                and content_type is None
-                and parts is None
-                and not retain
-                and (self._most is None or len(payload) <= self._most)
-            ):
-                return OutFrame(topic=topic, payload=payload, qos=self._qos, echo=self._echo)
-            data, encoded_type = payload, None
-        else:
-            data, encoded_type = self._codecs.encode(payload, topic=topic, codec=codec)
-        encoded: tuple[Part, ...] = ()
-        if parts is not None:
-            self._need(Cap.ENTITLEMENTS)
-            encoded = tuple(
-                Part(self._codecs.encode(part.data, topic=topic, codec=codec)[0], part.entitlements)
-                for part in parts
-            )
-            data = encoded[0].data if encoded else b""
-        if self.limits.max_payload is not None:
-            size = sum(len(part.data) for part in encoded) if encoded else len(data)
-            if size > self.limits.max_payload:
-                raise PayloadTooLarge(
-                    size=size, limit=self.limits.max_payload, backend=self._name, topic=topic
+        try:
+            validate_topic(topic)
+            if self._topic_defaults is not None:
+                default_qos, default_retain = self._topic_defaults(topic)
+                qos = default_qos if qos is None else qos
+                retain = default_retain if retain is None else retain
+            if self._special_topics:
+                check_limits(topic, self.limits, self._name)
+            if type(payload) is bytes and codec is None:
+                if (
+                    qos is None
+                    and ttl is None
+                    and headers is None
+                    and content_type is None
+                    and parts is None
+                    and not retain
+                    and (self._most is None or len(payload) <= self._most)
+                ):
+                    return OutFrame(topic=topic, payload=payload, qos=self._qos, echo=self._echo)
+                data, encoded_type = payload, None
+            else:
+                data, encoded_type = self._codecs.encode(payload, topic=topic, codec=codec)
+            encoded: tuple[Part, ...] = ()
+            if parts is not None:
+                self._need(Cap.ENTITLEMENTS)
+                encoded = tuple(
+                    Part(
+                        self._codecs.encode(part.data, topic=topic, codec=codec)[0],
+                        part.entitlements,
+                    )
+                    for part in parts
                 )
-        if content_type is not None:
-            if not isinstance(content_type, str):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
-                raise TypeError(f"content_type={content_type!r}; pass a str such as 'image/png'")
-            self._need(Cap.CONTENT_TYPE)
-        elif encoded_type is not None and self.capabilities[Cap.CONTENT_TYPE]:
-            content_type = encoded_type
-        if headers:
-            self._need(Cap.HEADERS)
-        if ttl is not None:
-            try:
-                usable = 0 < ttl < math.inf
-            except TypeError:
-                usable = False
-            if not usable:
-                raise ValueError(f"ttl={ttl!r}; pass seconds above 0, or None to keep it")
-            self._need(Cap.TTL)
-        if retain:
-            self._need(Cap.RETAINED)
-        if qos is None:
-            qos = self._options.qos
-        elif qos not in (0, 1, 2):
-            raise ValueError(f"qos={qos!r}; pass 0, 1 or 2")
-        return OutFrame(
-            topic=topic,
-            payload=data,
-            qos=qos,
-            retain=bool(retain),
-            ttl=ttl,
-            headers=checked_headers(headers) if headers else NO_HEADERS,
-            content_type=content_type,
-            echo=self._options.echo,
-            parts=encoded,
-        )
+                data = encoded[0].data if encoded else b""
+            if self.limits.max_payload is not None:
+                size = sum(len(part.data) for part in encoded) if encoded else len(data)
+                if size > self.limits.max_payload:
+                    raise PayloadTooLarge(
+                        size=size, limit=self.limits.max_payload, backend=self._name, topic=topic
+                    )
+            if content_type is not None:
+                if not isinstance(content_type, str):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
+                    raise TypeError(
+                        f"content_type={content_type!r}; pass a str such as 'image/png'"
+                    )
+                self._need(Cap.CONTENT_TYPE)
+            elif encoded_type is not None and self.capabilities[Cap.CONTENT_TYPE]:
+                content_type = encoded_type
+            if headers:
+                self._need(Cap.HEADERS)
+            if ttl is not None:
+                try:
+                    usable = 0 < ttl < math.inf
+                except TypeError:
+                    usable = False
+                if not usable:
+                    raise ValueError(f"ttl={ttl!r}; pass seconds above 0, or None to keep it")
+                self._need(Cap.TTL)
+            if retain:
+                self._need(Cap.RETAINED)
+            if qos is None:
+                qos = self._options.qos
+            elif qos not in (0, 1, 2):
+                raise ValueError(f"qos={qos!r}; pass 0, 1 or 2")
+            return OutFrame(
+                topic=topic,
+                payload=data,
+                qos=qos,
+                retain=bool(retain),
+                ttl=ttl,
+                headers=checked_headers(headers) if headers else NO_HEADERS,
+                content_type=content_type,
+                echo=self._options.echo,
+                parts=encoded,
+            )
+        except Exception:
+            self._stats.failed += 1
+            raise
 
     def send_now(self, out: OutFrame) -> Receipt | None:
         """Send one message if that needs no waiting at all; None where `send` must."""
@@ -226,11 +235,10 @@ class Publisher:
         """Send one message, or do with it what the offline policy says."""
         if confirm is not None:
             try:
-                wanted = ConfirmedBy(confirm)
-            except ValueError:
-                known = ", ".join(ConfirmedBy)
-                raise ValueError(f"confirm={confirm!r}; pass one of {known}") from None
-            self._check_confirm(wanted, out.qos)
+                self._check_confirm(confirm, out.qos)
+            except Exception:
+                self._stats.failed += 1
+                raise
         receipt = self.send_now(out)
         if receipt is not None:
             return receipt
@@ -358,7 +366,12 @@ class Publisher:
         if delay > 0:
             await self._clock.sleep(delay)
 
-    def _check_confirm(self, confirm: ConfirmedBy, qos: int) -> None:
+    def _check_confirm(self, given: ConfirmedBy | str, qos: int) -> None:
+        try:
+            confirm = ConfirmedBy(given)
+        except ValueError:
+            known = ", ".join(ConfirmedBy)
+            raise ValueError(f"confirm={given!r}; pass one of {known}") from None
         guarantees: Guarantees = self._backend.guarantees
         if confirm is ConfirmedBy.BROKER and (
             guarantees.confirmed_by is not ConfirmedBy.BROKER or qos == 0

@@ -15,7 +15,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from .clock import Clock
-from .errors import BusClosed, ConnectError, ConnectTimeout, NotConnected, PubSubError
+from .errors import (
+    BusClosed,
+    ConnectError,
+    ConnectTimeout,
+    MissingDependency,
+    NotConnected,
+    PubSubError,
+)
 from .events import InterestEvent, Notice, Status, StatusChanged
 from .interfaces import AuthorizationRequest, Backend, SessionFacts
 from .message import InFrame
@@ -293,6 +300,15 @@ class Session:
                     facts = await self._backend.open(sink)
             except ConnectError:
                 raise
+            except ImportError as error:
+                # Of something that the backend imports only when an option asks for it.
+                info = self._backend.context.info
+                missing = f"{error.name!r}" if error.name else "a library"
+                raise MissingDependency(
+                    f"backend {info.name!r} cannot import {missing}: {error}",
+                    hint=info.install or f"install what {info.name!r} needs",
+                    backend=info.name,
+                ) from error
             except TimeoutError as error:
                 raise ConnectTimeout(
                     f"no session with {self._backend.context.address} within {seconds:g} s",

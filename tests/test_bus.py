@@ -17,14 +17,17 @@ from pubsub_core import (
     BusClosed,
     Cap,
     ConfigError,
+    EncodeFailed,
     Gap,
     GapReason,
+    InvalidTopic,
     Message,
     NotConnected,
     NotSupported,
     Origin,
     Outcome,
     Overflow,
+    Part,
     PayloadTooLarge,
     PublishFailed,
     PublishTimeout,
@@ -37,6 +40,7 @@ from pubsub_core import (
 )
 from pubsub_core.memory import Space
 from pubsub_core.memory.backend import MemoryBackend
+from pubsub_core.middleware import CallNext, Context
 from pubsub_core.testing.clock import VirtualClock
 
 
@@ -54,6 +58,30 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():
             await asyncio.sleep(0)
+
+
+async def test_what_is_refused_before_it_is_sent_counts_as_failed(lab: str) -> None:
+    async def through(context: Context, call_next: CallNext) -> Any:
+        return await call_next(context)
+
+    async with connect(lab) as bus:
+        for expected in (8, 16):
+            refused: list[tuple[dict[str, Any], type[Exception]]] = [
+                ({"topic": "a/#"}, InvalidTopic),
+                ({"topic": "a", "payload": bytes(256 * 1024 * 1024 + 1)}, PayloadTooLarge),
+                ({"topic": "a", "payload": object()}, EncodeFailed),
+                ({"topic": "a", "qos": 3}, ValueError),
+                ({"topic": "a", "ttl": -1}, ValueError),
+                ({"topic": "a", "parts": [Part(b"x")]}, NotSupported),
+                ({"topic": "a", "confirm": "everybody"}, ValueError),
+                ({"topic": "a", "qos": 0, "confirm": "broker"}, NotSupported),
+            ]
+            for arguments, error in refused:
+                with pytest.raises(error):
+                    await bus.publish(**{"payload": b"", **arguments})
+            assert bus.stats.failed == expected
+            assert bus.stats.published == 0
+            bus.use(through)  # once more behind a middleware
 
 
 # --- life --------------------------------------------------------------------------------

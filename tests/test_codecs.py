@@ -366,8 +366,13 @@ def test_an_unknown_codec_comes_with_a_suggestion() -> None:
 
 
 def test_a_rule_with_a_bad_filter_is_refused() -> None:
-    with pytest.raises(InvalidFilter):
+    with pytest.raises(BadOption, match="'a/#/b' is no topic filter") as caught:
         CodecSet(rules=[CodecRule("a/#/b", "json")])
+    assert caught.value.option == "codecs"
+    assert isinstance(caught.value.__cause__, InvalidFilter)
+    with pytest.raises(BadOption, match="no codec 'jsn'") as caught:
+        CodecSet(rules=[CodecRule("a", "jsn")])
+    assert caught.value.option == "codecs"
 
 
 # --- rules on receiving -----------------------------------------------------------------

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pubsub_core.errors import AuthenticationFailed, BusClosed, ConnectError, ConnectTimeout
+from pubsub_core.errors import (
+    AuthenticationFailed,
+    BusClosed,
+    ConnectError,
+    ConnectTimeout,
+    MissingDependency,
+)
 from pubsub_core.events import InterestEvent, Notice, Status, StatusChanged
 from pubsub_core.interfaces import (
     Address,
@@ -365,6 +371,19 @@ async def test_a_session_that_fails_at_its_very_end_is_not_online() -> None:
     await until(lambda: session.generation == 3 and session.online)
     assert seen == [2]
     assert owner.statuses.count(Status.RECONNECTING) == 2
+    await stop(session)
+
+
+async def test_a_library_that_is_missing_when_it_is_needed_is_named() -> None:
+    """Not every import can be tried before an option asks for it."""
+    missing = ModuleNotFoundError("No module named 'nobody_has'", name="nobody_has")
+    session = session_of(Scripted(missing), Owner(), VirtualClock(), wait=False)
+    await session.start()
+    await until(lambda: session.status is Status.FAILED)
+    assert isinstance(session.error, MissingDependency)
+    assert "'nobody_has'" in str(session.error)
+    assert session.error.hint
+    assert session.error.__cause__ is missing
     await stop(session)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from pubsub_core.errors import BadOption
+from pubsub_core.bus import connect
+from pubsub_core.errors import BadOption, ConnectError
 from pubsub_messagebus.protocol import (
     HEARTBEAT,
     DataPacket,
@@ -271,6 +272,21 @@ async def test_tls_with_client_certificates(tmp_path: Path) -> None:
                 await client.fence()
     with pytest.raises(BadOption, match="certificate"):
         MessageBusServer(certfile=str(tmp_path / "missing.crt"))
+
+
+async def test_tls_and_plain_mixed_up_is_guessed(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    own = authority.issue("server")
+    async with (
+        MessageBusServer() as plain,
+        MessageBusServer(certfile=own.certfile, keyfile=own.keyfile) as secure,
+        asyncio.timeout(10),
+    ):
+        with pytest.raises(ConnectError, match="does that port speak TLS"):
+            await connect(f"messagebus+tls://127.0.0.1:{plain.port}", ca_file=authority.cafile)
+        for user in ("", "tester:right@"):
+            with pytest.raises(ConnectError, match="wants TLS is messagebus\\+tls://"):
+                await connect(f"messagebus://{user}127.0.0.1:{secure.port}")
 
 
 async def test_a_subscriber_that_stops_reading_is_disconnected_and_others_are_not() -> None:

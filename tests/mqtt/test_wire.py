@@ -465,10 +465,14 @@ def test_what_the_broker_cannot_do_is_refused_before_it_is_sent(lines: type[Line
 
 @pytest.mark.parametrize("value", ["a\0b", "\ud800", "x" * 65536])
 def test_a_header_that_mqtt_cannot_carry_is_refused(value: str) -> None:
-    with pytest.raises(PublishFailed) as caught:
-        publish_properties(user=[("name", value)])
+    with pytest.raises(PublishFailed, match="header 'name' h") as caught:
+        publish_properties(user=[("first", "x"), ("name", value)])
     assert caught.value.outcome is Outcome.NOT_SENT
     assert caught.value.retryable is False
+    with pytest.raises(PublishFailed, match="the header name '") as caught:
+        publish_properties(user=[("first", "x"), (value, "name")])
+    assert len(str(caught.value)) < 200
+    str(caught.value).encode()  # whatever the name holds, the error can be logged
 
 
 # --- the window -----------------------------------------------------------------------

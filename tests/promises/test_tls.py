@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pubsub_core import Status, TLSProblem, connect
+from pubsub_core import ConnectError, MissingDependency, Status, TLSProblem, connect
 from pubsub_core.testing.proxy import FaultProxy
 from pubsub_mqtt import transport
 from pubsub_mqtt.server import MosquittoServer, ServerTLS
@@ -183,12 +184,76 @@ async def test_verification_is_switched_off_by_name_and_with_one_warning(
 
 async def test_plain_text_is_never_a_fallback(mosquitto: MosquittoServer) -> None:
     """A broker without TLS behind mqtts:// is an error; it hears no CONNECT."""
-    from pubsub_core import ConnectError
-
     async with FaultProxy(mosquitto.host, mosquitto.port) as proxy:
-        with pytest.raises(ConnectError):
+        with pytest.raises(ConnectError, match="does that port speak TLS"):
             await soon(connect(f"mqtts://127.0.0.1:{proxy.port}").open())
         assert proxy.accepted == 1
+
+
+@pytest.mark.parametrize("scheme", ["mqtt", "ws"])
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_port_that_wants_tls_is_guessed(
+    mosquitto_tls: MosquittoServer, scheme: str, version: str
+) -> None:
+    async with FaultProxy(mosquitto_tls.host, mosquitto_tls.port) as proxy:
+        with pytest.raises(ConnectError, match="does that port want TLS"):
+            await soon(connect(f"{scheme}://127.0.0.1:{proxy.port}", protocol=version).open())
+
+
+async def test_a_tls_alert_instead_of_an_answer_is_recognised() -> None:
+    """Servers that answer before they hang up send a TLS record (RFC 8446 section 6.2)."""
+
+    async def alert(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(bytes.fromhex("15 03 03 00 02 02 46"))
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(alert, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with pytest.raises(ConnectError, match="the port wants mqtts://"):
+        await soon(connect(f"mqtt://127.0.0.1:{port}").open())
+    server.close()
+    await soon(server.wait_closed())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "option"),
+    [
+        ("mqtts", "ca_file"),
+        ("mqtts", "ca_path"),
+        ("mqtts", "cert_file"),
+        ("messagebus+tls", "ca_file"),
+        ("messagebus+tls", "cert_file"),
+    ],
+)
+async def test_a_file_that_cannot_be_read_is_named(
+    scheme: str, option: str, tmp_path: Path
+) -> None:
+    garbage = tmp_path / "garbage.pem"
+    garbage.write_text("no certificate")
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    for path in (garbage, tmp_path / "missing.pem"):
+        given: dict[str, Any] = {option: str(path)}
+        with pytest.raises(TLSProblem) as caught:
+            await soon(connect(f"{scheme}://127.0.0.1:{port}", **given).open())
+        assert str(path) in caught.value.message
+        assert option in caught.value.message
+    server.close()
+    await soon(server.wait_closed())
+
+
+async def test_websocket_without_its_library_says_what_to_install(
+    mosquitto: MosquittoServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wsproto", None)
+    with pytest.raises(MissingDependency, match="pip install 'wsproto"):
+        await soon(connect(mosquitto.websocket_url).open())
 
 
 def test_a_context_as_it_is_made_checks_everything(tmp_path: Path) -> None:

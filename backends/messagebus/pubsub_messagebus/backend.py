@@ -76,6 +76,7 @@ logger = logging.getLogger("pubsub_messagebus.backend")
 _DEFAULT_PORT = 9001
 _HIGH = 1024 * 1024
 _SOURCES = 4096
+_WANTS_TLS = " (a port that wants TLS is messagebus+tls://)"
 # As many as our own distributor lets wait.
 _QUESTIONS = 10_000
 
@@ -304,9 +305,13 @@ class MessageBusBackend(Backend):
                 backend=self._name,
             ) from error
         except OSError as error:
+            hung_up = isinstance(error, ConnectionResetError) and context is not None
             raise ConnectError(
-                f"cannot connect to {self.context.address}: {error.strerror or error}",
-                hint="is the distributor running there?",
+                f"cannot connect to {self.context.address}: "
+                f"{error.strerror or str(error) or type(error).__name__}",
+                hint="does that port speak TLS? one without it wants messagebus://"
+                if hung_up
+                else "is the distributor running there?",
                 backend=self._name,
             ) from error
         self._link = link
@@ -338,12 +343,14 @@ class MessageBusBackend(Backend):
             # A server says nothing about credentials; it closes, before anything else.
             return AuthenticationFailed(
                 f"{self.context.address} closed the connection after the handshake",
-                hint="look at user name, password or token, and at the option handshake",
+                hint="look at user name, password or token, and at the option handshake"
+                f"{_WANTS_TLS if not self._endpoint.tls else ''}",
                 backend=self._name,
             )
         return ConnectError(
             f"{self.context.address} closed the connection",
-            hint="does the server want a user name?" if not self._handshake else "",
+            hint=("does the server want a user name?" if not self._handshake else "")
+            + ("" if self._endpoint.tls else _WANTS_TLS),
             backend=self._name,
         )
 
@@ -351,14 +358,20 @@ class MessageBusBackend(Backend):
         options = self._options
         if options.ssl_context is not None:
             return cast("ssl.SSLContext", options.ssl_context)
+        files = f"ca_file {options.ca_file!r}"
         try:
             context = ssl.create_default_context(cafile=options.ca_file)
             if options.cert_file:
+                files = f"cert_file {options.cert_file!r}"
+                if options.key_file:
+                    files += f", key_file {options.key_file!r}"
                 context.load_cert_chain(options.cert_file, options.key_file)
         except OSError as error:
+            # OpenSSL's own text names no file.
+            why = error if isinstance(error, ssl.SSLError) else error.strerror or error
             raise TLSProblem(
-                f"the TLS files cannot be used: {error}",
-                hint="look at ca_file, cert_file and key_file",
+                f"{files} cannot be used: {why}",
+                hint="name files in PEM that this process may read",
                 backend=self._name,
             ) from error
         if options.insecure_skip_verify:

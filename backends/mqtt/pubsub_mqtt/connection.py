@@ -52,6 +52,7 @@ from .errors import (
     connack_error,
     dial_error,
     disconnect_error,
+    early_end_hint,
     printable,
     publish_error,
     subscribe_error,
@@ -96,6 +97,8 @@ __all__ = [
 logger = logging.getLogger("pubsub_mqtt")
 
 _CONNACK: Final = 0x20
+# What a TLS record with an alert begins with (RFC 8446 section 5.1).
+_ALERT: Final = 0x15
 _PUBLISH: Final = 0x30
 _PUBACK: Final = 0x40
 _PUBREC: Final = 0x50
@@ -373,7 +376,7 @@ class Connection:
         except PeerClosed as exc:
             self._peer_closed(exc)
         except (OSError, ConnectError) as exc:
-            self._lose(dial_error(exc, self._where))
+            self._lose(dial_error(exc, self._where, secure=self._early_end(sock)))
         if sock is self._sock and not self._woken and not sock.idle:
             self._wake()  # a WebSocket ping wants its answer
 
@@ -399,11 +402,15 @@ class Connection:
             self._reset = True
             self._last_words(sock)
             if self._sock is sock:
-                self._lose(dial_error(exc, self._where))
+                self._lose(dial_error(exc, self._where, secure=self._early_end(sock)))
             return True
         if self._unflushed:
             self._confirm_flushed(sock.done)
         return empty
+
+    def _early_end(self, sock: BufferedSocket | None) -> bool | None:
+        """Return whether *sock* is encrypted, or None once the broker has let us in."""
+        return None if self._open or sock is None else sock.secure
 
     def _last_words(self, sock: BufferedSocket) -> None:
         """Read what the peer said before it closed: most often the reason."""
@@ -593,9 +600,10 @@ class Connection:
         self.on_session(session)
 
     def _peer_closed(self, exc: PeerClosed) -> None:
+        secure = self._early_end(self._sock)
         error = ConnectError(
             f"{self._where or 'the broker'} closed the connection",
-            hint="" if self._open else "it may speak another protocol, or refuse this client",
+            hint="" if secure is None else early_end_hint(secure),
             backend="mqtt",
         )
         error.__cause__ = exc
@@ -1124,8 +1132,9 @@ class Connection:
             while end - pos >= 2:
                 head = data[pos]
                 if head != _CONNACK and not self._open:
+                    alert = " (a TLS alert: the port wants mqtts://)" if head == _ALERT else ""
                     raise ProtocolError(
-                        f"instead of CONNACK the peer sent what begins with 0x{head:02X}"
+                        f"instead of CONNACK the peer sent what begins with 0x{head:02X}{alert}"
                     )
                 size = data[pos + 1]
                 start = pos + 2

@@ -314,7 +314,8 @@ class AsyncioDriver:
         except ConnectError:
             raise
         except (OSError, ValueError) as exc:
-            raise dial_error(exc, str(endpoint)) from exc
+            secure = endpoint.tls is not None
+            raise dial_error(exc, str(endpoint), secure=secure) from exc
         if closes != self._closes:
             sock.close()
             raise _closed_meanwhile()
@@ -778,7 +779,8 @@ class BlockingDriver:
         try:
             sock = dial_blocking(self.endpoint, self.timeout)
         except (OSError, ValueError, ConnectError) as exc:
-            raise dial_error(exc, str(self.endpoint)) from exc
+            secure = self.endpoint.tls is not None
+            raise dial_error(exc, str(self.endpoint), secure=secure) from exc
         self._failure = None
         with connection.lock:
             connection.begin(sock, where=str(self.endpoint))
@@ -891,7 +893,8 @@ class BlockingDriver:
         try:
             return dial_blocking(self.endpoint, self.timeout)
         except (OSError, ValueError, ConnectError) as exc:
-            error = dial_error(exc, str(self.endpoint))
+            secure = self.endpoint.tls is not None
+            error = dial_error(exc, str(self.endpoint), secure=secure)
             self._lost(error)
             self.connection.dispatch()
             raise ConnectionError(str(error)) from exc

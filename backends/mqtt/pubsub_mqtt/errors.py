@@ -32,6 +32,7 @@ __all__ = [
     "connack_error",
     "dial_error",
     "disconnect_error",
+    "early_end_hint",
     "printable",
     "publish_error",
     "subscribe_error",
@@ -248,13 +249,25 @@ def subscribe_error(code: int, *, filter: str, said: str = "") -> SubscribeFaile
     )
 
 
-def dial_error(error: BaseException, where: str) -> ConnectError:
+def early_end_hint(secure: bool) -> str:
+    """Return what to do when a peer hangs up before it has said anything."""
+    if secure:
+        return "does that port speak TLS? one without it wants mqtt:// or ws://"
+    return (
+        "does that port want TLS (mqtts://, wss://)? or it speaks another protocol, or refuses "
+        "this client"
+    )
+
+
+def dial_error(error: BaseException, where: str, *, secure: bool | None = None) -> ConnectError:
     """Return the error for a failure before or below MQTT: DNS, TCP, TLS, a lost link.
 
     Args:
         error: What was raised.
         where: The address, without credentials.
+        secure: Where the peer was reached and has said nothing yet, whether TLS was used.
     """
+    hung_up = isinstance(error, (ConnectionResetError, ConnectionAbortedError, BrokenPipeError))
     if isinstance(error, ConnectError):
         return error
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -264,7 +277,8 @@ def dial_error(error: BaseException, where: str) -> ConnectError:
             backend="mqtt",
         )
     if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-        return ConnectError(f"{where} closed the TLS connection", backend="mqtt")
+        hint = "" if secure is None else early_end_hint(secure)
+        return ConnectError(f"{where} closed the TLS connection", hint=hint, backend="mqtt")
     if isinstance(error, ssl.SSLError):
         # An alert from the peer during the handshake comes as this, too: a missing client
         # certificate, an old protocol version, or a port that does not speak TLS.
@@ -287,7 +301,9 @@ def dial_error(error: BaseException, where: str) -> ConnectError:
         why = errno.errorcode.get(error.errno or 0, "") or type(error).__name__
         return ConnectError(
             f"no connection to {where}: {printable(error.strerror or str(error))} ({why})",
-            hint="check that the broker runs and listens there",
+            hint="check that the broker runs and listens there"
+            if secure is None or not hung_up
+            else early_end_hint(secure),
             backend="mqtt",
         )
     return ConnectError(f"no connection to {where}: {type(error).__name__}", backend="mqtt")

@@ -33,6 +33,7 @@ NO_PROPERTIES: Final = b"\x00"
 """The encoded properties of a PUBLISH that has none."""
 
 _MAX_USER_PROPERTIES = 64
+_MOST_SHOWN = 60
 
 
 class PublishProperties(msgspec.Struct, frozen=True, gc=False):
@@ -137,7 +138,10 @@ def publish_properties(
             raise _bad_property("the correlation data", f"has {len(correlation)} bytes of 65535")
         parts.append(b"\x09" + len(correlation).to_bytes(2, "big") + correlation)
     for name, value in user:
-        parts.append(b"\x26" + _text(name, "a header's name") + _text(value, "a header's value"))
+        shown = name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}…"
+        parts.append(
+            b"\x26" + _text(name, f"the header name {shown!r}") + _text(value, f"header {shown!r}")
+        )
     body = b"".join(parts)
     return encode_length(len(body)) + body
 

@@ -22,7 +22,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pubsub_core.errors import AuthenticationFailed, ConnectError, ServerRefused, TLSProblem
+from pubsub_core.errors import (
+    AuthenticationFailed,
+    ConnectError,
+    MissingDependency,
+    ServerRefused,
+    TLSProblem,
+)
 from pubsub_core.secrets import Secret
 
 from .errors import printable
@@ -89,8 +95,9 @@ class TLSSettings:
             try:
                 context.load_cert_chain(self.cert_file, self.key_file, password)
             except (OSError, ValueError) as exc:
+                files = _named(cert_file=self.cert_file, key_file=self.key_file)
                 raise TLSProblem(
-                    f"our certificate cannot be used: {printable(str(exc))}",
+                    f"our certificate in {files} cannot be used: {_why(exc)}",
                     hint="check cert_file, key_file and key_password",
                     backend="mqtt",
                 ) from exc
@@ -120,11 +127,24 @@ class TLSSettings:
         try:
             context.load_verify_locations(self.ca_file, self.ca_path, self.ca_data)
         except (OSError, ValueError) as exc:
+            files = _named(ca_file=self.ca_file, ca_path=self.ca_path)
+            where = " and ".join(filter(None, (files, self.ca_data and "ca_data")))
             raise TLSProblem(
-                f"the trusted CAs cannot be read: {printable(str(exc))}",
-                hint="check ca_file, ca_path and ca_data",
+                f"the trusted CAs in {where} cannot be read: {_why(exc)}",
+                hint="name a file of certificates in PEM that this process may read",
                 backend="mqtt",
             ) from exc
+
+
+def _named(**files: str | None) -> str:
+    return ", ".join(f"{option} {path!r}" for option, path in files.items() if path)
+
+
+def _why(error: Exception) -> str:
+    # The text of an OSError has its number and, now and then, a path; OpenSSL's has its own.
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.strerror:
+        return error.strerror
+    return printable(str(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +211,14 @@ class WebSocket:
     """
 
     def __init__(self, target: WebSocketTarget, host: str, port: int, *, secure: bool) -> None:
-        from wsproto import ConnectionType, WSConnection  # noqa: PLC0415 # only here, only then
+        try:
+            from wsproto import ConnectionType, WSConnection  # noqa: PLC0415 # only then
+        except ImportError as exc:
+            raise MissingDependency(
+                f"MQTT over WebSocket cannot import {exc.name or 'wsproto'!r}",
+                hint="pip install 'wsproto>=1.2'",
+                backend="mqtt",
+            ) from exc
 
         self._target = target
         shown = f"[{host}]" if ":" in host else host
@@ -336,6 +363,11 @@ class BufferedSocket:
         self.written = 0
         self.begun = 0
         self.done = 0
+
+    @property
+    def secure(self) -> bool:
+        """Whether the stream is encrypted."""
+        return self._tls
 
     # --- reading -----------------------------------------------------------------------
 
