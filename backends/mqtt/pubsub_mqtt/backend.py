@@ -13,27 +13,24 @@ import contextlib
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
-from pubsub_core import interfaces
 from pubsub_core.capabilities import Cap, ConfirmedBy, Guarantees, Limits, Redelivery, Support
 from pubsub_core.errors import (
     BadOption,
-    ConnectError,
     InvalidFilter,
     NotConnected,
     NotSupported,
     SubscribeFailed,
 )
-from pubsub_core.events import Notice
-from pubsub_core.interfaces import Address, Backend, BackendContext, SessionFacts, Sink, WireSub
+from pubsub_core.interfaces import Address, BackendContext, SessionFacts, Sink, WireSub
 from pubsub_core.message import NO_HEADERS, Headers, InFrame, Origin, OutFrame, Receipt, Verdict
 from pubsub_core.topics import overlap
 from pubsub_core.trie import HandlerTrie
 
-from .connection import Connection, Session, SessionSettings, Subscribe, Version, Will
-from .driver import AsyncioDriver
+from .base import ConnectionBackend
+from .connection import Connection, SessionSettings, Subscribe, Version, Will
 from .options import MQTTOptions, ProtocolName, TopicDefaults
 from .packets import NO_PROPERTIES, Incoming, publish_properties
 from .transport import Endpoint, TLSSettings, WebSocketTarget
@@ -150,14 +147,6 @@ def settings_of(address: Address, options: MQTTOptions) -> SessionSettings:
     )
 
 
-class _Turn:
-    """Whose turn it is with one wire filter."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
-
-
 class _Capture:
     """Retained messages of one topic, caught for `MQTTBackend.last`."""
 
@@ -166,7 +155,7 @@ class _Capture:
         self.messages: list[Incoming] = []
 
 
-class MQTTBackend(Backend):
+class MQTTBackend(ConnectionBackend):
     """One session with any MQTT broker.
 
     It is also what `Bus.native` gives: `driver` and `connection` are open to those who need
@@ -178,26 +167,20 @@ class MQTTBackend(Backend):
     """
 
     def __init__(self, context: BackendContext) -> None:
-        super().__init__(context)
         options = context.options
         if not isinstance(options, MQTTOptions):
             raise TypeError(f"options are a {type(options).__name__}, not MQTTOptions")
-        self._options = options
-        self._name = context.info.name
-        self._endpoint = endpoint_of(context.address, options)
-        self._time = context.clock.time
-        self.connection = Connection(
-            settings_of(context.address, options), clock=context.clock.monotonic
+        super().__init__(
+            context,
+            endpoint_of(context.address, options),
+            Connection(settings_of(context.address, options), clock=context.clock.monotonic),
         )
-        self.driver = AsyncioDriver(self.connection)
+        self._options = options
+        self._time = context.clock.time
         self.connection.on_message = self._received
-        self.connection.on_notice = self._notice
-        self.driver.on_lost = self._lost
-        self._sink: Sink | None = None
         self._v5 = False
         self._identifiers = False
         self._settles = True
-        self._closed = False
         # The broker may still hold subscriptions of an earlier process, whose identifiers
         # must not be taken for ours: those begin where nobody else's do.
         self._base = 0 if options.clean_start else (1 + secrets.randbelow(200_000)) * 1024
@@ -206,7 +189,6 @@ class MQTTBackend(Backend):
         self._known: set[int] = set()
         self._order = itertools.count(1)
         self._repeated: dict[int, int] = {}
-        self._turns: dict[str, _Turn] = {}
         self._captures: dict[str, _Capture] = {}
         self._captured = 0
         self._defaults: HandlerTrie[tuple[str, TopicDefaults]] | None = None
@@ -220,27 +202,11 @@ class MQTTBackend(Backend):
 
     # --- sessions ---------------------------------------------------------------------
 
-    @property
-    def endpoint(self) -> interfaces.Endpoint:
-        """Where `open` connects to."""
-        where = self._endpoint
-        if where.unix_path:
-            return interfaces.Endpoint(where.unix_path, None)
-        return interfaces.Endpoint(where.host, where.port, where.tls is not None)
-
-    @property
-    def session(self) -> Session | None:
-        """What the broker's CONNACK said, or None without a session."""
-        return self.connection.session if self.connection.connected else None
-
     async def open(self, sink: Sink) -> SessionFacts:
         """Make one session; see `Backend.open`. The core sets the deadline."""
-        if self._closed:
-            raise ConnectError("the backend was closed", backend=self._name, retryable=False)
-        self._sink = sink
         self._current.clear()
         self._captures.clear()
-        session = await self.driver.open(self._endpoint)
+        session = await self._dial(sink)
         self._v5 = session.version == 5
         self._identifiers = session.identifiers
         self._choose_settling()
@@ -249,33 +215,6 @@ class MQTTBackend(Backend):
             client_id=session.client_id,
             server="MQTT 5" if self._v5 else "MQTT 3.1.1",
         )
-
-    async def restored(self) -> None:
-        """Send what waited: first what the last session left unanswered, in its order."""
-        self.connection.release()
-
-    async def drop(self) -> None:
-        """End the session as if it had been lost; unanswered publishes wait for the next."""
-        self.driver.abort()
-
-    async def close(self, *, drain: float) -> None:
-        """Flush, say DISCONNECT, close; see `Backend.close`."""
-        self._closed = True
-        self._sink = None
-        self.driver.resume()
-        await self.driver.close(drain=drain)
-
-    def _lost(self, error: ConnectError) -> None:
-        if self._sink is not None:
-            self._sink.lost(error)
-
-    def _notice(self, kind: str, text: str, topic: str) -> None:
-        if self._sink is not None:
-            self._sink.notice(Notice(kind, text, topic))
-
-    async def ping(self) -> float:
-        """Return the seconds between PINGREQ and PINGRESP."""
-        return await self.driver.ping()
 
     def pause(self) -> bool:
         """Deliver nothing more; see `Connection.pause`."""
@@ -441,7 +380,7 @@ class MQTTBackend(Backend):
         the broker had lost, not when only the quality of service changes.
         """
         wire = self._wire_filter(want)
-        async with self._lock(wire):
+        async with self._turns.of(wire):
             self._check_distinct(want)
             before = self._current.get(want.id)
             self._current[want.id] = want
@@ -465,7 +404,7 @@ class MQTTBackend(Backend):
         if want.group is not None:
             return
         asked = next(self._order)
-        async with self._lock(want.filter):
+        async with self._turns.of(want.filter):
             if want.id not in self._current or self._repeated.get(want.id, 0) > asked:
                 return
             began = next(self._order)
@@ -500,7 +439,7 @@ class MQTTBackend(Backend):
     async def unsubscribe(self, want: WireSub) -> None:
         """Drop a subscription; see `Backend.unsubscribe`."""
         wire = self._wire_filter(want)
-        async with self._lock(wire):
+        async with self._turns.of(wire):
             self._known.discard(want.id)
             self._repeated.pop(want.id, None)
             self._current.pop(want.id, None)
@@ -543,21 +482,6 @@ class MQTTBackend(Backend):
                     topic=want.filter,
                     retryable=False,
                 )
-
-    @contextlib.asynccontextmanager
-    async def _lock(self, wire: str) -> AsyncGenerator[None]:
-        """Keep operations on one wire filter apart."""
-        turn = self._turns.get(wire)
-        if turn is None:
-            turn = self._turns[wire] = _Turn()
-        turn.users += 1
-        try:
-            async with turn.lock:
-                yield
-        finally:
-            turn.users -= 1
-            if not turn.users:
-                del self._turns[wire]
 
     # --- receiving --------------------------------------------------------------------
 
@@ -624,7 +548,7 @@ class MQTTBackend(Backend):
         that is being made at the very same time cannot be told from ours; one of the two
         is returned here and the other delivered.
         """
-        async with self._lock(topic):
+        async with self._turns.of(topic):
             existing = next(
                 (
                     sub

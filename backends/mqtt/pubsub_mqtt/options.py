@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pubsub_core.errors import BadOption
@@ -20,6 +20,7 @@ __all__ = [
     "ProtocolName",
     "TopicDefaults",
     "WillOptions",
+    "mqtt_options",
 ]
 
 ProtocolName = Literal["auto", "5", "3.1.1"]
@@ -211,3 +212,15 @@ class MQTTOptions:
         if self.session_expiry is not None:
             return self.session_expiry
         return 0 if self.clean_start else _NEVER
+
+
+def mqtt_options(options: object, **more: Any) -> MQTTOptions:
+    """Return the options of an MQTT connection, for a backend that has some of them, too.
+
+    Args:
+        options: Its options; what has the same name is taken over.
+        **more: What it says in other words, or decides by itself.
+    """
+    known = [each.name for each in fields(MQTTOptions)]
+    taken = {name: getattr(options, name) for name in known if hasattr(options, name)}
+    return MQTTOptions(**{**taken, **more})
