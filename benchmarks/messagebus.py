@@ -48,6 +48,8 @@ def _frame(size: int) -> bytes:
 async def _client(module: str, size: int, count: int) -> dict[str, Any]:
     library: Any = importlib.import_module(module)
     frame = _frame(size)
+    left = 0.0
+    took: list[float] = []
     sent = asyncio.Event()
     wanted = count * (len(frame) - 10)  # a published frame has no user and host
     seen = 0
@@ -73,8 +75,6 @@ async def _client(module: str, size: int, count: int) -> dict[str, Any]:
                     sent.set()
 
     go, idle, arrived = asyncio.Event(), asyncio.Event(), asyncio.Event()
-    left = 0.0
-    took: list[float] = []
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     client = await library.CallbackClient.create("127.0.0.1", server.sockets[0].getsockname()[1])
     received = 0

@@ -1,0 +1,259 @@
+"""What hostile clients can do to a distributor in a process of its own: nothing that lasts.
+
+The hostile run takes a few seconds here, and as many as ``PUBSUB_SOAK`` says where it is set;
+``PUBSUB_SEED`` repeats what another run did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import resource
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from pubsub_messagebus.protocol import (
+    DataPacket,
+    basic_handshake,
+)
+
+from .raw import Raw
+
+SOAK = float(os.environ.get("PUBSUB_SOAK", "5"))
+SEED = int(os.environ.get("PUBSUB_SEED", "0")) or random.SystemRandom().getrandbits(32)
+PASSWORDS = Path(__file__).parent.parent / "data" / "messagebus_passwords.json"
+
+MIB = 1024 * 1024
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(SOAK + 60)]
+
+
+class Served:
+    """``pubsub serve messagebus`` with options, looked at from outside."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self._errors = folder / "stderr"
+        self._arguments = [
+            *("-m", "pubsub_core.cli", "serve", "messagebus", "--json"),
+            *(f"--option={name}={value}" for name, value in options.items()),
+        ]
+
+    async def __aenter__(self) -> Self:
+        with self._errors.open("wb") as errors:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *self._arguments,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+                # glibc keeps what was freed between other things; given back, memory that is
+                # still taken is memory that is still held.
+                env={
+                    **os.environ,
+                    "MALLOC_MMAP_THRESHOLD_": "65536",
+                    "MALLOC_TRIM_THRESHOLD_": "0",
+                },
+            )
+        assert self.process.stdout is not None
+        async with asyncio.timeout(20):
+            self.port: int = json.loads(await self.process.stdout.readline())["port"]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.process.terminate()
+        async with asyncio.timeout(20):
+            await self.process.communicate()
+        complaints = self._errors.read_text(errors="replace")
+        assert self.process.returncode == 0, complaints
+        for word in ("Traceback", "Unhandled", "never retrieved", "ResourceWarning"):
+            assert word not in complaints, complaints
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory it has."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * resource.getpagesize()
+
+    @property
+    def sockets(self) -> int:
+        """Descriptors it has."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    async def until_sockets(self, count: int, within: float = 15) -> None:
+        deadline = time.monotonic() + within
+        while self.sockets > count:
+            assert time.monotonic() < deadline, f"{self.sockets} descriptors, not {count}"
+            await asyncio.sleep(0.05)
+
+
+class Flow:
+    """A good subscriber and a good publisher, who must notice nothing."""
+
+    def __init__(self, port: int, handshake: bytes = b"") -> None:
+        self._port = port
+        self._handshake = handshake
+        self.slowest = 0.0
+        self.count = 0
+
+    async def __aenter__(self) -> Self:
+        self._stack = contextlib.AsyncExitStack()
+        self.subscriber = await self._stack.enter_async_context(Raw(self._port))
+        self.publisher = await self._stack.enter_async_context(Raw(self._port))
+        for each in (self.subscriber, self.publisher):
+            each.send(self._handshake)
+        self.subscriber.add("flow", "T")
+        await self.subscriber.fence()
+        self._running = asyncio.create_task(self._run())
+        return self
+
+    async def _run(self) -> None:
+        while True:
+            began = time.monotonic()
+            data = str(self.count).encode()
+            self.publisher.publish("flow", "T", [DataPacket(None, data)])
+            message = await self.subscriber.next()
+            assert message.data_packets == [DataPacket(None, data)]
+            self.count += 1
+            self.slowest = max(self.slowest, time.monotonic() - began)
+            await asyncio.sleep(0.01)
+
+    async def __aexit__(self, *_: object) -> None:
+        failed = self._running.done()
+        self._running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._running
+        await self._stack.aclose()
+        assert not failed
+
+
+# --- single attacks --------------------------------------------------------------------------
+
+
+async def test_900_half_handshakes(tmp_path: Path) -> None:
+    handshake = basic_handshake("tester", "right")
+    async with Served(tmp_path, password_file=PASSWORDS, handshake_timeout=3) as server:
+        sockets, before = server.sockets, server.resident
+        half: list[asyncio.StreamWriter] = []
+        async with asyncio.timeout(20):
+            for number in range(900):
+                _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                writer.write(handshake[: number % len(handshake)])
+                half.append(writer)
+        began = time.monotonic()
+        async with Raw(server.port) as good:
+            good.send(handshake)
+            await good.fence()
+            assert time.monotonic() - began < 1
+        assert server.resident - before < 20 * MIB
+        # It is the server that ends them, although bytes may still dribble in.
+        dribbling = half[0]
+        deadline = time.monotonic() + 10
+        while server.sockets > sockets:
+            assert time.monotonic() < deadline, "half handshakes are kept"
+            if not dribbling.is_closing():
+                dribbling.write(b"\0")
+            await asyncio.sleep(0.1)
+        for writer in half:
+            writer.transport.abort()
+
+
+async def test_a_length_takes_no_memory_before_its_bytes_come(tmp_path: Path) -> None:
+    strings = [struct.pack(">i", size) for size in (2**31 - 1, 0xFFFFFF, 65_537, -1)]
+    packets = b"\x01" + b"\0\0\0\x01F\0\0\0\x01T\0"
+    frames = [
+        *(b"\x05" + string for string in strings),
+        *(packets + string for string in strings[:1]),
+        *(packets + b"\0\0\0\x01" + string for string in strings[:1]),
+        *(packets + b"\0\0\0\x01\0\0\0\0" + string for string in strings[:1]),
+        packets + b"\0\0\0\x01\0\0\0\0" + struct.pack(">i", 0xFFFFFF),
+    ]
+    async with Served(tmp_path) as plain:
+        before = plain.resident
+        for frame in frames:
+            async with Raw(plain.port) as hostile:
+                hostile.send(frame)
+                assert await hostile.closed(2) == b"", frame
+        # Up to the limit it may be meant; then only what has come is kept.
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(200):
+                waiting = await stack.enter_async_context(Raw(plain.port))
+                waiting.send(packets + b"\0\0\0\x01\0\0\0\0" + struct.pack(">i", 0xFFFF00))
+            async with Raw(plain.port) as good:
+                await good.fence()
+            assert plain.resident - before < 20 * MIB
+    (tmp_path / "locked").mkdir()
+    async with Served(tmp_path / "locked", password_file=PASSWORDS) as locked:
+        before = locked.resident
+        for string in strings:
+            async with Raw(locked.port) as hostile:
+                hostile.send(string)
+                assert await hostile.closed(2) == b"", string
+        assert locked.resident - before < 20 * MIB
+
+
+async def test_a_stalled_subscriber_costs_what_may_be_queued(tmp_path: Path) -> None:
+    size, count = 10_000, 8_000
+    async with Served(tmp_path, max_queued_bytes=8 * MIB) as server:
+        async with Raw(server.port) as stalled, Raw(server.port) as fast:
+            async with Raw(server.port) as publisher:
+                for client in (stalled, fast):
+                    client.add()
+                    await client.fence()
+                stalled.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                before = peak = server.resident
+                for _ in range(count // 100):
+                    for _ in range(100):
+                        publisher.publish(packets=[DataPacket(None, bytes(size))])
+                    async with asyncio.timeout(20):
+                        assert len(await fast.take(100)) == 100
+                    peak = max(peak, server.resident)
+                # 80 MB were published.
+                assert peak - before < 30 * MIB
+                stalled.writer.transport.resume_reading()  # type: ignore[attr-defined]
+                assert len(await stalled.closed()) < 30 * MIB
+
+
+# --- everything at once ------------------------------------------------------------------------
+
+
+async def attack(port: int, seconds: float, seed: int) -> int:
+    """Let hostile clients attack from another process; return how often they did."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.messagebus.hostile", str(port), str(seconds), str(seed)),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        async with asyncio.timeout(seconds + 30):
+            return int((await process.communicate())[0])
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_a_hostile_run(tmp_path: Path) -> None:
+    print("PUBSUB_SEED =", SEED)
+    async with Served(tmp_path, max_queued_bytes=MIB, handshake_timeout=2) as server:
+        async with Flow(server.port) as flow:
+            sockets = server.sockets
+            await attack(server.port, min(5.0, SOAK / 3), SEED)
+            await server.until_sockets(sockets)
+            before, begun, flow.slowest = server.resident, flow.count, 0.0
+            attacks = await attack(server.port, SOAK, SEED + 1000)
+            await server.until_sockets(sockets)
+            after, count = server.resident, flow.count - begun
+            print(f"{attacks} attacks, {before / MIB:.1f} MiB then {after / MIB:.1f} MiB; ", end="")
+            print(f"{count} messages, the slowest {flow.slowest:.3f} s")
+            assert attacks > 5 * SOAK
+            assert after - before < 20 * MIB
+            assert flow.slowest < 2
+            assert count > 5 * SOAK
