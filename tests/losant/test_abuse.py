@@ -1,0 +1,312 @@
+"""The embedded broker under attack, as a process of its own.
+
+Each test says what a working device sees meanwhile, what the broker's memory does, and that
+nothing was left unhandled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pubsub_mqtt.endpoint.packets import (
+    ConnAck,
+    Connect,
+    Packet,
+    PingReq,
+    PingResp,
+    Publish,
+    PubRel,
+    SubAck,
+    Subscribe,
+    Unsubscribe,
+    WillMessage,
+    encode,
+)
+from tests.endpoint.wire import Wire
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
+
+CHILD = """
+import asyncio, dataclasses, json, logging, sys
+from pubsub_losant import AccessKey, DeviceSpec, LosantServer
+
+async def main():
+    logging.basicConfig(level=logging.ERROR)
+    devices = {name: DeviceSpec() for name in ("good", "enemy", "stopped")}
+    server = LosantServer(devices=devices, keys=[AccessKey("k", "s", filter_type="all")])
+    dialect = server.dialect
+    dialect.profile = dataclasses.replace(dialect.profile, **json.loads(sys.argv[1]))
+    async with server:
+        print(server.port, flush=True)
+        while await asyncio.to_thread(sys.stdin.readline):
+            told = dataclasses.asdict(server.stats) | {
+                "links": len(server.links),
+                "rejections": len(server.rejections),
+                "states": len(server.states("good")),
+            }
+            print(json.dumps(told), flush=True)
+
+asyncio.run(main())
+"""
+
+
+@dataclasses.dataclass
+class Process:
+    """A broker in another process."""
+
+    child: asyncio.subprocess.Process
+    port: int
+
+    async def stats(self) -> dict[str, int]:
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        self.child.stdin.write(b"\n")
+        async with asyncio.timeout(10):
+            found: dict[str, int] = json.loads(await self.child.stdout.readline())
+        return found
+
+    async def quiet(self) -> dict[str, int]:
+        """Return the counters once only the working device is connected."""
+        async with asyncio.timeout(10):
+            while (stats := await self.stats())["links"] > 1:
+                await asyncio.sleep(0.01)
+        return stats
+
+    def memory(self, *, peak: bool = False) -> int:
+        """Bytes of memory that it has, or at most had since it started."""
+        name = "VmHWM:" if peak else "VmRSS:"
+        text = Path(f"/proc/{self.child.pid}/status").read_text()
+        return int(text.partition(name)[2].split()[0]) * 1024
+
+
+def sign_in(device_id: str, will: WillMessage | None = None) -> Connect:
+    return Connect(device_id, "k", b"s", 60, will=will)
+
+
+@contextlib.asynccontextmanager
+async def process(**profile: Any) -> AsyncIterator[Process]:
+    """Yield a broker that must end by itself, and with nothing to complain of."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-W", "error", "-c", CHILD, json.dumps(profile),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        async with asyncio.timeout(20):
+            port = int(await child.stdout.readline())
+        yield Process(child, port)
+        async with asyncio.timeout(20):
+            _, complaints = await child.communicate(b"")
+        assert child.returncode == 0
+        assert complaints.decode() == ""
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.communicate()
+
+
+@pytest.fixture(autouse=True)
+def descriptors() -> None:
+    """Allow a thousand sockets here, and in the broker, which inherits the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 4096 <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+
+
+@pytest.fixture
+async def working() -> AsyncIterator[tuple[Process, Wire]]:
+    """A broker with a short deadline for handshakes, and a device that works."""
+    async with process(handshake=2.0) as broker:
+        async with Wire.connected(broker.port, sign_in("good")) as wire:
+            await wire.send(Subscribe(1, (("losant/good/state", 0),)))
+            assert await wire.next() == SubAck(1, (0,))
+            yield broker, wire
+
+
+async def round_trip(wire: Wire, number: int) -> None:
+    """Send a state, and wait until it comes back."""
+    payload = b'{"data":{"n":%d}}' % number
+    await wire.send(Publish("losant/good/state", payload))
+    assert await wire.next() == Publish("losant/good/state", payload)
+
+
+async def test_900_half_connects_disturb_nobody_and_are_gone_after_the_deadline(
+    working: tuple[Process, Wire],
+) -> None:
+    broker, wire = working
+    before = broker.memory()
+    half = encode(sign_in("enemy"))[:20]
+    halves: list[Wire] = []
+    try:
+        for _ in range(900):
+            halves.append(await Wire.open(broker.port))
+            halves[-1].writer.write(half)
+        times: list[float] = []
+        for number in range(5):
+            began = time.perf_counter()
+            async with Wire.connected(broker.port, sign_in("enemy")):
+                times.append(time.perf_counter() - began)
+            await round_trip(wire, number)
+        assert min(times) < 0.1
+        assert broker.memory() - before < 30_000_000
+        async with asyncio.timeout(10):
+            for each in halves:
+                assert await each.closed() == []
+        await round_trip(wire, 1)
+        stats = await broker.quiet()
+        assert (stats["late"], stats["errors"]) == (900, 0)
+        assert stats["rejections"] == 900
+    finally:
+        for each in halves:
+            each.close()
+
+
+async def test_a_large_packet_is_refused_on_its_header_before_and_after_connect(
+    working: tuple[Process, Wire],
+) -> None:
+    broker, wire = working
+    before = broker.memory()
+    for first in (b"", encode(sign_in("enemy"))):
+        for head in (b"\x10", b"\x30", b"\x82"):
+            enemy = await Wire.open(broker.port)
+            await enemy.send(first)
+            if first:
+                assert await enemy.next() == ConnAck(0)
+            began = time.perf_counter()
+            await enemy.send(head + b"\xff\xff\xff\x7f")
+            assert await enemy.closed() == []
+            assert time.perf_counter() - began < 1
+            enemy.close()
+    assert broker.memory() - before < 2_000_000
+    await round_trip(wire, 1)
+
+
+def _hostile(source: random.Random) -> bytes:
+    """Packets that begin well, some of them damaged."""
+    topic = source.choice([
+        "losant/enemy/state", "losant/good/state", "losant/enemy/command", "my/topic", "losant",
+        "$SYS/x", "", "#", "losant/enemy/fromAgent/hello", "losant/\0/state", "/" * 500,
+    ])  # fmt: skip
+    value: Any = source.choice(
+        [1, "x" * 300, None, [], {}, True, -1e300, {"$date": "2020"}, 1 << 70]
+    )
+    payload = source.choice([
+        json.dumps({"data": {"a": value, "b": 1}, "time": value}).encode(),
+        json.dumps([{"data": {"a": value}}, value, {"data": value, "meta": value}]).encode(),
+        source.randbytes(30), b"[" * 2000, b"", b'{"data":{"a":' * 50,
+    ])  # fmt: skip
+    qos = source.randrange(3)
+    mid = source.randint(1, 9) if qos else 0
+    text = source.choice([topic, "losant/+/state", "my/+/#", "losant/enemy/command", "+/+"])
+    packets: list[Packet] = [
+        Publish("losant/enemy/state", payload, source.randrange(2), packet_id=5),
+        Publish(topic, payload, qos, packet_id=mid),
+        Subscribe(source.randint(1, 9), ((text, source.randrange(3)),)),
+        Unsubscribe(source.randint(1, 9), (text,)),
+        PubRel(source.randint(1, 9)),
+        PingReq(),
+    ]
+    chosen = [source.choice(packets) for _ in range(6)]
+    data = bytearray(
+        b"".join(
+            encode(Publish(each.topic, each.payload))
+            if isinstance(each, Publish) and not each.qos
+            else encode(each)
+            for each in chosen
+        )
+    )
+    if source.random() < 0.5:
+        for _ in range(source.randint(1, 4)):
+            data[source.randrange(len(data))] = source.randrange(256)
+    return bytes(data)
+
+
+def _greeting(source: random.Random, number: int) -> bytes:
+    match number % 8:
+        case 0:
+            return source.randbytes(60)
+        case 1:
+            return b"GET / HTTP/1.1\r\nHost: h\r\n" + source.randbytes(40) + b"\r\n\r\n"
+        case 2:
+            return encode(Connect("enemy", "k", source.randbytes(8)))
+        case 3:
+            return (
+                b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+            ) + source.randbytes(60)
+        case _:
+            will = WillMessage("losant/enemy/state", source.choice([b"x", b'{"data":{"w":1}}']))
+            return encode(sign_in("enemy", source.choice([None, will])))
+
+
+async def test_random_and_mutated_packets_kill_and_leave_nothing(
+    working: tuple[Process, Wire],
+) -> None:
+    broker, wire = working
+    source = random.Random(41)
+
+    async def attack(count: int) -> None:
+        for number in range(count):
+            enemy = await Wire.open(broker.port)
+            enemy.writer.write(_greeting(source, number))
+            enemy.writer.write(_hostile(source))
+            with contextlib.suppress(OSError):  # it was closed already
+                enemy.writer.write_eof()
+            # It is answered or not; what matters is that the broker closes it.
+            with contextlib.suppress(ConnectionError):
+                async with asyncio.timeout(10):
+                    while await enemy.reader.read(65536):
+                        pass
+            enemy.close()
+            if number % 100 == 0:
+                await round_trip(wire, number)
+
+    await attack(300)  # what is imported and cached on first use belongs to no attack
+    before = broker.memory()
+    await attack(1200)
+    growth = broker.memory() - before
+    print(f"{growth / 1e6:.1f} MB more")
+    assert growth < 20_000_000
+    await wire.send(PingReq())
+    assert await wire.next() == PingResp()
+    stats = await broker.quiet()
+    assert stats["errors"] > 150
+    assert stats["clients"] == 1
+    assert stats["rejections"] <= 1000
+
+
+async def test_a_reader_that_stopped_costs_neither_memory_nor_the_others(
+    working: tuple[Process, Wire],
+) -> None:
+    broker, wire = working
+    async with Wire.connected(broker.port, sign_in("stopped")) as stopped:
+        await stopped.send(Subscribe(1, (("my/flood", 0),)))
+        assert await stopped.next() == SubAck(1, (0,))
+        stream: Any = stopped.reader  # asyncio has no public way
+        stream._transport.pause_reading()
+        before = broker.memory()
+        async with Wire.connected(broker.port, sign_in("enemy")) as enemy:
+            for number in range(400):
+                await enemy.send(Publish("my/flood", bytes(200_000)))
+                if number % 40 == 0:
+                    await round_trip(wire, number)
+        growth = broker.memory(peak=True) - before
+        print(f"{growth / 1e6:.0f} MB more at most")
+        assert growth < 40_000_000
+        stats = await broker.stats()
+        assert stats["dropped"] > 100
+        assert stats["slow_readers"] == 0
+    await broker.quiet()
