@@ -295,17 +295,15 @@ def scripted(**options: Any) -> Iterator[ScriptedBroker]:
 
 def make(broker: ScriptedBroker, kind: type[Any] = Device, **options: Any) -> Any:
     """Return a device that dials *broker*, quick to try again."""
-    quick: dict[str, Any] = {"reconnect_min": 0.02, "reconnect_max": 0.05}
-    return kind(
-        DEVICE,
-        "AK",
-        "SEC",
-        secure=broker.tls is not None,
-        transport="websockets" if broker.websocket else "tcp",
-        host="127.0.0.1",
-        port=broker.port,
-        **{**quick, **options},
-    )
+    usual: dict[str, Any] = {
+        "secure": broker.tls is not None,
+        "transport": "websockets" if broker.websocket else "tcp",
+        "host": "127.0.0.1",
+        "port": broker.port,
+        "reconnect_min": 0.02,
+        "reconnect_max": 0.05,
+    }
+    return kind(DEVICE, "AK", "SEC", **{**usual, **options})
 
 
 @dataclass
