@@ -548,7 +548,7 @@ class Bus:
             raise self._closed_error()
         engine = self._engine
         parsed = parse_filter(filter)
-        engine.publisher.check_name(parsed.filter)
+        engine.publisher.check_filter(parsed.filter)
         if parsed.filter != parsed.text or "+" in parsed.filter or "#" in parsed.filter:
             engine.need(Cap.WILDCARDS)
         if group is not None:

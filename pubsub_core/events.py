@@ -16,6 +16,7 @@ __all__ = [
     "GapReason",
     "InterestEvent",
     "InterestKind",
+    "KeyRefused",
     "Notice",
     "Status",
     "StatusChanged",
@@ -102,6 +103,18 @@ class Notice(msgspec.Struct, frozen=True):
     kind: str
     text: str
     topic: str = ""
+
+
+class KeyRefused(Notice, frozen=True):
+    """A key, token or right that worked before works no longer: it expired or was revoked.
+
+    Its kind is ``key_expired`` where that is known, else ``key_refused``.
+
+    Attributes:
+        operation: What it was used for, e.g. ``publish`` or ``subscribe``.
+    """
+
+    operation: str = ""
 
 
 BusEvent: TypeAlias = StatusChanged | Gap | SubscriptionRefused | Notice

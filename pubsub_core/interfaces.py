@@ -354,6 +354,11 @@ class Backend(abc.ABC):
         return {}
 
     @property
+    def keeps_history(self) -> bool:
+        """Whether ``history`` has every message, so that it fills the hole of an outage."""
+        return True
+
+    @property
     def endpoint(self) -> Endpoint | None:
         """Where `open` will connect to, for ``pubsub doctor``; None where no socket is used."""
         return None

@@ -13,6 +13,8 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, cast
 
+import msgspec
+
 from .capabilities import Cap
 from .clock import Clock
 from .errors import NotConnected, OperationTimeout, PubSubError, SubscribeFailed
@@ -189,7 +191,7 @@ class Wiring:
 
     async def restore(self, facts: SessionFacts, generation: int, lost_at: float | None) -> None:
         """Bring the subscriptions back; mark and fill the hole since *lost_at*."""
-        history = self._owner.can(Cap.HISTORY)
+        history = self._owner.can(Cap.HISTORY) and self._backend.keeps_history
         if not self._session.been_online and facts.resumed:
             self.router.keep_orphans()
             self._owner.spawn(self._give_up_orphans(), "orphans")
@@ -248,26 +250,45 @@ class Wiring:
             wire.generation, wire.asked = generation, want
 
     async def _bridge(self, since: float, resumed: bool, history: bool) -> None:
-        recovered = resumed or history
-        lost = 0 if recovered else None
-        gap = Gap(GapReason.DISCONNECTED, lost, recovered, since, self._clock.time())
+        until = self._clock.time()
+        missed: dict[Wire, list[InFrame]] = {}
+        if history and not resumed:
+            for wire in self.router.wires:
+                if wire.want.group is None:  # other members of a group have had them
+                    await self._fetch_missed(wire, since, missed)
+        unfilled = [
+            wire for wire in self.router.wires if wire.want.group is None and wire not in missed
+        ]
+        recovered = resumed or (history and not unfilled)
         if not recovered:
             self._stats.gaps += 1
-        self.router.gap(gap)
-        self._owner.note(gap)
-        if resumed or not history:
-            return
-        backend = cast("HasHistory", self._backend)
         for wire in self.router.wires:
-            if wire.want.group is not None:
-                continue  # other members of the group have had them
-            query = HistoryQuery(since=since - _SLACK)
-            missed = [frame async for frame in backend.history(wire.want.filter, query)]
-            missed = _after(missed, wire.last, since)
-            if missed:
-                wire.last = missed[-1]
-                for subscription in wire.subscriptions:
-                    subscription.buffer.bridge(missed)
+            filled = resumed or (history and (wire in missed or wire.want.group is not None))
+            gap = _gap(since, until, recovered=filled, filter=wire.want.filter)
+            frames = missed.get(wire)
+            if frames:
+                wire.last = frames[-1]
+            for subscription in wire.subscriptions:
+                subscription.put_gap(msgspec.structs.replace(gap, filter=subscription.filter))
+                if frames:
+                    subscription.buffer.bridge(frames)
+        self._owner.note(_gap(since, until, recovered=recovered))
+
+    async def _fetch_missed(
+        self, wire: Wire, since: float, missed: dict[Wire, list[InFrame]]
+    ) -> None:
+        """Add what *wire* has missed; not where the history of its filter cannot be had."""
+        backend = cast("HasHistory", self._backend)
+        query = HistoryQuery(since=since - _SLACK)
+        try:
+            stored = [frame async for frame in backend.history(wire.want.filter, query)]
+        except NotConnected:
+            raise
+        except PubSubError as error:
+            # No reason to give up the session: a key may be missing for this filter alone.
+            logger.warning("what %r missed cannot be had: %s", wire.want.filter, error)
+        else:
+            missed[wire] = _after(stored, wire.last, since)
 
     # --- pressure ------------------------------------------------------------------------
 
@@ -283,6 +304,11 @@ class Wiring:
             self._pausing.discard(subscription)
             if not self._pausing:
                 self._backend.resume()
+
+
+def _gap(since: float, until: float, *, recovered: bool, filter: str = "") -> Gap:
+    lost = 0 if recovered else None
+    return Gap(GapReason.DISCONNECTED, lost, recovered, since, until, filter)
 
 
 def _after(stored: list[InFrame], last: InFrame | None, since: float) -> list[InFrame]:

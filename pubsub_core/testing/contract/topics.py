@@ -377,7 +377,10 @@ async def unicode_topics_carried_or_refused(t: Trial) -> None:
                 await t.within(bus.publish(topic, b"x"))
             continue
         if wanted != topic:
-            await t.within(bus.publish(topic, b"x"))
+            try:
+                await t.within(bus.publish(topic, b"x"))
+            except InvalidTopic as error:
+                t.note(error)
         else:
             await t.within(bus.publish(topic, b"x"))
             message = await t.get(subscription)

@@ -1,0 +1,636 @@
+"""Emitter as the core sees it: the one place where core words become Emitter's.
+
+A core topic ``a/b`` is the channel ``a/b/``, and on the wire ``<key>/a/b/?ttl=60``; the key is
+found in a ring or made on demand, and leaves no trace in what comes back. The MQTT below is
+`pubsub_mqtt`'s.
+
+With the broker's own matching rule a subscription reaches below its channel, and ``#`` matches
+nothing; with the other one it is MQTT's, except that ``a/#/`` does not match ``a/``. A filter
+with ``#`` is therefore subscribed to in the form that the broker understands, or in both where
+that is not known: a connection gets each message once in any case, and the core filters again.
+
+The broker confirms a publish that it refuses. Before that it says so on ``emitter/error/``, with
+the packet id of the publish; so a refusal is an error of the call that waits for it.
+
+Sources: emitter-io/emitter, ``internal/service/pubsub`` and ``internal/security/channel.go``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from pubsub_core.capabilities import Cap, ConfirmedBy
+from pubsub_core.errors import (
+    InvalidFilter,
+    NotAuthorized,
+    NotConnected,
+    NotSupported,
+    Outcome,
+    PayloadTooLarge,
+    PublishFailed,
+    PublishNotAuthorized,
+    PubSubError,
+    SubscribeFailed,
+    SubscribeNotAuthorized,
+)
+from pubsub_core.events import InterestEvent
+from pubsub_core.interfaces import (
+    BackendContext,
+    HistoryQuery,
+    SessionFacts,
+    Sink,
+    Watch,
+    WireSub,
+)
+from pubsub_core.message import InFrame, Member, Origin, OutFrame, Receipt
+from pubsub_core.topics import overlap
+from pubsub_mqtt.connection import Incoming, Outgoing, Request
+
+from .errors import EmitterError
+from .journal import Journal
+from .keyring import RingKey
+from .plugin import MAX_STORED_PAYLOAD
+from .presence import Interest
+from .protocol import SHARE, Fault
+from .session import EmitterSession
+from .stored import fetch, history_channel
+
+__all__ = ["EmitterBackend"]
+
+logger = logging.getLogger("pubsub_emitter.backend")
+
+_PROBE: Final = "pubsub-probe"
+_KEPT: Final = 4096
+_SCAN: Final = 1000
+"""Stored messages that are looked at to find the newest of each topic."""
+
+
+class _Turn:
+    """Whose turn it is with one channel."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
+class EmitterBackend(EmitterSession):
+    """One session with an Emitter broker.
+
+    It is also what `Bus.native` gives: `keygen`, `keyban`, `link`, `publish_link` and `me` are
+    the broker's own requests, and `request` sends any other.
+    """
+
+    def __init__(self, context: BackendContext) -> None:
+        super().__init__(context)
+        self._wire_topics: dict[tuple[str, str], tuple[str, RingKey]] = {}
+        # Publishes that wait for a key, and those behind them.
+        self._queued: deque[tuple[OutFrame, asyncio.Future[tuple[Outgoing, RingKey]]]] = deque()
+        self._serving: asyncio.Task[None] | None = None
+        self._current: dict[int, WireSub] = {}
+        self._holders: dict[str, set[int]] = {}
+        self._turns: dict[str, _Turn] = {}
+        self._learning = asyncio.Lock()
+        self._learned = False
+        self._probe_topic = ""
+        self._probe_came = False
+        self._journal = Journal()
+        self._journals = self._ring.may("l")
+        self._retains = self._options.store is None and self._journals
+        self._interest = Interest(
+            self._ask_presence,
+            self._listening_channels,
+            self._interested,
+            self._spawn,
+            self._options.presence_refresh,
+        )
+
+    async def open(self, sink: Sink) -> SessionFacts:
+        """Make one session; see `Backend.open`."""
+        self._journal.begin()
+        self._learned = False
+        return await super().open(sink)
+
+    def _end_session(self) -> None:
+        super()._end_session()
+        queued, self._queued = self._queued, deque()
+        for _, turn in queued:
+            if not turn.done():
+                turn.set_exception(self._not_connected())
+        self._serving = None
+        self._current.clear()
+        self._holders.clear()
+        self._interest.reset()
+
+    def _refused(self, key: RingKey, topic: str, operation: str) -> None:
+        super()._refused(key, topic, operation)
+        self._wire_topics.clear()
+
+    # --- channels -----------------------------------------------------------------------
+
+    def _channels(self, filter: str, group: str | None = None) -> tuple[str, ...]:
+        """Return the channels that together give everything that matches *filter*."""
+        lead = "" if group is None else f"{SHARE}/{group}/"
+        levels = filter.split("/")
+        if levels[-1] != "#":
+            return (f"{lead}{filter}/",)
+        parent = "/".join(levels[:-1])
+        found: list[str] = []
+        if self.matcher != "mqtt":
+            found.append(f"{parent or '+'}/")
+        elif parent:
+            found.append(f"{parent}/")
+        if self.matcher != "emitter":
+            found.append(f"{parent}/#/" if parent else "#/")
+        return tuple(f"{lead}{each}" for each in found)
+
+    def _listening_channels(self, filter: str) -> Sequence[str]:
+        self._check(filter, InvalidFilter)
+        return self._channels(filter)
+
+    # --- publishing ---------------------------------------------------------------------
+
+    def _wire_topic(self, out: OutFrame) -> tuple[str, RingKey] | None:
+        """Return what stands before the options, and the key in it; None without a key yet."""
+        letters = "ws" if out.retain or out.ttl is not None or self._options.store else "w"
+        known = self._wire_topics.get((out.topic, letters))
+        if known is not None and not known[1].expires:
+            return known
+        channel = self.to_wire(out.topic)
+        key = self._ring.peek(letters, channel)
+        if key is None:
+            return None
+        if len(self._wire_topics) >= _KEPT:
+            self._wire_topics.clear()
+        found = self._wire_topics[out.topic, letters] = (f"{key.text}/{channel}", key)
+        return found
+
+    def _options_of(self, out: OutFrame) -> str:
+        ttl = out.ttl
+        if ttl is None and not out.retain:
+            ttl = self._options.store
+        if (ttl is not None or out.retain) and len(out.payload) > MAX_STORED_PAYLOAD:
+            raise PayloadTooLarge(
+                size=len(out.payload),
+                limit=MAX_STORED_PAYLOAD,
+                hint="history could not give a longer message; publish it without ttl and retain",
+                backend=self._name,
+                topic=out.topic,
+            )
+        if ttl is None:
+            return "" if out.echo else "?me=0"
+        seconds = min(math.ceil(ttl), 0xFFFF_FFFF)
+        return f"?ttl={seconds}" if out.echo else f"?ttl={seconds}&me=0"
+
+    def try_publish(self, out: OutFrame) -> Receipt | None:
+        """Hand a QoS 0 message to the operating system without waiting, if that is possible."""
+        if out.qos or self._queued:
+            return None
+        wire = self._wire_topic(out)
+        if wire is None:
+            return None
+        topic = wire[0] + self._options_of(out)
+        try:
+            went = self.driver.try_publish(topic, out.payload, retain=out.retain)
+        except (NotConnected, PublishFailed) as error:
+            raise self._cleaned(error, out) from None
+        if went is None:
+            return None
+        return Receipt(out.topic, ConfirmedBy.TRANSPORT if went else ConfirmedBy.NOBODY)
+
+    async def publish(self, out: OutFrame) -> Receipt:
+        """Publish; at QoS 1 the broker confirms, or refuses, which is an error of this call."""
+        if out.qos == 2:
+            raise NotSupported(
+                Cap.ACK,
+                why="Emitter takes quality of service 2 for 1",
+                hint="publish with qos=1",
+                backend=self._name,
+                topic=out.topic,
+            )
+        wire = None if self._queued else self._wire_topic(out)
+        if wire is None:
+            sent, key = await self._in_turn(out)
+        else:
+            sent, key = self._submit(out, wire), wire[1]
+        try:
+            await sent.tag
+        except asyncio.CancelledError:
+            self.connection.abandon(sent)
+            self._faults.pop(sent, None)
+            raise
+        fault = self._faults.pop(sent, None)
+        if fault is not None:
+            raise self._rejected(fault, out.topic, key)
+        if sent.error is not None:
+            sent.error.backend = self._name
+            raise sent.error
+        key.worked = True
+        if out.qos == 0:
+            return Receipt(out.topic, ConfirmedBy.TRANSPORT)
+        return Receipt(out.topic, ConfirmedBy.BROKER)
+
+    async def _in_turn(self, out: OutFrame) -> tuple[Outgoing, RingKey]:
+        """Submit in the order of the calls, although one of them waits for its key."""
+        turn: asyncio.Future[tuple[Outgoing, RingKey]] = asyncio.get_running_loop().create_future()
+        self._queued.append((out, turn))
+        if self._serving is None:
+            self._serving = self._spawn(self._serve(), "publish")
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                self.connection.abandon(turn.result()[0])
+            raise
+
+    async def _serve(self) -> None:
+        """Submit what is queued; it ends with the session, which fails the rest."""
+        queued = self._queued
+        while queued:
+            out, turn = queued[0]
+            try:
+                wire = None if turn.done() else self._wire_topic(out) or await self._obtain(out)
+                if wire is not None and not turn.done():
+                    turn.set_result((self._submit(out, wire), wire[1]))
+            except Exception as error:  # noqa: BLE001  it is raised where somebody waits
+                if not turn.done():
+                    turn.set_exception(error)
+            queued.popleft()
+        self._serving = None
+
+    async def _obtain(self, out: OutFrame) -> tuple[str, RingKey]:
+        letters = "ws" if out.retain or out.ttl is not None or self._options.store else "w"
+        channel = self.to_wire(out.topic)
+        try:
+            key = await self._key(letters, out.topic, channel)
+        except NotAuthorized as exc:
+            raise PublishNotAuthorized(
+                exc.message,
+                outcome=Outcome.NOT_SENT,
+                hint=exc.hint,
+                backend=self._name,
+                topic=out.topic,
+            ) from exc.__cause__
+        return f"{key.text}/{channel}", key
+
+    def _submit(self, out: OutFrame, wire: tuple[str, RingKey]) -> Outgoing:
+        topic = wire[0] + self._options_of(out)
+        try:
+            sent = self.driver.submit(topic, out.payload, qos=out.qos, retain=out.retain)
+        except (NotConnected, PublishFailed) as error:
+            raise self._cleaned(error, out) from None
+        # What it is called in errors and in its repr; the wire's name is encoded already.
+        sent.topic = out.topic
+        return sent
+
+    def _cleaned(self, error: PubSubError, out: OutFrame) -> PubSubError:
+        """Return an error of the connection without the key."""
+        if isinstance(error, PayloadTooLarge):
+            return PayloadTooLarge(
+                size=error.size, limit=error.limit, backend=self._name, topic=out.topic
+            )
+        if isinstance(error, NotConnected):
+            return self._not_connected()
+        return PublishFailed(
+            f"the message for {out.topic!r} could not be sent",
+            outcome=Outcome.NOT_SENT,
+            backend=self._name,
+            topic=out.topic,
+        )
+
+    # --- subscribing --------------------------------------------------------------------
+
+    async def subscribe(self, want: WireSub) -> int:
+        """Subscribe; see `Backend.subscribe`. Deliveries have quality of service 0."""
+        self._check(want.filter, InvalidFilter)
+        if want.filter.endswith("#"):
+            await self._learn()
+        channels = self._channels(want.filter, want.group)
+        self._check_distinct(want)
+        new = want.id not in self._current
+        self._current[want.id] = want
+        before = self._journal.number
+        joined: list[str] = []
+        try:
+            key = await self._subscribe_key(want, channels)
+            for channel in channels:
+                async with self._lock(channel):
+                    holders = self._holders.setdefault(channel, set())
+                    if not holders:
+                        await self._join(key, channel, want.filter)
+                    if want.id not in holders:
+                        holders.add(want.id)
+                        joined.append(channel)
+            if new:
+                await self._give_retained(want, before)
+        except BaseException:
+            if new:
+                self._current.pop(want.id, None)
+                self._leave_at_once(want, joined)
+            raise
+        return 0
+
+    async def _subscribe_key(self, want: WireSub, channels: Sequence[str]) -> RingKey:
+        try:
+            return await self._key("r", want.filter, *channels)
+        except NotAuthorized as exc:
+            raise SubscribeNotAuthorized(
+                exc.message, hint=exc.hint, backend=self._name, topic=want.filter
+            ) from exc.__cause__
+
+    async def _join(self, key: RingKey, channel: str, filter: str) -> None:
+        """Subscribe to one channel; nothing stored is wanted, which comes unmarked."""
+        waiter: asyncio.Future[Fault | None] = asyncio.get_running_loop().create_future()
+
+        def done(request: Request) -> None:
+            fault = self._subscribing.pop(request.packet_id, None)
+            if not waiter.done():
+                waiter.set_result(fault)
+
+        topic = f"{key.text}/{channel}"
+        request = self.connection.subscribe_verbatim(f"{topic}?last=0", done)
+        self._subscribing[request.packet_id] = None
+        try:
+            fault = await waiter
+        except asyncio.CancelledError:
+            # Not waited for: whoever was cancelled must not wait, and must not leave it.
+            with contextlib.suppress(NotConnected):
+                self.connection.unsubscribe([topic], _ignore)
+            raise
+        if request.error is not None:
+            raise self._not_connected()
+        if request.codes[0] >= 0x80:
+            raise self._subscription_refused(fault, filter, key)
+        key.worked = True
+
+    def _subscription_refused(
+        self, fault: Fault | None, filter: str, key: RingKey
+    ) -> SubscribeFailed:
+        said = fault.message if fault is not None else "it does not say why"
+        if fault is None or fault.status == 401:
+            self._refused(key, filter, "subscribe")
+            return SubscribeNotAuthorized(
+                f"the broker refused a subscription to {filter!r}: {said}",
+                hint="check the channel, permissions and expiry of its key; the broker's log "
+                "says more",
+                backend=self._name,
+                topic=filter,
+            )
+        return SubscribeFailed(
+            f"the broker refused a subscription to {filter!r}: {said} ({fault.status})",
+            hint="look into the broker's log",
+            backend=self._name,
+            topic=filter,
+            retryable=False,
+        )
+
+    async def unsubscribe(self, want: WireSub) -> None:
+        """Drop a subscription; a channel that another one needs as well stays."""
+        self._current.pop(want.id, None)
+        for channel in [name for name, ids in self._holders.items() if want.id in ids]:
+            async with self._lock(channel):
+                holders = self._holders.get(channel, set())
+                holders.discard(want.id)
+                if holders or channel not in self._holders:
+                    continue
+                del self._holders[channel]
+                key = await self._key("r", want.filter, channel)
+                try:
+                    await self.driver.unsubscribe(f"{key.text}/{channel}")
+                except NotConnected:
+                    raise self._not_connected() from None
+
+    def _leave_at_once(self, want: WireSub, channels: Sequence[str]) -> None:
+        for channel in channels:
+            holders = self._holders.get(channel, set())
+            holders.discard(want.id)
+            if holders:
+                continue
+            self._holders.pop(channel, None)
+            key = self._ring.peek("r", channel)
+            if key is not None:
+                with contextlib.suppress(NotConnected):
+                    self.connection.unsubscribe([f"{key.text}/{channel}"], _ignore)
+
+    def _check_distinct(self, want: WireSub) -> None:
+        """Refuse what could not be told apart when messages arrive.
+
+        A message for a share group looks like any other, and the broker's own rule may bring
+        one from below the channel of an ordinary subscription.
+        """
+
+        def reach(filter: str) -> str:
+            return filter if self.matcher == "mqtt" else f"{filter.removesuffix('/#')}/#"
+
+        for other in self._current.values():
+            if other.group == want.group or other.id == want.id:
+                continue
+            if "#" in (other.filter, want.filter) or overlap(
+                reach(other.filter), reach(want.filter)
+            ):
+                theirs = f"group {other.group!r}" if other.group else "no group"
+                raise SubscribeFailed(
+                    f"{want.filter!r} overlaps {other.filter!r}, which is subscribed to with "
+                    f"{theirs}: their messages cannot be told apart",
+                    hint="use a second bus",
+                    backend=self._name,
+                    topic=want.filter,
+                    retryable=False,
+                )
+
+    @contextlib.asynccontextmanager
+    async def _lock(self, channel: str) -> AsyncGenerator[None]:
+        """Keep operations on one channel apart."""
+        turn = self._turns.get(channel)
+        if turn is None:
+            turn = self._turns[channel] = _Turn()
+        turn.users += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.users -= 1
+            if not turn.users:
+                del self._turns[channel]
+
+    async def _learn(self) -> None:
+        """Find out the broker's matching rule, once in a session, where keys can be made.
+
+        A message below a channel of our own arrives there, or does not, before its
+        confirmation. Without such a key filters with ``#`` are subscribed to in both forms.
+        """
+        if self.matcher != "auto" or self._learned or not self._ring.issues:
+            return
+        async with self._learning:
+            if self._learned:
+                return
+            channel = f"{_PROBE}/{secrets.token_hex(8)}/"
+            below = f"{channel}x/"
+            try:
+                reads = await self._key("r", channel, channel)
+                writes = await self._key("w", below, below)
+                self._probe_topic, self._probe_came = below, False
+                await self._join(reads, channel, channel)
+                _, fault = await self._ask(f"{writes.text}/{below}", b"")
+                came = self._probe_came
+                await self.driver.unsubscribe(f"{reads.text}/{channel}")
+            except (NotAuthorized, EmitterError) as error:
+                logger.info("the broker's matching rule was not found out: %s", error)
+            else:
+                if fault is None:
+                    self.matcher = "emitter" if came else "mqtt"
+            finally:
+                self._probe_topic = ""
+            self._learned = True
+
+    # --- stored messages ------------------------------------------------------------------
+
+    async def history(self, filter: str, query: HistoryQuery) -> AsyncIterator[InFrame]:
+        """Yield stored messages, oldest first.
+
+        Raises:
+            InvalidFilter: Its first level is a wildcard.
+            NotAuthorized: No key may read what is stored there.
+        """
+        for frame in await self._stored(filter, query):
+            yield frame
+
+    async def _stored(
+        self, filter: str, query: HistoryQuery, *, scan: int | None = None
+    ) -> list[InFrame]:
+        self._check(filter, InvalidFilter)
+        channel = history_channel(filter)
+        if channel is None:
+            raise InvalidFilter(
+                f"the history of {filter!r} cannot be had: the broker looks messages up by their "
+                "first level",
+                topic=filter,
+                level=0,
+                character=filter[0],
+                reason="wildcard",
+                hint="name the first level",
+                backend=self._name,
+            )
+        key = await self._key("l", filter, channel)
+        seen = self._journal.seen()
+
+        def first() -> None:
+            nonlocal seen
+            seen = self._journal.seen()
+
+        async def ask(body: Mapping[str, object]) -> Mapping[str, Any] | None:
+            return await self._asked("history", body, f"the history of {filter!r}", key, filter)
+
+        found = await fetch(
+            ask,
+            key.text,
+            channel,
+            filter,
+            query,
+            now=self._time,
+            on_first=first,
+            scan=scan,
+        )
+        return self._journal.recognise(found, seen)
+
+    async def last(self, topic: str) -> InFrame | None:
+        """Return the newest stored message of *topic*; an empty one means that there is none."""
+        found = await self._stored(topic, HistoryQuery(last=1), scan=_SCAN)
+        if not found or not found[-1].payload:
+            return None
+        return msgspec.structs.replace(found[-1], origin=Origin.RETAINED)
+
+    async def repeat_retained(self, want: WireSub) -> None:
+        """Give what is stored to a subscription that joins another one."""
+        await self._give_retained(want, self._journal.number)
+
+    async def _give_retained(self, want: WireSub, before: int) -> None:
+        """Deliver the newest stored message of each topic that has not come live since."""
+        if not self._retains or want.group is not None or history_channel(want.filter) is None:
+            return
+        exact = "+" not in want.filter and "#" not in want.filter
+        query = HistoryQuery(last=1 if exact else _SCAN)
+        try:
+            found = await self._stored(want.filter, query, scan=_SCAN)
+        except NotAuthorized as error:
+            logger.debug("nothing retained for %r: %s", want.filter, error)
+            return
+        newest = {frame.topic: frame for frame in found}
+        late = self._journal.topics_since(before)
+        sink = self._sink
+        for topic, frame in newest.items():
+            if sink is not None and frame.payload and topic not in late:
+                sink.deliver(msgspec.structs.replace(frame, origin=Origin.RETAINED))
+
+    # --- interest ---------------------------------------------------------------------------
+
+    async def watch_presence(self, watch: Watch) -> Sequence[Member]:
+        """Tell who comes and goes; return who is there."""
+        self.to_wire(watch.filter)
+        return await self._interest.watch_presence(watch)
+
+    async def unwatch_presence(self, watch: Watch) -> None:
+        """Stop telling."""
+        await self._interest.unwatch(watch)
+
+    async def members(self, topic: str) -> Sequence[Member]:
+        """Return who is subscribed now."""
+        self.to_wire(topic)
+        return await self._interest.members(topic)
+
+    async def watch_notifications(self, watch: Watch) -> None:
+        """Tell who subscribes to what."""
+        if watch.filter.endswith("#"):
+            await self._learn()
+        await self._interest.watch_notifications(watch)
+
+    async def unwatch_notifications(self, watch: Watch) -> None:
+        """Stop telling."""
+        await self._interest.unwatch(watch)
+
+    async def _ask_presence(
+        self, channel: str, status: bool, changes: bool | None
+    ) -> Mapping[str, Any]:
+        topic = channel.removesuffix("/")
+        key = await self._key("p", topic, channel)
+        body = {"key": key.text, "channel": channel, "status": status, "changes": changes}
+        answer = await self._asked("presence", body, f"presence on {topic!r}", key, topic)
+        return answer or {}
+
+    # --- receiving ----------------------------------------------------------------------
+
+    def _delivered(self, message: Incoming, sink: Sink) -> None:
+        topic = message.topic
+        if self._probe_topic and topic == self._probe_topic:
+            self._probe_came = True
+            return
+        name = topic[:-1] if topic[-1] == "/" else topic
+        now = self._time()
+        sink.deliver(
+            InFrame(
+                topic=name,
+                payload=message.payload,
+                time=now,
+                id=self._journal.note(name, message.payload, now) if self._journals else None,
+                native=message,
+            )
+        )
+
+    def _presence_event(self, body: Mapping[str, Any]) -> None:
+        self._interest.event(body)
+
+    def _interested(self, event: InterestEvent) -> None:
+        if self._sink is not None:
+            self._sink.interest(event)
+
+
+def _ignore(request: Request) -> None:
+    """Take the answer that nobody waits for."""

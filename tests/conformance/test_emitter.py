@@ -1,0 +1,100 @@
+"""The whole contract on Emitter: the embedded broker, with both of its matching rules."""
+
+from __future__ import annotations
+
+import pytest
+
+from pubsub_core import AuthenticationFailed, ConnectError, ServerRefused
+from pubsub_core.testing import Harness, NativeError, suite
+from pubsub_emitter.keys import License
+from tests.emitter.vectors import LICENSE, MASTER_KEY
+
+EXEMPT = {
+    "notification_replays_existing_then_live": (
+        "the broker tells who is subscribed to one channel, and not to which channels below it: "
+        "existing interest is told for exact topics only, changes for all; "
+        "tests/emitter/test_backend.py has both"
+    ),
+}
+
+KEEPALIVE = ({"keepalive": 1}, 1.0)
+
+
+def connack(code: int) -> bytes:
+    """Return a CONNACK of MQTT 3.1.1, section 3.2."""
+    return bytes([0x20, 2, 0, code])
+
+
+NATIVE_ERRORS = (
+    NativeError("unacceptable protocol version", connack(1), ServerRefused, False),
+    NativeError("server unavailable", connack(3), ServerRefused, True),
+    NativeError("not authorized", connack(5), AuthenticationFailed, False),
+    NativeError("no MQTT at all", b"HTTP/1.1 400 Bad Request\r\n\r\n", ConnectError),
+    NativeError("closed without an answer", b"\x20", ConnectError, True),
+    NativeError("closed after CONNACK", connack(0), ConnectError),
+)
+
+# Keys cannot leave a channel out, so the suite's own topics have a first level of their own.
+SUITE_KEY = License.parse(LICENSE).make_key("suite/#/", "rwslp")
+
+
+def below_suite(prefix: str, name: str) -> str:
+    """Return a topic that `SUITE_KEY` allows."""
+    return f"suite/{prefix}/{name}"
+
+
+class TestEmitter(suite("emitter")):  # type: ignore[misc]  # the base is made at run time
+    """The broker's own matching rule; everything is stored; keys are made from the license."""
+
+    harness = Harness(
+        url="emitter://tester@127.0.0.1:{port}",
+        server="pubsub_emitter.server:EmitterServer",
+        server_options={"license": LICENSE},
+        restart=True,
+        in_process=True,
+        options={"license": LICENSE, "store": 3600},
+        unprivileged_identity={"license": None, "key": SUITE_KEY},
+        unique=below_suite,
+        keepalive=KEEPALIVE,
+        client_modules=("paho",),
+        native_type="pubsub_emitter.backend:EmitterBackend",
+        native_errors=NATIVE_ERRORS,
+        exempt=EXEMPT,
+    )
+
+
+@pytest.mark.slow
+class TestEmitterMqtt(suite("emitter")):  # type: ignore[misc]  # the base is made at run time
+    """The rule that is MQTT's, over WebSocket; what is retained counts; keys are the broker's."""
+
+    harness = Harness(
+        url="emitter+ws://tester@127.0.0.1:{port}",
+        server="pubsub_emitter.server:EmitterServer",
+        server_options={"license": LICENSE, "matcher": "mqtt"},
+        restart=True,
+        in_process=True,
+        options={"master_key": MASTER_KEY},
+        keepalive=KEEPALIVE,
+        client_modules=("paho",),
+        exempt=EXEMPT
+        | dict.fromkeys(
+            (
+                "history_last_n_in_order",
+                "history_time_window",
+                "history_paging_complete",
+                "replay_then_live_without_gap_or_duplicate",
+                "replayed_messages_marked",
+                "new_subscriber_receives_old",
+                "gap_event_after_disconnect",
+                "gap_filled_from_history_without_duplicates",
+            ),
+            "without the option store only messages with a ttl or retained are stored, and the "
+            "suite publishes without; the other class has the option",
+        )
+        | {
+            "publish_outcome_unknown_on_cut": (
+                "the first message waits for the broker to make its key, so it was not sent when "
+                "the link is cut, and the error says that; the other class makes keys itself"
+            )
+        },
+    )
