@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import http.client
 import socket
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -15,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from pubsub_core.errors import MissingDependency
 from pubsub_messagebus.broker import MAX_COUNTED_FEEDS, OTHER_FEEDS
 from pubsub_messagebus.protocol import (
     DataPacket,
@@ -245,11 +243,3 @@ async def test_the_configuration_of_the_original(tmp_path: Path) -> None:
         assert await get(server.metrics_url)
     path.write_text('{"distributor": {"prometheus": {"isEnabled": false, "port": 0}}}')
     assert MessageBusServer(config=str(path)).metrics_url == ""
-
-
-def test_without_the_library_the_install_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(MissingDependency, match="prometheus_client") as caught:
-        MessageBusServer(metrics_port=0)
-    assert "pubsub-core[messagebus-server]" in caught.value.hint
-    MessageBusServer()

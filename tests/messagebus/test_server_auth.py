@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pubsub_core.errors import BadOption, MissingDependency
+from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
 from pubsub_messagebus import passwords
 from pubsub_messagebus.protocol import Credentials
@@ -193,9 +193,3 @@ def test_dangerous_settings_are_refused() -> None:
         with pytest.raises(BadOption) as caught:
             JwtServerAuthenticator(**settings)
         assert "shared secret of" not in str(caught.value)
-
-
-def test_a_missing_library_names_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "jwt", None)
-    with pytest.raises(MissingDependency, match="messagebus-server"):
-        JwtServerAuthenticator(SECRET)
