@@ -198,6 +198,7 @@ class Engine:
             # A dead link must not make closing fail; a defect must not be hidden either.
             logger.exception("bus %r: closing the backend failed", self.name)
         await self._end_tasks(caller)
+        self.publisher.close()
         session.closed()
 
     async def _end_tasks(self, caller: asyncio.Task[Any] | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
 from .clock import Clock
 from .codecs import CodecSet
+from .deadlines import Deadlines
 from .errors import (
     NotConnected,
     NotSupported,
@@ -92,6 +93,7 @@ class Publisher:
             now=clock.monotonic,
         )
         self._flushes: set[asyncio.Task[Any]] = set()
+        self._deadlines = Deadlines(options.timeout)
         self._rate: RateGuard | None = None
         self._qos = options.qos
         self._echo = options.echo
@@ -274,6 +276,10 @@ class Publisher:
         """
         return self._outbox.fail(lambda out: self._closed(out) if error is None else error)
 
+    def close(self) -> None:
+        """Leave nothing behind, once there is nothing to send any more."""
+        self._deadlines.close()
+
     @property
     def waiting(self) -> int:
         """Messages that wait for a session now."""
@@ -288,13 +294,14 @@ class Publisher:
         self, out: OutFrame, timeout: float | None, confirm: ConfirmedBy | str | None
     ) -> Receipt | None:
         """Send *out* when that is possible; None when the offline policy dropped it."""
-        seconds = self._options.timeout if timeout is None else timeout
+        # One timer does for all that have the usual time.
+        deadlines = self._deadlines if timeout is None else Deadlines(timeout)
         waiting: Waiting | None = None
         sent = False
         try:
-            async with asyncio.timeout(seconds):
+            with deadlines.wait():
                 if self._rate is not None:
-                    await self._pace(self._rate, out.topic, seconds)
+                    await self._pace(self._rate, out.topic, deadlines.seconds)
                 if self._session.online and not self._outbox.busy:
                     sent = True
                     try:
@@ -315,7 +322,7 @@ class Publisher:
                 self._outbox.withdraw(waiting)
                 sent = waiting.sent
             raise PublishTimeout(
-                f"no confirmation of {out.topic!r} within {seconds:g} s",
+                f"no confirmation of {out.topic!r} within {deadlines.seconds:g} s",
                 outcome=Outcome.UNKNOWN if sent else Outcome.NOT_SENT,
                 hint="raise timeout=, or look at bus.status",
                 backend=self._name,
@@ -325,6 +332,9 @@ class Publisher:
             if waiting is not None:
                 self._outbox.withdraw(waiting)
             raise
+        finally:
+            if timeout is not None:
+                deadlines.close()
 
     async def _offline(self, out: OutFrame) -> Waiting | None:
         session, policy = self._session, self._options.offline
