@@ -36,6 +36,8 @@ _NAME: Final = re.compile(r"[0-9a-zA-Z_-]{1,255}", re.ASCII)
 _NUMBER: Final = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _MAX_DIGITS: Final = 400
 _WHOLE: Final = 2**63
+_MAX_NAMES: Final = 4096
+_names: Final = set[str]()
 
 
 class _State(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -128,9 +130,9 @@ def _take(state: _State, now: int, attributes: Mapping[str, AttributeType] | Non
     dropped: list[str] = []
     for name, value in state.data.items():
         kept: Value | None = None
-        if _NAME.fullmatch(name) is not None:
+        if name in _names or _is_name(name):
             if attributes is None:
-                kept = convert(value, None)
+                kept = value if type(value) in (bool, float) else convert(value, None)
             elif name in attributes:
                 kept = convert(value, attributes[name])
         if kept is None:
@@ -138,6 +140,16 @@ def _take(state: _State, now: int, attributes: Mapping[str, AttributeType] | Non
         else:
             data[name] = kept
     return Intake(ms, data, state.meta, state.flow_version, tuple(dropped))
+
+
+def _is_name(name: str) -> bool:
+    """Whether an attribute may be called so; what may is remembered, in bounds."""
+    if _NAME.fullmatch(name) is None:
+        return False
+    if len(_names) >= _MAX_NAMES:
+        _names.clear()
+    _names.add(name)
+    return True
 
 
 def convert(value: Any, kind: AttributeType | None) -> Value | None:

@@ -134,6 +134,7 @@ class Client:
         "_received",
         "_silence",
         "_strict",
+        "_topic",
         "clean",
         "closed",
         "crowded",
@@ -183,6 +184,8 @@ class Client:
         self._silence: float | None = None
         self._finished = False
         self._strict = not profile.leniency.names
+        # The last good topic: most clients publish to one over and over.
+        self._topic: str | None = None
 
     def __repr__(self) -> str:
         return f"<Client {self.name} {'closed' if self.closed else 'open'}>"
@@ -334,8 +337,12 @@ class Client:
 
     def _publish(self, packet: Publish) -> None:
         self.stats.messages_in += 1
-        if self._strict and _NOT_A_TOPIC.search(packet.topic) is not None:
-            raise ProtocolError("a PUBLISH whose topic is empty or has a wildcard or control code")
+        if self._strict and packet.topic != self._topic:
+            if _NOT_A_TOPIC.search(packet.topic) is not None:
+                raise ProtocolError(
+                    "a PUBLISH whose topic is empty or has a wildcard or control code"
+                )
+            self._topic = packet.topic
         if packet.qos == 0:
             self.dialect.publish(self, packet)
             return
