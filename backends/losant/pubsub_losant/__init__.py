@@ -17,8 +17,10 @@ if TYPE_CHECKING:
         LosantConnectError,
         LosantError,
         LosantProtocolError,
+        LosantThrottled,
         LosantTLSError,
     )
+    from .payloads import DeviceCommand, DeviceState
     from .server import LosantServer
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "AsyncGateway",
     "AsyncPeripheral",
     "Device",
+    "DeviceCommand",
     "DeviceSpec",
+    "DeviceState",
     "Gateway",
     "LosantAuthError",
     "LosantConnectError",
@@ -35,6 +39,7 @@ __all__ = [
     "LosantProtocolError",
     "LosantServer",
     "LosantTLSError",
+    "LosantThrottled",
     "Peripheral",
 ]
 
@@ -44,7 +49,9 @@ _HOMES = {
     "AsyncGateway": "aio",
     "AsyncPeripheral": "aio",
     "Device": "device",
+    "DeviceCommand": "payloads",
     "DeviceSpec": "access",
+    "DeviceState": "payloads",
     "Gateway": "device",
     "LosantAuthError": "errors",
     "LosantConnectError": "errors",
@@ -52,6 +59,7 @@ _HOMES = {
     "LosantProtocolError": "errors",
     "LosantServer": "server",
     "LosantTLSError": "errors",
+    "LosantThrottled": "errors",
     "Peripheral": "device",
 }
 

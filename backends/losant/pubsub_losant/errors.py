@@ -1,10 +1,15 @@
-"""What the native client raises.
+"""What the native client raises, and what the backend adds to the errors of the core.
 
     LosantError               base; a `PubSubError` like every error of this library
     ├─ LosantConnectError     no connection, or no session; also a `ConnectionError`
     ├─ LosantAuthError        the platform refused device id, key or secret
     ├─ LosantTLSError         the certificate or TLS itself; also an `ssl.SSLError`
     └─ LosantProtocolError    the peer does not speak MQTT 3.1.1
+
+The backend raises the errors of the core, and one of its own:
+
+    ServerRefused
+    └─ LosantThrottled        the device is banned for a while
 
 Errors of the operating system at the first dial (`ConnectionRefusedError`, `socket.gaierror`,
 `TimeoutError`) are raised as they are, as ``losant-mqtt`` does. No text holds a key, a secret
@@ -15,7 +20,7 @@ from __future__ import annotations
 
 import ssl
 
-from pubsub_core.errors import PubSubError
+from pubsub_core.errors import PubSubError, ServerRefused
 
 __all__ = [
     "LosantAuthError",
@@ -23,6 +28,7 @@ __all__ = [
     "LosantError",
     "LosantProtocolError",
     "LosantTLSError",
+    "LosantThrottled",
 ]
 
 
@@ -92,3 +98,22 @@ class LosantProtocolError(LosantError):
 
     code = "losant_protocol"
     retryable = True
+
+
+class LosantThrottled(ServerRefused):
+    """The platform lets the device in again after a while: it is banned, or too much connects.
+
+    What the backend raises and tells; `Device` only waits longer before its next attempt.
+
+    Attributes:
+        retry_after: Seconds after which it may be accepted, as far as that is known.
+    """
+
+    code = "losant_throttled"
+    retryable = True
+
+    def __init__(
+        self, message: str, *, retry_after: float, reason: int | None = None, hint: str = ""
+    ) -> None:
+        super().__init__(message, reason=reason, hint=hint, backend="losant", retryable=True)
+        self.retry_after = retry_after

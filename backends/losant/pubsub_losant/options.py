@@ -1,0 +1,141 @@
+"""Options of the Losant backend. Plain data: importing this module imports no MQTT library.
+
+Times are seconds. Access key and secret are secrets, and shown nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from pubsub_core.errors import BadOption
+from pubsub_core.secrets import Secret
+from pubsub_mqtt.options import WillOptions, mqtt_options
+
+from .topics import check_device_id
+
+__all__ = ["PLATFORM", "LosantOptions", "Transport"]
+
+PLATFORM: Final = "broker.losant.com"
+"""Host of the platform's broker."""
+
+Transport = Literal["tcp", "websockets"]
+
+
+def _help(text: str, **more: object) -> dict[str, object]:
+    return {"help": text, **more}
+
+
+def bad_option(option: str, problem: str, hint: str) -> BadOption:
+    """Return the error for an option that does not fit."""
+    return BadOption(problem, option=option, hint=hint, backend="losant")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LosantOptions:
+    """What can be said about the connection of a device.
+
+    Key and secret may stand in the URL as well; those here win. `endpoint` is a host, since the
+    place of the host is the device's id; a port other than the usual one stands behind that.
+    """
+
+    access_key: Secret | None = field(
+        default=None, metadata=_help("access key; wins over the URL's user")
+    )
+    access_secret: Secret | None = field(
+        default=None, metadata=_help("its secret; wins over the URL's password")
+    )
+    endpoint: str = field(
+        default=PLATFORM, metadata=_help("host of the broker; its port stands in the URL")
+    )
+    transport: Transport | None = field(
+        default=None, metadata=_help("tcp or websockets; default: what the scheme says")
+    )
+    secure: bool = field(
+        default=True, metadata=_help("false: without TLS, for tests and development")
+    )
+    peripherals: tuple[str, ...] = field(
+        default=(),
+        metadata=_help("ids of a gateway's peripherals, for the topics <id>/state, <id>/command"),
+    )
+    rate_guard: bool | None = field(
+        default=None,
+        metadata=_help(
+            "keep below the platform's limits, which bans who exceeds them; default: at the "
+            "platform"
+        ),
+    )
+    keepalive: int = field(
+        default=15,
+        metadata=_help("seconds; the peer is dead after 1.5 times that in silence; 0: never"),
+    )
+    max_inflight: int = field(
+        default=100, metadata=_help("most publishes that wait for the broker's confirmation")
+    )
+    will: WillOptions | None = field(
+        default=None,
+        metadata=_help("{topic, payload}: published when the connection is lost, e.g. a state"),
+    )
+    ca_file: str | None = field(default=None, metadata=_help("PEM file of trusted CAs"))
+    ca_path: str | None = field(default=None, metadata=_help("folder of hashed CA files"))
+    ca_data: str | None = field(default=None, repr=False, metadata=_help("trusted CAs as PEM text"))
+    cert_file: str | None = field(
+        default=None, metadata=_help("certificate of the device, PEM; in place of key and secret")
+    )
+    key_file: str | None = field(default=None, metadata=_help("its private key, PEM"))
+    key_password: Secret | None = field(default=None, metadata=_help("password of the private key"))
+    insecure_skip_verify: bool = field(
+        default=False,
+        metadata=_help("accept any certificate: anybody can be the broker; warns once"),
+    )
+    tls_min_version: Literal["1.2", "1.3"] = field(
+        default="1.2", metadata=_help("oldest TLS that is accepted")
+    )
+    ssl_context: Any = field(
+        default=None,
+        repr=False,
+        metadata=_help("an ssl.SSLContext, used as it is; only in code", code_only=True),
+    )
+    ws_path: str | None = field(
+        default=None, metadata=_help("WebSocket path; wins over the URL's; default: /mqtt")
+    )
+    ws_headers: Mapping[str, str] = field(
+        default_factory=dict[str, str],
+        repr=False,
+        metadata=_help("more headers of the WebSocket request"),
+    )
+    tcp_nodelay: bool = field(
+        default=True, metadata=_help("send small packets at once instead of collecting them")
+    )
+
+    def __post_init__(self) -> None:
+        host = self.endpoint
+        # An IPv6 address has two colons or more; host:port has one.
+        if not host or host.count(":") == 1 or not set("/[]@ ").isdisjoint(host):
+            raise bad_option(
+                "endpoint",
+                f"endpoint={host!r} is no host",
+                "a name or address alone; the port stands behind the device id",
+            )
+        for name in self.peripherals:
+            try:
+                check_device_id(name)
+            except ValueError as exc:
+                raise bad_option("peripherals", str(exc), "ids of devices") from None
+        will = self.will
+        if will is not None and (will.retain or will.qos == 2 or will.delay):
+            raise bad_option(
+                "will",
+                "the platform refuses a will with retain, quality of service 2 or a delay",
+                "give topic and payload, and qos 0 or 1",
+            )
+        # Checked now rather than when the first session is opened.
+        mqtt_options(self)
+
+    @property
+    def guards(self) -> bool:
+        """Whether the limits are kept."""
+        if self.rate_guard is not None:
+            return self.rate_guard
+        return self.endpoint == PLATFORM or self.endpoint.endswith(".losant.com")
