@@ -926,4 +926,9 @@ class BrokerMachine(RuleBasedStateMachine):
 
 
 TestAnySequence = BrokerMachine.TestCase
-TestAnySequence.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestAnySequence.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.slow
+class TestManySequences(BrokerMachine.TestCase):  # type: ignore[misc]  # made at run time
+    settings = settings(max_examples=200, stateful_step_count=60, deadline=None)

@@ -63,6 +63,7 @@ def test_everything_that_is_loaded_on_demand_is_in_the_extra() -> None:
     assert {_normal(found) for name in loaded for found in by_module[name]} == extra()
 
 
+@pytest.mark.slow
 def test_the_server_needs_none_of_it_and_each_part_names_the_line_that_installs_it() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WITHOUT.format(modules=sorted(MODULES)) + PROGRAM],
@@ -74,6 +75,7 @@ def test_the_server_needs_none_of_it_and_each_part_names_the_line_that_installs_
     assert done.stdout.splitlines() == ["pip install 'pubsub-core[messagebus-server]'"] * 4
 
 
+@pytest.mark.slow
 def test_each_part_is_made_where_the_extra_is_installed() -> None:
     for module in MODULES:
         pytest.importorskip(module, reason="the extra messagebus-server is not installed")

@@ -61,12 +61,22 @@ def test_client_sends_the_recorded_bytes(vector: dict[str, Any]) -> None:
     assert make(**vector["fields"], form=form).hex() == vector["hex"]
 
 
-@pytest.mark.parametrize("step", [1, 3, 1 << 30])
-@pytest.mark.parametrize("form", ["auto", "its own"])
-@pytest.mark.parametrize("vector", CHOSEN, ids=lambda vector: vector["id"])
-def test_server_reads_the_recorded_bytes(vector: dict[str, Any], form: str, step: int) -> None:
-    if vector["authenticator"] == "null" or cannot_be_carried(vector):
-        return
+@pytest.mark.parametrize(
+    "vector",
+    [
+        vector
+        for vector in CHOSEN
+        if vector["authenticator"] != "null" and not cannot_be_carried(vector)
+    ],
+    ids=lambda vector: vector["id"],
+)
+def test_server_reads_the_recorded_bytes(vector: dict[str, Any]) -> None:
+    for step in (1, 3, 1 << 30):
+        for form in ("auto", "its own"):
+            _check_reading(vector, form, step)
+
+
+def _check_reading(vector: dict[str, Any], form: str, step: int) -> None:
     fields: dict[str, str] = vector["fields"]
     wire = bytes.fromhex(vector["hex"])
     chosen = "auto" if form == "auto" else FORMS[vector["handshake"]]

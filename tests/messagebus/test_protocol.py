@@ -183,17 +183,31 @@ def test_body_is_brought_into_normal_form() -> None:
 # --- malformed input ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 4, 1 << 30])
-@pytest.mark.parametrize("role", ["client", "server"])
-@pytest.mark.parametrize("vector", MALFORMED, ids=lambda vector: vector["id"])
-def test_malformed(vector: dict[str, Any], role: Role, step: int) -> None:
+ROLES: tuple[Role, ...] = ("client", "server")
+
+
+@pytest.mark.parametrize(
+    ("vector", "role"),
+    [
+        pytest.param(vector, role, id=f"{vector['id']}-{role}")
+        for vector in MALFORMED
+        for role in ROLES
+        if vector[role] != "n/a"
+        and vector["id"]
+        not in (
+            "bool-dialect-sent-to-content-type-server",
+            "null-auth-leading-zeros",  # the handshake's, not the decoder's
+        )
+    ],
+)
+def test_malformed(vector: dict[str, Any], role: Role) -> None:
+    for step in (1, 4, 1 << 30):
+        _check_malformed(vector, role, step)
+
+
+def _check_malformed(vector: dict[str, Any], role: Role, step: int) -> None:
     reaction: str = vector[role]
     wire = bytes.fromhex(vector["hex"])
-    if reaction == "n/a" or vector["id"] in (
-        "bool-dialect-sent-to-content-type-server",
-        "null-auth-leading-zeros",  # the handshake's, not the decoder's
-    ):
-        return
     decoder = Decoder(role)
     found: list[Message] = []
     error = None
