@@ -20,7 +20,7 @@ from pubsub_core.plugins import Registry, use_registry
 from pubsub_core.testing import Harness, Mode, Suite, suite
 from pubsub_core.testing.case import VARIABLE, mode
 from pubsub_core.testing.contract import CASES
-from tests.conformance import test_memory, test_messagebus, test_mqtt
+from tests.conformance import test_losant, test_memory, test_messagebus, test_mqtt
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +30,7 @@ LISTED: dict[str, type[Suite]] = {
     "MQTT 3.1.1 on Mosquitto": test_mqtt.TestMosquitto311,
     "MQTT 3.1.1 on amqtt": test_mqtt.TestAmqtt,
     "messagebus": test_messagebus.TestMessageBus,
+    "Losant": test_losant.TestLosant,
 }
 
 
