@@ -189,6 +189,15 @@ class LosantServer(EndpointServer):
             query += "&secure=false"
         return f"losant://{user}{quote(device_id, safe='')}:{self.port}?{query}"
 
+    def another_client(self) -> str:
+        """Return the URL for one more client, and make a device for it.
+
+        A device has one connection: two clients with one `url` would end each other's.
+        """
+        made = secrets.token_hex(12)
+        self.registry.devices[made] = DeviceSpec()
+        return self.url_for(made, self._access_key, self._access_secret)
+
     @property
     def operator_url(self) -> str:
         """URL with which ``pubsub pub`` and ``pubsub sub`` reach any topic, from this machine."""
