@@ -9,7 +9,6 @@ A server forwards the body as it came.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 from uuid import UUID
 
@@ -28,6 +27,7 @@ from .wire import (
     encode_flag,
     encode_packets,
     encode_string,
+    unpack_int,
 )
 
 __all__ = [
@@ -206,8 +206,6 @@ _PLAIN: dict[int, Any] = {
 _FORWARDED: dict[int, Any] = {8: ForwardedMulticastData, 9: ForwardedUnicastData}
 _TO_CLIENT = frozenset({3, 6, 8, 9})
 
-_unpack: Callable[[bytes | bytearray, int], tuple[int]] = struct.Struct(">i").unpack_from
-
 _HINT = (
     "is the sender a Python package up to 6.0.0a1? They count the characters of a name instead "
     "of its bytes"
@@ -361,7 +359,7 @@ class Decoder:
                 if at + 4 > end:
                     need = at + 4
                     break
-                (size,) = _unpack(buffer, at)
+                (size,) = unpack_int(buffer, at)
                 if not 0 <= size <= limit:
                     raise _bad_length("a string", size, limit)
                 stop = at + 4 + size
@@ -383,7 +381,7 @@ class Decoder:
                     if at + 4 > end:
                         need = at + 4
                         break
-                    left: int = _unpack(buffer, at)[0]
+                    left: int = unpack_int(buffer, at)[0]
                     if not 0 <= left <= self._limits.packets:
                         raise _bad_length("a list of packets", left, self._limits.packets)
                     self._left = left
@@ -411,7 +409,7 @@ class Decoder:
                 if at + 4 > end:
                     need = at + 4
                     break
-                (size,) = _unpack(buffer, at)
+                (size,) = unpack_int(buffer, at)
                 if not 0 <= size <= self._limits.entitlements:
                     raise _bad_length("a set of entitlements", size, self._limits.entitlements)
                 stop = at + 4 + 4 * size
@@ -442,7 +440,7 @@ class Decoder:
             if at + 4 > end:
                 self._left = left
                 return at, at + 4
-            (entitled,) = _unpack(buffer, at)
+            (entitled,) = unpack_int(buffer, at)
             size_at = at + 4
             if entitled:
                 if not 0 <= entitled <= limits.entitlements:
@@ -451,7 +449,7 @@ class Decoder:
             if size_at + 4 > end:
                 self._left = left
                 return at, size_at + 4
-            (size,) = _unpack(buffer, size_at)
+            (size,) = unpack_int(buffer, size_at)
             if not 0 <= size <= limits.data:
                 raise _bad_length("a data packet", size, limits.data)
             stop = size_at + 4 + size

@@ -51,6 +51,7 @@ __all__ = [
     "encode_subscription_request",
     "encode_unicast",
     "notice",
+    "unpack_int",
 ]
 
 Dialect: TypeAlias = Literal["is_image", "content_type"]
@@ -64,7 +65,7 @@ HEARTBEAT_TOPIC: Final = "heartbeat"
 
 _INT = struct.Struct(">i")
 _pack = _INT.pack
-_unpack = _INT.unpack_from
+unpack_int = _INT.unpack_from
 _ZERO = b"\0\0\0\0"
 _CACHED = 64
 
@@ -259,7 +260,7 @@ def _checked(frame: bytes) -> bytes:
 
 def decode_packets(body: bytes, at: int) -> list[DataPacket] | None:
     """Return the packets that begin at *at*, which the decoder has already checked."""
-    (count,) = _unpack(body, at)
+    (count,) = unpack_int(body, at)
     if not count:
         return None
     at += 4
@@ -268,13 +269,13 @@ def decode_packets(body: bytes, at: int) -> list[DataPacket] | None:
         return [DataPacket(None, body[at + 8 :] or None)]
     packets: list[DataPacket] = []
     for _ in range(count):
-        (entitled,) = _unpack(body, at)
+        (entitled,) = unpack_int(body, at)
         at += 4
         entitlements: set[int] | None = None
         if entitled:
             entitlements = set(struct.unpack_from(f">{entitled}i", body, at))
             at += 4 * entitled
-        (size,) = _unpack(body, at)
+        (size,) = unpack_int(body, at)
         at += 4
         packets.append(DataPacket(entitlements, body[at : at + size] if size else None))
         at += size
@@ -282,6 +283,22 @@ def decode_packets(body: bytes, at: int) -> list[DataPacket] | None:
 
 
 # --- messages, in the order of their numbers -----------------------------------------------
+
+
+def _data_body(
+    feed: str,
+    topic: str,
+    flag: object,
+    packets: Sequence[DataPacket] | None,
+    dialect: Dialect,
+) -> bytes:
+    """Return what all four data messages end with; a server forwards it as it came."""
+    return (
+        encode_string(feed)
+        + encode_string(topic)
+        + encode_flag(flag, dialect)
+        + encode_packets(packets)
+    )
 
 
 def encode_multicast(
@@ -292,13 +309,7 @@ def encode_multicast(
     dialect: Dialect = "is_image",
 ) -> bytes:
     """Type 1, client to server."""
-    return _checked(
-        b"\x01"
-        + encode_string(feed)
-        + encode_string(topic)
-        + encode_flag(flag, dialect)
-        + encode_packets(packets)
-    )
+    return _checked(b"\x01" + _data_body(feed, topic, flag, packets, dialect))
 
 
 def encode_unicast(
@@ -310,14 +321,7 @@ def encode_unicast(
     dialect: Dialect = "is_image",
 ) -> bytes:
     """Type 2, client to server; *client_id* is the recipient."""
-    return _checked(
-        b"\x02"
-        + _uuid(client_id)
-        + encode_string(feed)
-        + encode_string(topic)
-        + encode_flag(flag, dialect)
-        + encode_packets(packets)
-    )
+    return _checked(b"\x02" + _uuid(client_id) + _data_body(feed, topic, flag, packets, dialect))
 
 
 def encode_forwarded_subscription(
@@ -391,10 +395,7 @@ def encode_forwarded_multicast(
         b"\x08"
         + encode_string(user)
         + encode_string(host)
-        + encode_string(feed)
-        + encode_string(topic)
-        + encode_flag(flag, dialect)
-        + encode_packets(packets)
+        + _data_body(feed, topic, flag, packets, dialect)
     )
 
 
@@ -414,10 +415,7 @@ def encode_forwarded_unicast(
         + encode_string(user)
         + encode_string(host)
         + _uuid(client_id)
-        + encode_string(feed)
-        + encode_string(topic)
-        + encode_flag(flag, dialect)
-        + encode_packets(packets)
+        + _data_body(feed, topic, flag, packets, dialect)
     )
 
 
