@@ -776,20 +776,25 @@ async def test_a_handler_may_stop_the_application(url: str, plain: bool) -> None
 
 
 async def test_a_cancelled_service_drains_first(url: str) -> None:
-    app, got = App(), list[str]()
+    app, got, go_on = App(), list[str](), asyncio.Event()
 
     @app.on("n")
     async def handle(message: Message[bytes]) -> None:
         got.append("begin")
-        await asyncio.sleep(0.02)
+        await go_on.wait()
         got.append("end")
 
     async with asyncio.timeout(WITHIN):
         task = asyncio.create_task(app.serve({"main": url}))
         await eventually(lambda: app._declared.running is not None and _online(app))
+        running = app._declared.running
+        assert running is not None
         await app.bus().publish("n", b"")
         await eventually(lambda: got)
         task.cancel()
+        await eventually(lambda: running._finished)
+        assert not task.done()
+        go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await task
     assert got == ["begin", "end"]
@@ -887,7 +892,8 @@ DRAINING = """
     @app.on("start")
     async def handle(message: Message[bytes]):
         print("ready", flush=True)
-        await asyncio.sleep(0.3)
+        while not app._declared.running._stopping.is_set():
+            await asyncio.sleep(0.005)
         print("handled", flush=True)
     @app.on_stop
     async def bye():

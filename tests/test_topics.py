@@ -417,7 +417,7 @@ _LONGEST = (
 
 @pytest.mark.parametrize("text", _LONGEST, ids=lambda text: ascii(text[:6]))
 def test_the_longest_inputs_take_linear_time(text: str) -> None:
-    start = time.perf_counter()
+    start = time.thread_time()  # of this thread alone: a busy machine does not count
     for function in (validate_topic, validate_filter, parse_filter):
         try:
             function(text)
@@ -427,7 +427,7 @@ def test_the_longest_inputs_take_linear_time(text: str) -> None:
         overlap(text, text)
         parse_filter(text).matches(text)
     # Some 30 ms in all; a quadratic step would take minutes.
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_what_is_kept_is_bounded_in_number_and_size(monkeypatch: pytest.MonkeyPatch) -> None:

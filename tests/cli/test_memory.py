@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pubsub_core.bus import Bus, connect
+from pubsub_core.memory.backend import MemoryBackend
 from tests.cli.conftest import DEADLINE, Invoke, records
 
 URL = "memory://cli-tests"
@@ -111,11 +112,16 @@ def test_presence_snapshot(invoke: Invoke) -> None:
 
 
 async def come_and_go(bus: Bus, started: asyncio.Event) -> None:
+    """Come and go some times, as soon as somebody watches."""
+    space = bus.native(MemoryBackend).space
     started.set()
-    while True:
-        async with bus.subscribe("room/3"):
-            await asyncio.sleep(0.02)
-        await asyncio.sleep(0.02)
+    async with asyncio.timeout(DEADLINE):
+        while not space._watches:
+            await asyncio.sleep(0.005)
+        for _ in range(5):
+            async with bus.subscribe("room/3"):
+                pass
+    await asyncio.Event().wait()
 
 
 def test_presence_watch(invoke: Invoke) -> None:

@@ -245,7 +245,8 @@ async def test_a_delay_keeps_the_order(proxy: FaultProxy) -> None:
         proxy.delay(0, Direction.UP)
         writer.write(b"two")
         assert await reader.readexactly(7) == b"one two"
-        assert 0.1 <= time.monotonic() - began < 2
+        # A delay is no less than asked for; how much more it is, the machine decides.
+        assert time.monotonic() - began >= 0.1
 
 
 async def test_a_dribble_gives_so_many_bytes_at_a_time(proxy: FaultProxy) -> None:
