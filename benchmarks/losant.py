@@ -9,7 +9,11 @@ rounds counts; with each rate stands the processor time that the broker took for
 
 A command goes to a device that waits for it, one at a time.
 
-    python benchmarks/losant.py [--quick] [--only one many latency] [--profile]
+``Device.send_state`` stands beside losant-mqtt 1.2.1 on paho-mqtt 1.6, which gets an environment
+of its own (pip fills it; its `setuptools` still has ``pkg_resources``). Both run one program, each
+in a process, and send into the same sink, which says when it has seen the last state.
+
+    python benchmarks/losant.py [--quick] [--only one many latency client] [--profile]
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,8 +318,131 @@ SECTIONS: dict[str, tuple[str, Callable[[Broker, int, Figure], None], int]] = {
 }
 
 
+# --- the client ------------------------------------------------------------------------
+
+ORIGINAL = ("losant-mqtt==1.2.1", "paho-mqtt<2", "setuptools<81")
+LAST = 9_999_999
+
+PROGRAM = """
+import json, sys, threading, time
+package, way = sys.argv[1:3]
+port, count, last = map(int, sys.argv[3:])
+if package == "losantmqtt":
+    from losantmqtt import Device
+    from paho.mqtt import client as mqtt
+    original = mqtt.Client.connect
+    mqtt.Client.connect = lambda self, host, _, keepalive: original(self, host, port, keepalive)
+    Device.mqtt_endpoint = "127.0.0.1"
+    device = Device("bench", "key", "secret", secure=False)
+else:
+    from pubsub_losant import Device
+    device = Device("bench", "key", "secret", secure=False, host="127.0.0.1", port=port)
+connected, done = threading.Event(), threading.Event()
+device.add_event_observer("connect", lambda device: connected.set())
+device.add_event_observer("command", lambda device, command: done.set())
+threaded = way == "blocking"
+if threaded:
+    thread = threading.Thread(target=device.connect)
+    thread.start()
+else:
+    device.connect(blocking=False)
+
+def until(event):
+    end = time.monotonic() + 60
+    while not event.is_set():
+        if time.monotonic() > end:
+            raise SystemExit("the sink never answered")
+        if threaded:
+            event.wait(1)
+        else:
+            device.loop(0.1)
+
+until(connected)
+state = {"temperature": 21.5, "door": True, "n": 0}
+send = device.send_state
+began, cpu = time.perf_counter(), time.process_time()
+for number in range(count):
+    state["n"] = 1000000 + number if number < count - 1 else last
+    send(state)
+    if not threaded and number % 100 == 0:
+        device.loop(0)
+until(done)
+print(json.dumps([time.perf_counter() - began, time.process_time() - cpu]))
+device.close()
+if threaded:
+    thread.join()
+"""
+
+
+def sink() -> None:
+    """Take one client after the other; send a command when the last state was seen."""
+    command = encode_publish("losant/bench/command", b'{"name":"done"}')
+    answers = {0x10: encode(ConnAck()), 0x82: encode(SubAck(1, (0,)))}
+    marker = b'"n": %d' % LAST
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
+        while True:
+            peer, _ = listener.accept()
+            with peer:
+                tail = b""
+                while data := peer.recv(1 << 18):
+                    if data[0] in answers:
+                        # Whoever sends behind SUBSCRIBE at once is not in this benchmark.
+                        peer.sendall(answers[data[0]])
+                    if marker in tail + data:
+                        peer.sendall(command)
+                        data = b""
+                    tail = data[-len(marker) :]
+
+
+@contextlib.contextmanager
+def sink_process() -> Iterator[int]:
+    process = subprocess.Popen(
+        [sys.executable, "-P", __file__, "--serve", "sink"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        yield int(json.loads(process.stdout.readline())["port"])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def original(folder: str) -> str:
+    """Make an environment with losant-mqtt; return its Python."""
+    venv.create(folder, with_pip=True)
+    python = str(Path(folder) / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", *ORIGINAL], check=True)
+    return python
+
+
+def client(rounds: int, scale: float, console: Console) -> None:
+    """`Device.send_state` beside the original's."""
+    count = int(60_000 * scale)
+    figures: dict[str, Figure] = {}
+    with tempfile.TemporaryDirectory() as folder, sink_process() as port:
+        pythons = {"pubsub_losant": sys.executable, "losantmqtt": original(folder)}
+        for _ in range(rounds):
+            for way in ("loop", "blocking"):
+                for package, python in pythons.items():
+                    numbers = [str(each) for each in (port, count, LAST)]
+                    done = subprocess.run(
+                        [python, "-W", "ignore", "-c", PROGRAM, package, way, *numbers],
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                    )
+                    seconds, cpu = json.loads(done.stdout)
+                    name = f"{package}, {way}"
+                    figures.setdefault(name, Figure()).add(count, seconds, cpu)
+    console.print(_table("Device.send_state", figures, "client"))
+
+
 def run(names: Sequence[str], rounds: int, scale: float, console: Console) -> None:
     for name in names:
+        if name == "client":
+            client(rounds, scale, console)
+            continue
         title, measure, count = SECTIONS[name]
         figures: dict[str, Figure] = {}
         for _ in range(rounds):
@@ -329,10 +457,10 @@ def run(names: Sequence[str], rounds: int, scale: float, console: Console) -> No
         console.print(_table(title, figures))
 
 
-def _table(title: str, figures: dict[str, Figure]) -> Table:
+def _table(title: str, figures: dict[str, Figure], what: str = "broker") -> Table:
     timed = any(figure.latencies for figure in figures.values())
     table = Table(title=title)
-    table.add_column("broker")
+    table.add_column(what)
     heads = ("median", "95 %", "99 %", "99.9 %") if timed else ("states/s", "CPU for one")
     for head in heads:
         table.add_column(head, justify="right")
@@ -346,20 +474,27 @@ def _table(title: str, figures: dict[str, Figure]) -> Table:
     return table
 
 
+PARTS = (*SECTIONS, "client")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one short round")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--profile", action="store_true", help="where ours spends its time")
-    parser.add_argument("--serve", choices=("memory", "file", "amqtt"), help=argparse.SUPPRESS)
+    kinds = ("memory", "file", "amqtt", "sink")
+    parser.add_argument("--serve", choices=kinds, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.serve == "sink":
+        sink()
+        return
     if given.serve:
         asyncio.run(serve(given.serve, given.profile))
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
     if given.profile:
-        for name in given.only:
+        for name in (each for each in given.only if each in SECTIONS):
             with python_broker("memory", profiled=True) as broker:
                 SECTIONS[name][1](broker, SECTIONS[name][2], Figure())
         return
