@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, Generic, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -508,32 +509,31 @@ class Client:
     def _publish(
         self, topic: str, message: str | bytes, header: frozenset[str], shown: str
     ) -> Reply[None]:
-        what = f"a message to {shown}"
-        reply: Reply[None] = Reply(self, what)
+        reply: Reply[None] = Reply(self, "a message to " + shown)
         payload = message.encode() if isinstance(message, str) else bytes(message)
-
-        def done(out: Outgoing) -> None:
-            if out.error is not None:
-                reply.fail(_without_key(out.error, what))
-                return
-            with self._lock:
-                body = self._errors.pop(out.packet_id, None) if out.packet_id else None
-            if body is None:
-                reply.resolve(None)
-            else:
-                reply.fail(_refusal(body, what))
-
         try:
             self._required().publish(
                 topic,
                 payload,
                 qos=1 if self.QOS1 in header else 0,
                 retain=self.RETAIN in header,
-                on_done=done,
+                on_done=partial(self._published, reply),
             )
         except PubSubError as exc:
-            reply.fail(_without_key(exc, what))
+            reply.fail(_without_key(exc, reply.what))
         return reply
+
+    def _published(self, reply: Reply[None], out: Outgoing) -> None:
+        if out.error is not None:
+            reply.fail(_without_key(out.error, reply.what))
+            return
+        if out.packet_id:
+            with self._lock:
+                body = self._errors.pop(out.packet_id, None)
+            if body is not None:
+                reply.fail(_refusal(body, reply.what))
+                return
+        reply.resolve(None)
 
     # --- subscribing --------------------------------------------------------------------
 
