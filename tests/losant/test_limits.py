@@ -209,8 +209,9 @@ def test_the_buffer_keeps_to_the_limits_as_well(monkeypatch: pytest.MonkeyPatch)
                 device.send_state({"n": n})
             broker.connack = b"\x20\x02\x00\x00"
             turn_until(device, device.is_connected)
-            device.send_state({"n": 150})
-            turn_until(device, lambda: len(broker.of(PUBLISH)) == 2)
+            assert device.send_state({"n": 150}) is True, "kept behind those that wait"
+            assert device.publish("custom", b"[]") is True, "which hold up nothing else"
+            turn_until(device, lambda: len(broker.of(PUBLISH)) == 3)
         assert _flat(_numbers(broker.of(PUBLISH))) == list(range(151))
 
 

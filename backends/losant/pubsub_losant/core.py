@@ -573,7 +573,10 @@ class DeviceCore:
     def _admit(self, topic: str) -> float | None:
         """Return the seconds to wait before one message, or None when it is not to be sent."""
         now = time.monotonic()
-        delay = 0.0 if self._guard == "off" else self._throttle.delay(topic, now)
+        if self._guard == "off":
+            self._throttle.note(topic, now)
+            return 0.0
+        delay = self._throttle.delay(topic, now)
         if delay:
             self.stats["throttled"] += 1
             self._emit("throttled", delay)

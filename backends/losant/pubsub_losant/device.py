@@ -265,12 +265,8 @@ class Device(DeviceCore):
         """Send, keep or refuse; *texts* are the states in it, where it holds any."""
         level = self._qos if qos is None else qos
         with self._lock:
-            if not self._accepting:
-                return False
-            if texts is not None and (self._backlog or not self._online):
-                return self._keep(topic, texts)
-            if not self._online:
-                return False
+            if not self._online or (self._backlog and texts is not None):
+                return texts is not None and self._accepting and self._keep(topic, texts)
             delay = self._admit(topic)
             if not delay:
                 if delay is None:

@@ -63,19 +63,17 @@ class Backoff:
 class _Window:
     """The last so many moments at which something was sent, and how long they count."""
 
-    __slots__ = ("_times",)
+    __slots__ = ("_times", "note")
 
     def __init__(self, count: int) -> None:
         self._times: deque[float] = deque(maxlen=count)
+        self.note = self._times.append
 
     def delay(self, now: float, seconds: float) -> float:
         times = self._times
         if len(times) < (times.maxlen or 0):
             return 0.0
         return max(times[0] + seconds - now, 0.0)
-
-    def note(self, at: float) -> None:
-        self._times.append(at)
 
 
 class Throttle:

@@ -53,9 +53,15 @@ def encode_state(
         TypeError: *state* is no mapping, or holds what JSON has no form for.
         ValueError: A value is NaN or infinite, or the time is impossible.
     """
-    if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] # users pass anything
-        raise TypeError(f"a state is a mapping of names to values, not {type(state).__name__}")
-    body: dict[str, Any] = {"time": platform_time(time_like, now), "data": dict(state)}
+    if not isinstance(state, dict):
+        if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] # users pass anything
+            raise TypeError(f"a state is a mapping of names to values, not {type(state).__name__}")
+        state = dict(state)
+    moment = platform_time(time_like, now)
+    if flow_version is None and meta is None and type(moment) is int:
+        # By far the most common form; the same bytes for half the work.
+        return f'{{"data": {_encode(state)}, "time": {moment}}}'
+    body: dict[str, Any] = {"time": moment, "data": state}
     if flow_version is not None:
         body["flowVersion"] = flow_version
     if meta is not None:
