@@ -21,9 +21,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from pubsub_core.errors import ConnectError, ConnectTimeout, NotConnected, PubSubError
+from pubsub_core.threads import in_thread
 
 from .connection import (
     Connection,
@@ -43,46 +44,15 @@ __all__ = ["AsyncioDriver", "BlockingDriver", "dial"]
 
 logger = logging.getLogger("pubsub_mqtt")
 
-T = TypeVar("T")
-
 _HIGH_WATER: Final = 262_144
 _STAGGER: Final = 0.25
 _LINGER: Final = 0.5
+# Not the executor of the loop, whose shutdown waits for a name server that never answers.
+_THREAD: Final = "pubsub-mqtt-dial"
 _AT_ONCE: Final = 32
 
 
 # --- dialling -------------------------------------------------------------------------
-
-
-async def _in_thread(function: Callable[[], T]) -> T:
-    """Run *function* in a thread of its own, which nothing has to wait for.
-
-    The loop's executor would keep its threads, and its shutdown waits for a name server
-    that never answers.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def report(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type] # None only beside an error
-
-    def work() -> None:
-        result: T | None = None
-        error: BaseException | None = None
-        try:
-            result = function()
-        except BaseException as exc:  # noqa: BLE001 # it is raised where somebody waits
-            error = exc
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and so is who waited
-            loop.call_soon_threadsafe(report, result, error)
-
-    threading.Thread(target=work, name="pubsub-mqtt-dial", daemon=True).start()
-    return await future
 
 
 async def _ready(sock: socket.socket | BufferedSocket, *, write: bool) -> None:
@@ -174,7 +144,7 @@ async def _addresses(endpoint: Endpoint) -> list[tuple[int, Any]]:
         )
         return [(int(family), address) for family, _, _, _, address in found]
 
-    return resolve() if endpoint.literal else await _in_thread(resolve)
+    return resolve() if endpoint.literal else await in_thread(resolve, name=_THREAD)
 
 
 async def _start_tls(endpoint: Endpoint, sock: socket.socket, tls: ssl.SSLContext) -> ssl.SSLSocket:
@@ -207,7 +177,7 @@ async def dial(endpoint: Endpoint) -> BufferedSocket:
         sock = await _connect(socket.AF_UNIX, endpoint.unix_path)
     else:
         tls = endpoint.tls
-        context = None if tls is None else await _in_thread(tls.build)
+        context = None if tls is None else await in_thread(tls.build, name=_THREAD)
         sock = await _race(await _addresses(endpoint))
         try:
             endpoint.prepare(sock)
@@ -221,7 +191,7 @@ async def dial(endpoint: Endpoint) -> BufferedSocket:
         return plain
     try:
         # In a thread as well: it imports wsproto, once.
-        framing = await _in_thread(endpoint.frame_with)
+        framing = await in_thread(endpoint.frame_with, name=_THREAD)
         plain.write(framing.request())
         while not plain.flush():
             await _ready(plain, write=True)

@@ -9,7 +9,7 @@ Sources: MQTT 5.0 sections 1.5 (data types), 2.2.2 (properties) and 3.3 (PUBLISH
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import msgspec
@@ -25,8 +25,10 @@ __all__ = [
     "encode_length",
     "malformed",
     "publish_properties",
+    "read_data",
     "read_length",
     "read_publish_properties",
+    "read_text",
 ]
 
 NO_PROPERTIES: Final = b"\x00"
@@ -172,17 +174,30 @@ def read_length(data: bytes, pos: int, stop: int) -> tuple[int, int]:
     raise malformed("a number of more than four bytes")
 
 
-def _read_data(data: bytes, pos: int, stop: int) -> tuple[bytes, int]:
+def read_data(
+    data: bytes, pos: int, stop: int, malformed: Callable[[str], Exception] = malformed
+) -> tuple[bytes, int]:
+    """Return binary data with its length in front (section 1.5.6), and the position after it.
+
+    Args:
+        data: Where it stands.
+        pos: Position of the length.
+        stop: Where the packet ends.
+        malformed: Makes what is raised when it reaches beyond that.
+    """
     if pos + 2 > stop:
         raise malformed("it ends within a length")
     end = pos + 2 + (data[pos] << 8 | data[pos + 1])
     if end > stop:
-        raise malformed("a text reaches beyond the packet")
+        raise malformed("a field reaches beyond the packet")
     return data[pos + 2 : end], end
 
 
-def _read_text(data: bytes, pos: int, stop: int) -> tuple[str, int]:
-    raw, end = _read_data(data, pos, stop)
+def read_text(
+    data: bytes, pos: int, stop: int, malformed: Callable[[str], Exception] = malformed
+) -> tuple[str, int]:
+    """Return an MQTT string (section 1.5.4) and the position after it; see `read_data`."""
+    raw, end = read_data(data, pos, stop, malformed)
     try:
         text = raw.decode()
     except UnicodeDecodeError:
@@ -208,8 +223,8 @@ def read_publish_properties(data: bytes, pos: int, stop: int) -> PublishProperti
             number, pos = read_length(data, pos, stop)
             subscriptions.append(number)
         elif kind == 0x26:
-            name, pos = _read_text(data, pos, stop)
-            value, pos = _read_text(data, pos, stop)
+            name, pos = read_text(data, pos, stop)
+            value, pos = read_text(data, pos, stop)
             user.append((name, value))
             if len(user) > _MAX_USER_PROPERTIES:
                 raise ProtocolError(
@@ -221,16 +236,16 @@ def read_publish_properties(data: bytes, pos: int, stop: int) -> PublishProperti
             expiry = int.from_bytes(data[pos : pos + 4], "big")
             pos += 4
         elif kind == 0x03:
-            content_type, pos = _read_text(data, pos, stop)
+            content_type, pos = read_text(data, pos, stop)
         elif kind == 0x01:
             if pos + 1 > stop:
                 raise malformed("it ends within the payload format")
             utf8 = data[pos] == 1
             pos += 1
         elif kind == 0x08:
-            response_topic, pos = _read_text(data, pos, stop)
+            response_topic, pos = read_text(data, pos, stop)
         elif kind == 0x09:
-            correlation, pos = _read_data(data, pos, stop)
+            correlation, pos = read_data(data, pos, stop)
         elif kind == 0x23:
             raise ProtocolError("a topic alias, which we did not allow", reason=0x94)
         else:

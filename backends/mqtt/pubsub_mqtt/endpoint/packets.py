@@ -18,6 +18,8 @@ from typing import Final, TypeAlias
 
 import msgspec
 
+from pubsub_mqtt.packets import encode_length, read_data, read_text
+
 __all__ = [
     "MAX_LENGTH",
     "REFUSED",
@@ -356,24 +358,8 @@ def _read_id(data: bytes, at: int, end: int) -> tuple[int, int]:
     return value, at + 2
 
 
-def _read_data(data: bytes, at: int, end: int) -> tuple[bytes, int]:
-    if at + 2 > end:
-        raise ProtocolError("a packet that ends within a length")
-    stop = at + 2 + (data[at] << 8 | data[at + 1])
-    if stop > end:
-        raise ProtocolError("a field that reaches beyond its packet")
-    return data[at + 2 : stop], stop
-
-
 def _read_text(data: bytes, at: int, end: int) -> tuple[str, int]:
-    raw, at = _read_data(data, at, end)
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:
-        raise ProtocolError("a text that is not UTF-8") from None
-    if "\0" in text:
-        raise ProtocolError("a text with U+0000")
-    return text, at
+    return read_text(data, at, end, ProtocolError)
 
 
 def _complete(at: int, end: int) -> None:
@@ -402,7 +388,7 @@ def _read_connect(data: bytes, at: int, end: int) -> Connect:
         if qos == 3:
             raise ProtocolError("a will with QoS 3")
         topic, at = _read_text(data, at, end)
-        payload, at = _read_data(data, at, end)
+        payload, at = read_data(data, at, end, ProtocolError)
         will = WillMessage(topic, payload, qos, bool(flags & 0x20))
     elif flags & 0x38:
         raise ProtocolError("a CONNECT with flags of a will it does not have")
@@ -413,7 +399,7 @@ def _read_connect(data: bytes, at: int, end: int) -> Connect:
     if flags & 0x40:
         if username is None and level == 4:
             raise ProtocolError("a password without a user name")
-        password, at = _read_data(data, at, end)
+        password, at = read_data(data, at, end, ProtocolError)
     _complete(at, end)
     return Connect(client_id, username, password, keepalive, bool(flags & 2), will, protocol, level)
 
@@ -608,9 +594,4 @@ def _frame(head: int, body: bytes) -> bytes:
 def _length(value: int) -> bytes:
     if value > MAX_LENGTH:
         raise ValueError(f"a packet of {value} bytes; MQTT carries {MAX_LENGTH}")
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    return encode_length(value)
