@@ -111,6 +111,7 @@ def test_options_that_do_not_fit_are_refused() -> None:
     wrong: list[dict[str, Any]] = [
         {"certfile": "x"}, {"keyfile": "x"}, {"tls_port": 0}, {"keys": KEYS},
         {"config": "/nonexistent/file.toml"}, {"devices": {}, "keys": KEYS},
+        {"devices": DEVICES, "keys": "text"},
     ]  # fmt: skip
     for options in wrong:
         with pytest.raises(BadOption):
@@ -386,6 +387,7 @@ async def test_states_are_stored_merged_and_delivered_as_they_were() -> None:
             (now - 60_000, {"one": "older"}),
             (now, {"one": "two", "three": 3}),
         ]
+        assert await server.wait_state(A, 3, 0.1) == server.states(A)  # two of them are one
         assert server.states(A)[1].meta == {"x": 1}
         assert server.states(A, until=now - 1)[0].data == {"one": "older"}
         assert server.last_state(A) == {"one": ("two", now), "three": (3, now)}

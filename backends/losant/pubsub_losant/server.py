@@ -102,6 +102,13 @@ class LosantServer(EndpointServer):
                 hint="give the devices that connect with them",
                 backend="losant",
             )
+        if not all(isinstance(key, AccessKey) for key in keys or ()):  # pyright: ignore[reportUnnecessaryIsInstance] # a command line gives text
+            raise BadOption(
+                "keys are access keys, which a command line cannot say",
+                option="keys",
+                hint="write them in a file, and give it as config",
+                backend="losant",
+            )
         self._storage: Storage = MemoryStorage() if store is None else FileStorage(store)
         self._made_device = not devices
         self._made_key = keys is None
@@ -387,14 +394,16 @@ class LosantServer(EndpointServer):
         )
 
     async def wait_state(self, device_id: str, n: int = 1, timeout: float = 5.0) -> list[State]:
-        """Return the states of a device once at least *n* are stored, oldest first.
+        """Return the states of a device once at least *n* were stored, oldest first.
+
+        There may be fewer than *n*: those of the same millisecond are one.
 
         Raises:
             OperationTimeout: They are not within *timeout* seconds.
         """
         storage = self._storage
         await self._losant.until(
-            lambda: storage.count(device_id) >= n, timeout, f"{n} states of device {device_id}"
+            lambda: storage.taken(device_id) >= n, timeout, f"{n} states of device {device_id}"
         )
         return storage.states(device_id)
 

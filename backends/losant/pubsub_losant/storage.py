@@ -93,7 +93,7 @@ class Command(msgspec.Struct, frozen=True):
 class _Device:
     """Everything about one device, oldest first."""
 
-    __slots__ = ("bytes", "commands", "connections", "last", "states", "times")
+    __slots__ = ("bytes", "commands", "connections", "last", "states", "taken", "times")
 
     def __init__(self) -> None:
         self.states: list[State] = []
@@ -102,6 +102,7 @@ class _Device:
         self.commands: deque[Command] = deque()
         self.connections: deque[tuple[int, dict[str, Any]]] = deque()
         self.bytes = 0
+        self.taken = 0
 
 
 class Storage:
@@ -168,6 +169,7 @@ class Storage:
             size: About how many bytes it takes beside its overhead.
         """
         device = self._device(device_id)
+        device.taken += 1
         state = State(ms, data, meta, flow_version, received_ms, size + _OVERHEAD)
         times = device.times
         if not times or ms > times[-1]:
@@ -212,6 +214,11 @@ class Storage:
         """Return how many states of a device are kept."""
         device = self._devices.get(device_id)
         return len(device.times) if device is not None else 0
+
+    def taken(self, device_id: str) -> int:
+        """Return how many states of a device were added, merged and dropped ones included."""
+        device = self._devices.get(device_id)
+        return device.taken if device is not None else 0
 
     def last_values(self, device_id: str) -> dict[str, tuple[Value, int]]:
         """Return the newest value of each attribute, with its milliseconds since 1970."""
@@ -423,6 +430,7 @@ class FileStorage(Storage):
             received,
             size,
         )
+        device.taken += 1
         device.times.append(ms)
         device.states.append(state)
         device.bytes += size
