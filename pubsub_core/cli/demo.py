@@ -160,8 +160,10 @@ class _Demo:
                 server = make_server(tale.info, "127.0.0.1", 0)
                 async with asyncio.timeout(min(_START, left)):
                     await stack.enter_async_context(_running(server))
-                url, tale.server = server.url, str(server.describe().get("server", ""))
-                self._tell("server", f"{tale.server or 'embedded server'} on {mask(url)}")
+                # A server may want credentials of its clients; its own URL has them.
+                url: str = getattr(server, "client_url", server.url)
+                tale.server = str(server.describe().get("server", ""))
+                self._tell("server", f"{tale.server or 'embedded server'} on {server.url}")
             else:
                 url = f"{tale.info.schemes[0]}://pubsub-demo"
                 self._tell("server", f"{mask(url)}: nothing to start")
@@ -223,7 +225,8 @@ class _Demo:
                 message.payload["celsius"]
                 async for message in world.history("demo/oven", dict[str, float])
             ]
-            return f"demo/oven had {', '.join(f'{celsius:.1f}' for celsius in old)}"
+            told = ", ".join(f"{celsius:.1f}" for celsius in old)
+            return f"demo/oven had {told or 'nothing stored'}"
 
         async def wildcards() -> str:
             async with world.subscribe("demo/{room}/lamp/#") as everything:

@@ -82,6 +82,16 @@ class _Turn:
         self.users = 0
 
 
+class _Route:
+    """Where a topic's messages go, without options. Has no repr that shows the key."""
+
+    __slots__ = ("key", "topic")
+
+    def __init__(self, key: RingKey, channel: str) -> None:
+        self.key = key
+        self.topic = f"{key.text}/{channel}"
+
+
 class EmitterBackend(EmitterSession):
     """One session with an Emitter broker.
 
@@ -91,7 +101,7 @@ class EmitterBackend(EmitterSession):
 
     def __init__(self, context: BackendContext) -> None:
         super().__init__(context)
-        self._wire_topics: dict[tuple[str, str], tuple[str, RingKey]] = {}
+        self._routes: dict[tuple[str, str], _Route] = {}
         # Publishes that wait for a key, and those behind them.
         self._queued: deque[tuple[OutFrame, asyncio.Future[tuple[Outgoing, RingKey]]]] = deque()
         self._serving: asyncio.Task[None] | None = None
@@ -132,7 +142,7 @@ class EmitterBackend(EmitterSession):
 
     def _refused(self, key: RingKey, topic: str, operation: str) -> None:
         super()._refused(key, topic, operation)
-        self._wire_topics.clear()
+        self._routes.clear()
 
     # --- channels -----------------------------------------------------------------------
 
@@ -158,19 +168,23 @@ class EmitterBackend(EmitterSession):
 
     # --- publishing ---------------------------------------------------------------------
 
-    def _wire_topic(self, out: OutFrame) -> tuple[str, RingKey] | None:
-        """Return what stands before the options, and the key in it; None without a key yet."""
-        letters = "ws" if out.retain or out.ttl is not None or self._options.store else "w"
-        known = self._wire_topics.get((out.topic, letters))
-        if known is not None and not known[1].expires:
+    def _letters(self, out: OutFrame) -> str:
+        stores = out.retain or out.ttl is not None or self._options.store is not None
+        return "ws" if stores else "w"
+
+    def _route(self, out: OutFrame) -> _Route | None:
+        """Return where *out* goes; None while there is no key for it."""
+        letters = self._letters(out)
+        known = self._routes.get((out.topic, letters))
+        if known is not None and not self._ring.is_old(known.key):
             return known
         channel = self.to_wire(out.topic)
         key = self._ring.peek(letters, channel)
         if key is None:
             return None
-        if len(self._wire_topics) >= _KEPT:
-            self._wire_topics.clear()
-        found = self._wire_topics[out.topic, letters] = (f"{key.text}/{channel}", key)
+        if len(self._routes) >= _KEPT:
+            self._routes.clear()
+        found = self._routes[out.topic, letters] = _Route(key, channel)
         return found
 
     def _options_of(self, out: OutFrame) -> str:
@@ -194,10 +208,10 @@ class EmitterBackend(EmitterSession):
         """Hand a QoS 0 message to the operating system without waiting, if that is possible."""
         if out.qos or self._queued:
             return None
-        wire = self._wire_topic(out)
-        if wire is None:
+        route = self._route(out)
+        if route is None:
             return None
-        topic = wire[0] + self._options_of(out)
+        topic = route.topic + self._options_of(out)
         try:
             went = self.driver.try_publish(topic, out.payload, retain=out.retain)
         except (NotConnected, PublishFailed) as error:
@@ -216,11 +230,11 @@ class EmitterBackend(EmitterSession):
                 backend=self._name,
                 topic=out.topic,
             )
-        wire = None if self._queued else self._wire_topic(out)
-        if wire is None:
+        route = None if self._queued else self._route(out)
+        if route is None:
             sent, key = await self._in_turn(out)
         else:
-            sent, key = self._submit(out, wire), wire[1]
+            sent, key = self._submit(out, route), route.key
         try:
             await sent.tag
         except asyncio.CancelledError:
@@ -257,20 +271,19 @@ class EmitterBackend(EmitterSession):
         while queued:
             out, turn = queued[0]
             try:
-                wire = None if turn.done() else self._wire_topic(out) or await self._obtain(out)
-                if wire is not None and not turn.done():
-                    turn.set_result((self._submit(out, wire), wire[1]))
+                route = None if turn.done() else self._route(out) or await self._obtain(out)
+                if route is not None and not turn.done():
+                    turn.set_result((self._submit(out, route), route.key))
             except Exception as error:  # noqa: BLE001  it is raised where somebody waits
                 if not turn.done():
                     turn.set_exception(error)
             queued.popleft()
         self._serving = None
 
-    async def _obtain(self, out: OutFrame) -> tuple[str, RingKey]:
-        letters = "ws" if out.retain or out.ttl is not None or self._options.store else "w"
+    async def _obtain(self, out: OutFrame) -> _Route:
         channel = self.to_wire(out.topic)
         try:
-            key = await self._key(letters, out.topic, channel)
+            key = await self._key(self._letters(out), out.topic, channel)
         except NotAuthorized as exc:
             raise PublishNotAuthorized(
                 exc.message,
@@ -279,10 +292,10 @@ class EmitterBackend(EmitterSession):
                 backend=self._name,
                 topic=out.topic,
             ) from exc.__cause__
-        return f"{key.text}/{channel}", key
+        return _Route(key, channel)
 
-    def _submit(self, out: OutFrame, wire: tuple[str, RingKey]) -> Outgoing:
-        topic = wire[0] + self._options_of(out)
+    def _submit(self, out: OutFrame, route: _Route) -> Outgoing:
+        topic = route.topic + self._options_of(out)
         try:
             sent = self.driver.submit(topic, out.payload, qos=out.qos, retain=out.retain)
         except (NotConnected, PublishFailed) as error:

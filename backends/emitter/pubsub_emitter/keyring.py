@@ -204,7 +204,7 @@ class KeyRing:
         """Return the key that is at hand for all *channels*, or None: see `obtain`."""
         wanted = (letters, channels[0]) if len(channels) == 1 else (letters, "\n".join(channels))
         found = self._found.get(wanted)
-        if found is None or (found.expires and self._is_old(found)):
+        if found is None or self.is_old(found):
             found = self._look_up(letters, channels)
             if found is None:
                 self._found.pop(wanted, None)
@@ -224,14 +224,15 @@ class KeyRing:
             return None
         place = (_BUNDLES[letters[0]], target_for(*channels))
         made = self._made.get(place)
-        if made is None or self._is_old(made):
+        if made is None or self.is_old(made):
             return None
         self._made.move_to_end(place)
         return made
 
-    def _is_old(self, key: RingKey) -> bool:
+    def is_old(self, key: RingKey) -> bool:
+        """Whether a made key is so close to its end that another one shall be made."""
         # A given key is used until it is refused: whoever gave it may know better.
-        return key.made and bool(key.expires) and self._clock() >= key.expires
+        return key.made and key.expires != 0 and self._clock() >= key.expires
 
     async def obtain(self, issue: Issue, letters: str, *channels: str) -> RingKey | None:
         """Return a key for all *channels*, made if need be; None when there is none.

@@ -102,6 +102,11 @@ class EmitterServer(EndpointServer):
         return self._master_key
 
     @property
+    def client_url(self) -> str:
+        """URL to connect to with the right to make every key: for demonstrations and tests."""
+        return f"{self.url}?master_key={self.master_key}"
+
+    @property
     def storage(self) -> Storage:
         """What is stored."""
         return self._storage

@@ -118,8 +118,7 @@ class EmitterSession(Backend):
         mqtt = options.mqtt()
         self._endpoint = endpoint_of(below, mqtt)
         self._license = self._parse_license()
-        master = options.master_key
-        self._master = None if master is None else master.reveal().strip()
+        self._master = options.master_key
         self._ring = KeyRing(
             key=options.key,
             keys=options.keys.items(),
@@ -534,7 +533,7 @@ class EmitterSession(Backend):
 
     def _need_master(self) -> str:
         if self._master is not None:
-            return self._master
+            return self._master.reveal().strip()
         if self._license is not None:
             return self._license.make_master_key()
         raise EmitterError("no master key is given", hint="set the option master_key")
