@@ -6,7 +6,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pubsub_core import (
     NotSupported,
     Part,
     Status,
+    authorization,
     connect,
     sync,
 )
@@ -383,6 +384,40 @@ async def test_the_last_answer_is_to_the_last_question(server: MessageBusServer)
             await warden.publish("AUTH/T", parts=PARTS)
             assert await parts_of(messages) == [b"two"]
     assert most == [1, 1]
+
+
+async def test_what_waits_is_bounded_and_what_is_dropped_stays_closed(
+    server: MessageBusServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(authorization, "_AT_ONCE", 1)
+    monkeypatch.setattr(authorization, "_MOST_WAITING", 3)
+    release = asyncio.Event()
+
+    async def entitle(request: AuthorizationRequest) -> set[int]:
+        await release.wait()
+        return {1}
+
+    async with (
+        bus_of(server.port, "tester") as warden,
+        bus_of(server.port) as guest,
+        warden.authorize("AUTH/#", entitle) as authorizer,
+        notices(warden) as events,
+        AsyncExitStack() as stack,
+    ):
+
+        def was_asked(times: int) -> bool:
+            return authorizer.stats.asked == times
+
+        for number in range(6):
+            await stack.enter_async_context(guest.subscribe(f"AUTH/{number}"))
+            # One is being answered before the others come.
+            await eventually(functools.partial(was_asked, number + 1))
+        assert authorizer.stats.dropped == 2
+        assert events == [("authorization_dropped", f"AUTH/{number}") for number in (4, 5)]
+        release.set()
+        await eventually(lambda: authorizer.stats.granted == 4)
+        allowed = [bool(server.broker.subscribers("AUTH", str(number))) for number in range(6)]
+        assert allowed == [True] * 4 + [False] * 2
 
 
 async def test_closing_ends_handlers_and_what_waits(server: MessageBusServer) -> None:

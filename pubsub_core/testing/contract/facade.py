@@ -25,7 +25,8 @@ async def sync_facade_signature_parity(t: Trial) -> None:
     facade = inspect.signature(sync.connect)
     assert next(iter(facade.parameters)) == "where"
     twin = sync.SyncBus
-    for name in ("publish", "subscribe", "history", "last", "clear", "members", "close", "ping"):
+    names = ("publish", "subscribe", "history", "last", "clear", "members", "authorize", "entitle")
+    for name in (*names, "close", "ping"):
         assert callable(getattr(twin, name)), name
         ours = inspect.signature(getattr(Bus, name)).parameters
         theirs = inspect.signature(getattr(twin, name)).parameters
