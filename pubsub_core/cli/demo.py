@@ -162,23 +162,26 @@ class _Demo:
                     await stack.enter_async_context(_running(server))
                 # A server may want credentials of its clients; its own URL has them.
                 url: str = getattr(server, "client_url", server.url)
+                # And it may know its clients by their URL, so that two need one each.
+                another: Callable[[], str] = getattr(server, "another_client", lambda: url)
+                world = another()
                 tale.server = str(server.describe().get("server", ""))
-                self._tell("server", f"{tale.server or 'embedded server'} on {server.url}")
+                self._tell("server", f"{tale.server or 'embedded server'} on {mask(server.url)}")
             else:
-                url = f"{tale.info.schemes[0]}://pubsub-demo"
+                world = url = f"{tale.info.schemes[0]}://pubsub-demo"
                 self._tell("server", f"{mask(url)}: nothing to start")
             tale.started = True
             async with asyncio.timeout(min(_STORY, left)):
-                await self._story(tale, url)
+                await self._story(tale, url, world)
             tale.worked = True
 
-    async def _story(self, tale: _Tale, url: str) -> None:
+    async def _story(self, tale: _Tale, url: str, outside: str) -> None:
         # Imported here, so that `python -m pubsub_core.cli.demo_app` runs it as well.
         from .demo_app import TOO_HOT, Alarm, Reading, app  # noqa: PLC0415
 
         config = Config(environ={})  # nobody's pubsub.toml shall change the demo
         async with contextlib.AsyncExitStack() as stack:
-            world = await stack.enter_async_context(connect(url, config=config))
+            world = await stack.enter_async_context(connect(outside, config=config))
             alarms = await stack.enter_async_context(world.subscribe("demo/alarm", Alarm))
             watching = _Watcher(self._tell)
             await watching.start(stack, world)
