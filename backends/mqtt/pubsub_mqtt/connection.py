@@ -919,7 +919,9 @@ class Connection:
         if sock is None:
             return
         out.start = sock.written
-        self.write(bytes((out.head,)) + out.lead + b"".join(out.tail))
+        tail = out.tail
+        rest = tail[0] if len(tail) == 1 else b"".join(tail)
+        self.write(bytes((out.head,)) + out.lead + rest)
         out.end = sock.written
         out.phase = Phase.SENT
         self._unflushed.append(out)

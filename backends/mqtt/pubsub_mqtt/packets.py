@@ -80,6 +80,8 @@ def encode_length(value: int) -> bytes:
     """Encode a variable byte integer (section 1.5.5)."""
     if value < 128:
         return bytes((value,))
+    if value < 16_384:  # as most messages are
+        return bytes((value & 127 | 128, value >> 7))
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
