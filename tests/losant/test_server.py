@@ -112,6 +112,7 @@ def test_options_that_do_not_fit_are_refused() -> None:
         {"certfile": "x"}, {"keyfile": "x"}, {"tls_port": 0}, {"keys": KEYS},
         {"config": "/nonexistent/file.toml"}, {"devices": {}, "keys": KEYS},
         {"devices": DEVICES, "keys": "text"},
+        {"devices": DEVICES, "keys": [AccessKey("operator", "x")]},
     ]  # fmt: skip
     for options in wrong:
         with pytest.raises(BadOption):

@@ -109,6 +109,13 @@ class LosantServer(EndpointServer):
                 hint="write them in a file, and give it as config",
                 backend="losant",
             )
+        if any(key.key == OPERATOR for key in keys or ()):
+            raise BadOption(
+                f"an access key may not be named {OPERATOR!r}, which is the broker's own",
+                option="keys",
+                hint="choose another name",
+                backend="losant",
+            )
         self._storage: Storage = MemoryStorage() if store is None else FileStorage(store)
         self._made_device = not devices
         self._made_key = keys is None
