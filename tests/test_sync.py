@@ -607,7 +607,7 @@ def test_a_forked_child_is_told_and_the_parent_goes_on() -> None:
 def test_the_examples_of_the_documentation_run(capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parent.parent / "docs" / "app.md").read_text("utf-8")
     examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     for example in examples:
         code = compile(example, "docs/app.md", "exec", dont_inherit=True)
         exec(code, {"__name__": "__main__"})

@@ -36,6 +36,10 @@ class Turns:
     def __init__(self) -> None:
         self._turns: dict[str, _Turn] = {}
 
+    def __len__(self) -> int:
+        """Return how many names somebody works with or waits for."""
+        return len(self._turns)
+
     @contextlib.asynccontextmanager
     async def of(self, name: str) -> AsyncGenerator[None]:
         """Wait until nobody else works with *name*; in the order of the calls."""
