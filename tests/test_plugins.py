@@ -148,7 +148,10 @@ def test_what_this_distribution_brings_is_installed() -> None:
     assert found.by_scheme("memory").name == "memory"
     assert found.by_scheme("mqtts").name == "mqtt"
     assert found.by_scheme("jetblack").name == "messagebus"
+    assert found.by_scheme("losant").name == "losant"
     assert {record.name for record in found.plugins if record.distribution == "pubsub-core"} == {
+        "emitter",
+        "losant",
         "memory",
         "messagebus",
         "mqtt",
