@@ -82,6 +82,7 @@ class Device(DeviceCore):
         self._turns = threading.RLock()  # one thread at a time runs the loop
         self._bell: _Bell | None = None
         self._polling = False
+        self._awaits_room = False  # and that until the socket takes more
         self._busy = 0  # turns under way in the thread that holds `_turns`
         self._blocking = False
         self._running = False
@@ -293,6 +294,8 @@ class Device(DeviceCore):
 
     def _push(self) -> None:
         """Hand to the system what it takes; let the loop's thread do the rest."""
+        if self._awaits_room:
+            return  # it sends this as well, and more at once
         if not self._connection.flush() or not self._online:
             self._ring()
 
@@ -397,6 +400,7 @@ class Device(DeviceCore):
             if bell is None:
                 return False
             self._polling = True
+            self._awaits_room = self._online and bool(mask & select.POLLOUT)
         poll.register(bell.reads, select.POLLIN)
         if descriptor is not None:
             poll.register(descriptor, mask)
@@ -404,7 +408,7 @@ class Device(DeviceCore):
             found = poll.poll(max(timeout, 0.0) * 1000)
         finally:
             with self._lock:
-                self._polling = False
+                self._polling = self._awaits_room = False
         ready = False
         for each, _ in found:
             if each == bell.reads:
