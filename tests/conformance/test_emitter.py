@@ -47,13 +47,13 @@ class TestEmitter(suite("emitter")):  # type: ignore[misc]  # the base is made a
     """The broker's own matching rule; everything is stored; keys are made from the license."""
 
     harness = Harness(
-        url="emitter://tester@127.0.0.1:{port}",
+        # In the URL and not among the options, so that the command line gets it, too.
+        url=f"emitter://tester@127.0.0.1:{{port}}?license={LICENSE}&store=3600",
         server="pubsub_emitter.server:EmitterServer",
         server_options={"license": LICENSE},
         restart=True,
         in_process=True,
-        options={"license": LICENSE, "store": 3600},
-        unprivileged_identity={"license": None, "key": SUITE_KEY},
+        unprivileged_identity=f"emitter://guest@127.0.0.1:{{port}}?key={SUITE_KEY}",
         unique=below_suite,
         keepalive=KEEPALIVE,
         client_modules=("paho",),
@@ -68,12 +68,11 @@ class TestEmitterMqtt(suite("emitter")):  # type: ignore[misc]  # the base is ma
     """The rule that is MQTT's, over WebSocket; what is retained counts; keys are the broker's."""
 
     harness = Harness(
-        url="emitter+ws://tester@127.0.0.1:{port}",
+        url=f"emitter+ws://tester@127.0.0.1:{{port}}?master_key={MASTER_KEY}",
         server="pubsub_emitter.server:EmitterServer",
         server_options={"license": LICENSE, "matcher": "mqtt"},
         restart=True,
         in_process=True,
-        options={"master_key": MASTER_KEY},
         keepalive=KEEPALIVE,
         client_modules=("paho",),
         exempt=EXEMPT
