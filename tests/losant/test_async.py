@@ -284,10 +284,10 @@ async def test_states_are_kept_while_offline(broker: ScriptedBroker) -> None:
 async def test_the_guard_drops_or_waits(
     broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pubsub_losant.rules._SECONDS", 0.3)
-    monkeypatch.setattr("pubsub_losant.rules._MARGIN", 0.0)
     async with opened(broker, rate_guard="drop") as (device, _):
         assert [await device.send_state({"n": n}) for n in range(31)] == [True] * 30 + [False]
+    monkeypatch.setattr("pubsub_losant.rules._SECONDS", 0.3)
+    monkeypatch.setattr("pubsub_losant.rules._MARGIN", 0.0)
     async with opened(broker, rate_guard="wait") as (device, _):
         began = time.monotonic()
         assert all([await device.send_state({"n": n}) for n in range(31)])
@@ -402,7 +402,7 @@ async def test_a_dead_peer_is_noticed_within_two_keep_alives(broker: ScriptedBro
         broker.pingresp = False
         began = time.monotonic()
         await eventually(lambda: "disconnect" in events.names)
-        assert 1.5 < time.monotonic() - began < 2.6
+        assert 1.5 < time.monotonic() - began < 4
 
 
 async def test_connect_is_told_late_when_subscribe_gets_no_answer(

@@ -27,9 +27,10 @@ pytestmark = [
 ]
 
 
-def _arguments(**options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _arguments(**options: Any) -> tuple[tuple[str, str, str], dict[str, Any]]:
     host = os.environ.get("PUBSUB_LOSANT_HOST")
-    return tuple(os.environ[name] for name in NAMES), {"host": host, **options}
+    device_id, key, secret = (os.environ[name] for name in NAMES)
+    return (device_id, key, secret), {"host": host, **options}
 
 
 @pytest.mark.parametrize("transport", ["tcp", "websockets"])
@@ -51,8 +52,8 @@ def test_a_device_sends_a_state_and_stays_connected(transport: str, secure: bool
 
 
 def test_wrong_credentials_are_refused() -> None:
-    positional, options = _arguments()
-    device = Device(*positional[:2], "not-the-secret", **options)
+    (device_id, key, _), options = _arguments()
+    device = Device(device_id, key, "not-the-secret", **options)
     with pytest.raises(LosantAuthError):
         device.connect()
 

@@ -95,8 +95,8 @@ class AsyncDevice(DeviceCore):
     Observers are called in the loop; one that is a coroutine function becomes a task.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _prepare(self) -> None:
+        super()._prepare()
         self._driver: AsyncioDriver | None = None
         self._task: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -506,8 +506,8 @@ class AsyncPeripheral:
 class AsyncGateway(AsyncDevice):
     """A device that also speaks for peripherals, over its one connection."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _prepare(self) -> None:
+        super()._prepare()
         self._peripherals: dict[str, AsyncPeripheral] = {}
 
     async def add_peripheral(self, device_id: str) -> AsyncPeripheral:

@@ -242,6 +242,10 @@ class DeviceCore:
         self._answers = 0
         self._answers_by: float | None = None
         self._last_sent: tuple[str, float] = ("", 0.0)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Finish the constructor; subclasses add what they hold, and so keep its signature."""
 
     # --- what users ask -----------------------------------------------------------------
 
@@ -503,6 +507,8 @@ class DeviceCore:
 
     def _received(self, message: Incoming) -> None:
         payload = message.payload
+        if message.serial:  # the platform sends at QoS 0 only; a bridge may not
+            self._connection.settle(message.serial)
         device_id = self._routes.get(message.topic)
         if device_id is None:
             self._emit("message", message.topic, payload)

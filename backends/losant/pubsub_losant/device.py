@@ -76,8 +76,8 @@ class Device(DeviceCore):
     connection comes back by itself in both.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _prepare(self) -> None:
+        super()._prepare()
         self._lock = threading.RLock()  # the connection and every rule
         self._turns = threading.RLock()  # one thread at a time runs the loop
         self._bell: _Bell | None = None
@@ -618,8 +618,8 @@ class Peripheral:
 class Gateway(Device):
     """A device that also speaks for peripherals, over its one connection."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _prepare(self) -> None:
+        super()._prepare()
         self._peripherals: dict[str, Peripheral] = {}
 
     def add_peripheral(self, device_id: str) -> Peripheral:
