@@ -247,9 +247,9 @@ class EmitterBackend(EmitterSession):
         if sent.error is not None:
             sent.error.backend = self._name
             raise sent.error
-        key.worked = True
         if out.qos == 0:
             return Receipt(out.topic, ConfirmedBy.TRANSPORT)
+        key.accepted("publish", out.topic)
         return Receipt(out.topic, ConfirmedBy.BROKER)
 
     async def _in_turn(self, out: OutFrame) -> tuple[Outgoing, RingKey]:
@@ -382,7 +382,7 @@ class EmitterBackend(EmitterSession):
             raise self._not_connected()
         if request.codes[0] >= 0x80:
             raise self._subscription_refused(fault, filter, key)
-        key.worked = True
+        key.accepted("subscribe", filter)
 
     def _subscription_refused(
         self, fault: Fault | None, filter: str, key: RingKey

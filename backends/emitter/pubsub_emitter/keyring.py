@@ -56,7 +56,8 @@ class RingKey:
         letters: Permissions that it may be used for.
         expires: Unix seconds, 0 for never or not known.
         made: Whether the ring had it made.
-        worked: Whether the broker accepted it before.
+        told: Whether it was told that its time is over.
+        worked: Operations and topics that the broker accepted it for, the latest of them.
     """
 
     text: str = field(repr=False)
@@ -64,7 +65,14 @@ class RingKey:
     letters: str
     expires: float = 0.0
     made: bool = False
-    worked: bool = False
+    told: bool = False
+    worked: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]], repr=False)
+
+    def accepted(self, operation: str, topic: str) -> None:
+        """Note that the broker accepted it."""
+        if len(self.worked) >= _KEPT:
+            self.worked.clear()
+        self.worked.add((operation, topic))
 
 
 def covers(pattern: str, channel: str) -> bool:

@@ -79,6 +79,14 @@ _PERMISSIONS: Final = {
 }
 
 
+_OPERATIONS: Final = {
+    "publish": "publish to",
+    "subscribe": "subscribe to",
+    "history": "read what is stored of",
+    "presence": "see who is at",
+}
+
+
 class EmitterSession(Backend):
     """What a backend for Emitter needs before it can publish or subscribe.
 
@@ -411,15 +419,19 @@ class EmitterSession(Backend):
     def _refused(self, key: RingKey, topic: str, operation: str) -> None:
         """Tell that a key is refused which worked before, or whose time is over."""
         expired = bool(key.expires) and self._time() >= key.expires
-        worked, key.worked = key.worked, False
+        worked = (operation, topic) in key.worked
+        key.worked.discard((operation, topic))
         self._ring.forget(key)
-        if self._sink is None or not (expired or worked):
+        # Of an expired key once, or a program that goes on publishing would flood its events.
+        if self._sink is None or not (worked or (expired and not key.told)):
             return
+        doing = _OPERATIONS.get(operation, operation)
         if expired:
-            kind, text = "key_expired", f"the key to {operation} {topic!r} has expired"
+            key.told = True
+            kind, text = "key_expired", f"the key to {doing} {topic!r} has expired"
         else:
             kind = "key_refused"
-            text = f"the key to {operation} {topic!r} is no longer accepted: banned or expired"
+            text = f"the key to {doing} {topic!r} is no longer accepted: banned or expired"
         self._sink.notice(KeyRefused(kind, text, topic, operation=operation))
 
     # --- requests to the broker ---------------------------------------------------------------
@@ -460,7 +472,7 @@ class EmitterSession(Backend):
             )
         if isinstance(status, int) and status != 200:
             raise refusal(status, str(answer.get("message", "")), what)
-        key.worked = True
+        key.accepted(name, topic)
         return answer
 
     async def _answer(self, name: str, body: Mapping[str, object]) -> Mapping[str, Any] | None:
