@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import enum
 import functools
+import inspect
 import math
 import re
 import tomllib
@@ -749,9 +750,13 @@ class FieldHelp(NamedTuple):
 
 
 def field_help(cls: type[Any]) -> tuple[FieldHelp, ...]:
-    """Describe each option of a dataclass, in order; the help is ``metadata["help"]``."""
+    """Describe each option of a dataclass; the help is ``metadata["help"]``.
+
+    In order, but what it inherits comes last.
+    """
     rows: list[FieldHelp] = []
-    for field in dataclasses.fields(cls):
+    own = inspect.get_annotations(cls)
+    for field in sorted(dataclasses.fields(cls), key=lambda each: each.name not in own):
         if not field.init:
             continue
         wanted = field_types(cls)[field.name]

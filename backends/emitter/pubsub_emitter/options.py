@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
-from pubsub_mqtt.options import MQTTOptions, WillOptions
+from pubsub_mqtt.options import TransportOptions, WillOptions
 
 __all__ = ["ChannelKeys", "EmitterOptions", "MatcherOption"]
 
@@ -61,7 +61,7 @@ class ChannelKeys:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EmitterOptions:
+class EmitterOptions(TransportOptions):
     """What can be said about a connection to an Emitter broker.
 
     Anyone can connect; what may be done is decided by keys. `key` is for all topics, `keys` for
@@ -124,34 +124,8 @@ class EmitterOptions:
         default=None,
         metadata=_help("{topic, payload, retain}: published when the connection ends, in any way"),
     )
-    ca_file: str | None = field(default=None, metadata=_help("PEM file of trusted CAs"))
-    ca_path: str | None = field(default=None, metadata=_help("folder of hashed CA files"))
-    ca_data: str | None = field(default=None, repr=False, metadata=_help("trusted CAs as PEM text"))
-    cert_file: str | None = field(default=None, metadata=_help("our certificate, PEM"))
-    key_file: str | None = field(default=None, metadata=_help("our private key, PEM"))
-    key_password: Secret | None = field(default=None, metadata=_help("password of the private key"))
-    insecure_skip_verify: bool = field(
-        default=False,
-        metadata=_help("accept any certificate: anybody can be the broker; warns once"),
-    )
-    tls_min_version: Literal["1.2", "1.3"] = field(
-        default="1.2", metadata=_help("oldest TLS that is accepted")
-    )
-    ssl_context: Any = field(
-        default=None,
-        repr=False,
-        metadata=_help("an ssl.SSLContext, used as it is; only in code", code_only=True),
-    )
     ws_path: str | None = field(
         default=None, metadata=_help("WebSocket path; wins over the URL's; default: /")
-    )
-    ws_headers: Mapping[str, str] = field(
-        default_factory=dict[str, str],
-        repr=False,
-        metadata=_help("more headers of the WebSocket request"),
-    )
-    tcp_nodelay: bool = field(
-        default=True, metadata=_help("send small packets at once instead of collecting them")
     )
 
     def __post_init__(self) -> None:
@@ -165,26 +139,4 @@ class EmitterOptions:
                     backend="emitter",
                 )
         # Checked now rather than when the first session is opened.
-        self.mqtt()
-
-    def mqtt(self) -> MQTTOptions:
-        """Return what the MQTT connection below is to know of it."""
-        return MQTTOptions(
-            username=self.username,
-            password=self.password,
-            keepalive=self.keepalive,
-            protocol="3.1.1",
-            max_inflight=self.max_inflight,
-            ca_file=self.ca_file,
-            ca_path=self.ca_path,
-            ca_data=self.ca_data,
-            cert_file=self.cert_file,
-            key_file=self.key_file,
-            key_password=self.key_password,
-            insecure_skip_verify=self.insecure_skip_verify,
-            tls_min_version=self.tls_min_version,
-            ssl_context=self.ssl_context,
-            ws_path=self.ws_path,
-            ws_headers=self.ws_headers,
-            tcp_nodelay=self.tcp_nodelay,
-        )
+        self.mqtt(protocol="3.1.1")

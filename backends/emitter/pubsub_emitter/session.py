@@ -123,7 +123,7 @@ class EmitterSession(Backend):
             port=port if address.port is None else address.port,
             path=(address.path or "/") if scheme in ("ws", "wss") else "",
         )
-        mqtt = options.mqtt()
+        mqtt = options.mqtt(protocol="3.1.1", will=None)
         self._endpoint = endpoint_of(below, mqtt)
         self._license = self._parse_license()
         self._master = options.master_key

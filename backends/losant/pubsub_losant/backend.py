@@ -40,7 +40,7 @@ from pubsub_mqtt.backend import endpoint_of, settings_of
 from pubsub_mqtt.base import ConnectionBackend
 from pubsub_mqtt.connection import Connection, Incoming, Outgoing, Subscribe
 from pubsub_mqtt.errors import CredentialsRefused
-from pubsub_mqtt.options import WillOptions, mqtt_options
+from pubsub_mqtt.options import WillOptions
 from pubsub_mqtt.transport import PeerClosed
 
 from .errors import LosantThrottled
@@ -128,8 +128,7 @@ class LosantBackend(ConnectionBackend):
         self._ban = BAN
         self._banned_at = self._banned_until = -math.inf
         below = _below(context.address, options)
-        mqtt = mqtt_options(
-            options,
+        mqtt = options.mqtt(
             client_id=self.device_id,
             protocol="3.1.1",
             will=None if options.will is None else self._make_will(options.will),

@@ -5,13 +5,12 @@ Times are seconds. Access key and secret are secrets, and shown nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
-from pubsub_mqtt.options import WillOptions, mqtt_options
+from pubsub_mqtt.options import TransportOptions, WillOptions
 
 from .topics import check_device_id
 
@@ -33,7 +32,7 @@ def bad_option(option: str, problem: str, hint: str) -> BadOption:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LosantOptions:
+class LosantOptions(TransportOptions):
     """What can be said about the connection of a device.
 
     Key and secret may stand in the URL as well; those here win. `endpoint` is a host, since the
@@ -77,36 +76,8 @@ class LosantOptions:
         default=None,
         metadata=_help("{topic, payload}: published when the connection is lost, e.g. a state"),
     )
-    ca_file: str | None = field(default=None, metadata=_help("PEM file of trusted CAs"))
-    ca_path: str | None = field(default=None, metadata=_help("folder of hashed CA files"))
-    ca_data: str | None = field(default=None, repr=False, metadata=_help("trusted CAs as PEM text"))
     cert_file: str | None = field(
         default=None, metadata=_help("certificate of the device, PEM; in place of key and secret")
-    )
-    key_file: str | None = field(default=None, metadata=_help("its private key, PEM"))
-    key_password: Secret | None = field(default=None, metadata=_help("password of the private key"))
-    insecure_skip_verify: bool = field(
-        default=False,
-        metadata=_help("accept any certificate: anybody can be the broker; warns once"),
-    )
-    tls_min_version: Literal["1.2", "1.3"] = field(
-        default="1.2", metadata=_help("oldest TLS that is accepted")
-    )
-    ssl_context: Any = field(
-        default=None,
-        repr=False,
-        metadata=_help("an ssl.SSLContext, used as it is; only in code", code_only=True),
-    )
-    ws_path: str | None = field(
-        default=None, metadata=_help("WebSocket path; wins over the URL's; default: /mqtt")
-    )
-    ws_headers: Mapping[str, str] = field(
-        default_factory=dict[str, str],
-        repr=False,
-        metadata=_help("more headers of the WebSocket request"),
-    )
-    tcp_nodelay: bool = field(
-        default=True, metadata=_help("send small packets at once instead of collecting them")
     )
 
     def __post_init__(self) -> None:
@@ -131,7 +102,7 @@ class LosantOptions:
                 "give topic and payload, and qos 0 or 1",
             )
         # Checked now rather than when the first session is opened.
-        mqtt_options(self)
+        self.mqtt()
 
     @property
     def guards(self) -> bool:

@@ -19,8 +19,8 @@ __all__ = [
     "MQTTOptions",
     "ProtocolName",
     "TopicDefaults",
+    "TransportOptions",
     "WillOptions",
-    "mqtt_options",
 ]
 
 ProtocolName = Literal["auto", "5", "3.1.1"]
@@ -87,7 +87,56 @@ class WillOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MQTTOptions:
+class TransportOptions:
+    """What can be said about the way to a broker: certificates, WebSocket, TCP.
+
+    The options of every backend over MQTT have these.
+    """
+
+    ca_file: str | None = field(default=None, metadata=_help("PEM file of trusted CAs"))
+    ca_path: str | None = field(default=None, metadata=_help("folder of hashed CA files"))
+    ca_data: str | None = field(default=None, repr=False, metadata=_help("trusted CAs as PEM text"))
+    cert_file: str | None = field(default=None, metadata=_help("our certificate, PEM"))
+    key_file: str | None = field(default=None, metadata=_help("our private key, PEM"))
+    key_password: Secret | None = field(default=None, metadata=_help("password of the private key"))
+    insecure_skip_verify: bool = field(
+        default=False,
+        metadata=_help("accept any certificate: anybody can be the broker; warns once"),
+    )
+    tls_min_version: Literal["1.2", "1.3"] = field(
+        default="1.2", metadata=_help("oldest TLS that is accepted")
+    )
+    ssl_context: Any = field(
+        default=None,
+        repr=False,
+        metadata=_help("an ssl.SSLContext, used as it is; only in code", code_only=True),
+    )
+    ws_path: str | None = field(
+        default=None, metadata=_help("WebSocket path; wins over the URL's; default: /mqtt")
+    )
+    ws_headers: Mapping[str, str] = field(
+        default_factory=dict[str, str],
+        repr=False,
+        metadata=_help("more headers of the WebSocket request"),
+    )
+    tcp_nodelay: bool = field(
+        default=True, metadata=_help("send small packets at once instead of collecting them")
+    )
+
+    def mqtt(self, **more: Any) -> MQTTOptions:
+        """Return the options of the MQTT connection below.
+
+        Args:
+            **more: What these options say in other words, or what is no option here; what has
+                the same name is taken over.
+        """
+        known = [each.name for each in fields(MQTTOptions)]
+        taken = {name: getattr(self, name) for name in known if hasattr(self, name)}
+        return MQTTOptions(**{**taken, **more})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MQTTOptions(TransportOptions):
     """What can be said about a connection to an MQTT broker.
 
     `username` and `password` here win over those in the URL, so that a file can name an
@@ -146,35 +195,6 @@ class MQTTOptions:
         default=None,
         metadata=_help("whether an MQTT 3.1.1 broker has share groups; it cannot be asked"),
     )
-    ca_file: str | None = field(default=None, metadata=_help("PEM file of trusted CAs"))
-    ca_path: str | None = field(default=None, metadata=_help("folder of hashed CA files"))
-    ca_data: str | None = field(default=None, repr=False, metadata=_help("trusted CAs as PEM text"))
-    cert_file: str | None = field(default=None, metadata=_help("our certificate, PEM"))
-    key_file: str | None = field(default=None, metadata=_help("our private key, PEM"))
-    key_password: Secret | None = field(default=None, metadata=_help("password of the private key"))
-    insecure_skip_verify: bool = field(
-        default=False,
-        metadata=_help("accept any certificate: anybody can be the broker; warns once"),
-    )
-    tls_min_version: Literal["1.2", "1.3"] = field(
-        default="1.2", metadata=_help("oldest TLS that is accepted")
-    )
-    ssl_context: Any = field(
-        default=None,
-        repr=False,
-        metadata=_help("an ssl.SSLContext, used as it is; only in code", code_only=True),
-    )
-    ws_path: str | None = field(
-        default=None, metadata=_help("WebSocket path; wins over the URL's; default: /mqtt")
-    )
-    ws_headers: Mapping[str, str] = field(
-        default_factory=dict[str, str],
-        repr=False,
-        metadata=_help("more headers of the WebSocket request"),
-    )
-    tcp_nodelay: bool = field(
-        default=True, metadata=_help("send small packets at once instead of collecting them")
-    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.keepalive <= 65535:
@@ -212,15 +232,3 @@ class MQTTOptions:
         if self.session_expiry is not None:
             return self.session_expiry
         return 0 if self.clean_start else _NEVER
-
-
-def mqtt_options(options: object, **more: Any) -> MQTTOptions:
-    """Return the options of an MQTT connection, for a backend that has some of them, too.
-
-    Args:
-        options: Its options; what has the same name is taken over.
-        **more: What it says in other words, or decides by itself.
-    """
-    known = [each.name for each in fields(MQTTOptions)]
-    taken = {name: getattr(options, name) for name in known if hasattr(options, name)}
-    return MQTTOptions(**{**taken, **more})
