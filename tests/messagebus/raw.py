@@ -58,9 +58,9 @@ class Raw:
         """End without a goodbye."""
         self.writer.transport.abort()
 
-    async def next(self) -> Any:
+    async def next(self, within: float = WITHIN) -> Any:
         """Return the next message."""
-        async with asyncio.timeout(WITHIN):
+        async with asyncio.timeout(within):
             while (message := self._decoder.next_message()) is None:
                 data = await self.reader.read(65536)
                 assert data, "the server closed the connection"

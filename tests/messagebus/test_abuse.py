@@ -119,7 +119,7 @@ class Flow:
             began = time.monotonic()
             data = str(self.count).encode()
             self.publisher.publish("flow", "T", [DataPacket(None, data)])
-            message = await self.subscriber.next()
+            message = await self.subscriber.next(20)
             assert message.data_packets == [DataPacket(None, data)]
             self.count += 1
             self.slowest = max(self.slowest, time.monotonic() - began)
@@ -255,5 +255,5 @@ async def test_a_hostile_run(tmp_path: Path) -> None:
             print(f"{count} messages, the slowest {flow.slowest:.3f} s")
             assert attacks > 5 * SOAK
             assert after - before < 20 * MIB
-            assert flow.slowest < 2
+            assert flow.slowest < 5
             assert count > 5 * SOAK

@@ -930,5 +930,5 @@ TestAnySequence.settings = settings(max_examples=25, stateful_step_count=40, dea
 
 
 @pytest.mark.slow
-class TestManySequences(BrokerMachine.TestCase):  # type: ignore[misc]  # made at run time
+class TestManySequences(BrokerMachine.TestCase):  # type: ignore[valid-type,misc]  # made at run time
     settings = settings(max_examples=200, stateful_step_count=60, deadline=None)

@@ -174,6 +174,33 @@ def test_no_secret_is_shown() -> None:
     assert "canary" not in str(caught.value)
 
 
+def test_all_strings_together_are_bounded() -> None:
+    half = encode_string("x" * 40_000)
+    decoder = HandshakeDecoder("basic")
+    decoder.feed(half)
+    assert decoder.next_credentials() is None
+    # Refused on its length, before its bytes.
+    decoder.feed(half[:4])
+    with pytest.raises(ProtocolError, match="all together"):
+        decoder.next_credentials()
+
+
+@pytest.mark.parametrize("step", [1, 7, 1 << 30])
+def test_a_package_that_counts_characters_can_log_in_where_that_is_chosen(step: int) -> None:
+    texts = ("Jürgen", "pässwört€🐍", "", "")
+    wire = b"".join(len(text).to_bytes(4, "big") + text.encode() for text in texts)
+    decoder = HandshakeDecoder("basic", string_length_unit="codepoints")
+    found = None
+    for at in range(0, len(wire + b"\x04"), step):
+        assert found is None
+        decoder.feed((wire + b"\x04")[at : at + step])
+        found = decoder.next_credentials()
+        if found is not None:
+            break
+    assert found is not None
+    assert (found.username, found.password.reveal()) == texts[:2]
+
+
 words = st.text(st.characters(exclude_characters=";=", exclude_categories=["Cs"]), max_size=8)
 
 

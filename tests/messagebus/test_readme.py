@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from pubsub_core.bus import connect
-from pubsub_messagebus.roles import Policy, Role
+from pubsub_messagebus.roles import Role
 from pubsub_messagebus.server import MessageBusServer
-from tests.servers import eventually
+from pubsub_messagebus.server_auth import PasswordFile
+from tests.servers import Authority, eventually
 
 README = Path(__file__).parents[2] / "backends" / "messagebus" / "README.md"
 
@@ -53,9 +53,22 @@ def test_the_imports() -> None:
     exec(compile(program, str(README), "exec"), {})
 
 
-def test_the_configuration() -> None:
-    values = tomllib.loads(blocks("toml")[0])
-    policy = Policy.from_mapping(values)
-    assert policy.authorization_required("AUTH")
-    assert policy.roles("AUTH", "warden", "anywhere") & Role.AUTHORIZE
-    assert not policy.roles("AUTH", "tom", "anywhere") & Role.AUTHORIZE
+async def test_the_configuration(tmp_path: Path) -> None:
+    authority = Authority(tmp_path, name="clients")
+    own = authority.issue("server")
+    path = tmp_path / "bus.toml"
+    path.write_text(blocks("toml")[0].replace("port = 9002", "port = 0"))
+    PasswordFile(tmp_path / "passwords.json").add("warden", "right")
+    assert {Path(own.certfile).name, Path(own.keyfile).name, Path(authority.cafile).name} == {
+        "server.crt",
+        "server.key",
+        "clients.pem",
+    }
+    async with MessageBusServer(config=str(path)) as server:
+        assert server.url.startswith("messagebus+tls://")
+        assert server.metrics_url
+        assert server.authenticator.handshake == "basic"
+        policy = server.broker.policy
+        assert policy.authorization_required("AUTH")
+        assert policy.roles("AUTH", "warden", "anywhere") & Role.AUTHORIZE
+        assert not policy.roles("AUTH", "tom", "anywhere") & Role.AUTHORIZE

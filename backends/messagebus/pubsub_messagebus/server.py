@@ -66,6 +66,11 @@ _TURN = 0.005
 _LOOK_MESSAGES = 32
 _FANNED_OUT = 1000
 _TURN_EFFECTS = 20_000
+# How long all of them together may keep the loop, and how many bursts may wait before new
+# connections do as well: what has arrived is acted upon even if its sender has gone, so that
+# connections would pile up which come faster than their bursts can be worked off.
+_ROUND = 0.02
+_CROWD = 32
 _WRITE_AT_ONCE = 256 * 1024
 
 
@@ -116,6 +121,81 @@ class ServerStats:
     frames_written: int = 0
 
 
+class _Turns:
+    """Whose messages are acted upon when there is more to do than at once can be done.
+
+    What has just arrived comes before what is left of a burst, so that those who send little
+    do not wait behind all who send much.
+    """
+
+    def __init__(self) -> None:
+        self._fresh = collections.deque[_Connection]()
+        self._bursts = collections.deque[_Connection]()
+        self._lobby = collections.deque[_Connection]()
+        self._doomed = collections.deque[tuple[_Connection, bool]]()
+        self._spent = 0.0
+        self._scheduled = False
+
+    def take(self, connection: _Connection) -> None:
+        """Let a connection act upon what it has just read, now or soon."""
+        loop = asyncio.get_running_loop()
+        if self._spent < _ROUND:
+            began = loop.time()
+            connection.work()
+            self._spent += loop.time() - began
+        else:
+            connection.wait()
+            self._fresh.append(connection)
+        self._schedule()
+
+    def again(self, connection: _Connection) -> None:
+        """Let a connection go on with its burst when the others had a turn."""
+        self._bursts.append(connection)
+        self._schedule()
+
+    def enter(self, connection: _Connection) -> bool:
+        """Whether a new connection may be read; if not, `_Connection.proceed` is called later."""
+        if len(self._bursts) < _CROWD:
+            return True
+        self._lobby.append(connection)
+        return False
+
+    def end(self, connection: _Connection, *, fault: bool) -> None:
+        """End a lost connection or a slow one soon.
+
+        The end is told to others, some of whom may be slow too; when many end at once, that
+        takes long.
+        """
+        self._doomed.append((connection, fault))
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._round)
+
+    def _round(self) -> None:
+        self._scheduled = False
+        self._spent = 0.0
+        clock = asyncio.get_running_loop().time
+        until = clock() + _ROUND
+        for waiting in (self._fresh, self._bursts):
+            # Each in its turn once, and one at least however late it is.
+            for number in range(len(waiting)):
+                if number and clock() > until:
+                    break
+                waiting.popleft().proceed()
+        while self._lobby and len(self._bursts) < _CROWD:
+            self._lobby.popleft().proceed()
+        while self._doomed:
+            connection, fault = self._doomed.popleft()
+            connection.end(abort=True, fault=fault)
+            if clock() > until:
+                break
+        if self._fresh or self._bursts or self._lobby or self._doomed:
+            self._schedule()
+
+
 class _Connection(asyncio.Protocol):
     """One client: bytes to messages, frames to bytes."""
 
@@ -127,7 +207,10 @@ class _Connection(asyncio.Protocol):
         self.peer = "?"
         self._host = ""
         self._handshake: HandshakeDecoder | None = HandshakeDecoder(
-            server.authenticator.handshake, form=listener.handshake, limits=server.limits
+            server.authenticator.handshake,
+            form=listener.handshake,
+            limits=server.limits,
+            string_length_unit=listener.string_length_unit,
         )
         self._deadline: asyncio.TimerHandle | None = None
         self._authenticating: asyncio.Task[None] | None = None
@@ -140,6 +223,7 @@ class _Connection(asyncio.Protocol):
         self.written = 0
         self._flushing = False
         self._ended = False
+        self._doomed = False
         self.online = False
 
     # --- asyncio.Protocol --------------------------------------------------------------
@@ -167,6 +251,8 @@ class _Connection(asyncio.Protocol):
             with contextlib.suppress(OSError):
                 raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(high=_WRITE_AT_ONCE)
+        if not server.turns.enter(self):
+            transport.pause_reading()
         if server.authenticator.handshake == "null":
             # There may be no first byte at all: who only listens to notices sends nothing.
             self._begin_authentication(Credentials("null"))
@@ -184,7 +270,7 @@ class _Connection(asyncio.Protocol):
             self._early.append(data)
         else:
             self.decoder.feed(data)
-            self._work()
+            self._server.turns.take(self)
 
     def eof_received(self) -> bool:
         """End, whether between messages or inside one."""
@@ -201,7 +287,11 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Clean up after a close or a reset."""
-        self.end(fault=exc is not None)
+        if self._ended or not self.online:
+            self.end()
+        elif not self._doomed:
+            self.doom()
+            self._server.turns.end(self, fault=exc is not None)
         self._server.sockets.discard(self)
         if not self._server.sockets:
             self._server.drained.set()
@@ -315,7 +405,7 @@ class _Connection(asyncio.Protocol):
         for data in early:
             self.decoder.feed(data)
         if early:
-            self._work()
+            self.work()
 
     def _too_slow(self) -> None:
         self._server.count.timeouts += 1
@@ -329,7 +419,7 @@ class _Connection(asyncio.Protocol):
 
     # --- messages in -------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def work(self) -> None:
         """Act on complete messages; after a long burst let others have a turn."""
         decoder = self.decoder
         if decoder is None or self._ended:
@@ -350,7 +440,7 @@ class _Connection(asyncio.Protocol):
                     result = received(self, message)
                     if result:
                         deliver(result)
-                        if self._ended:
+                        if self._doomed:
                             return
                         effects += len(result)
                         if effects > _TURN_EFFECTS:
@@ -360,26 +450,37 @@ class _Connection(asyncio.Protocol):
             logger.warning("%s: protocol error: %s", self.peer, error)
             self.end(fault=True)
             return
+        self.wait()
+        server.turns.again(self)
+
+    def wait(self) -> None:
+        """Read no more until it is this connection's turn."""
         self._busy = True
         if self.transport is not None:
             self.transport.pause_reading()
-        self._loop.call_soon(self._go_on)
 
-    def _go_on(self) -> None:
-        if self._ended or self.transport is None:
+    def proceed(self) -> None:
+        """Take a turn, and read on when nothing is left."""
+        if self._ended or self._doomed or self.transport is None:
             return
         self._busy = False
         if self._early:
             self._resume_reading()
         else:
-            self._work()
-        if not self._busy and not self._ended:
+            self.work()
+        if self._may_read:
             self.transport.resume_reading()
+
+    @property
+    def _may_read(self) -> bool:
+        return not (self._busy or self._ended or self._authenticating is not None)
 
     # --- frames out --------------------------------------------------------------------
 
     def write(self, frame: bytes) -> bool:
         """Queue a frame; return False when the connection holds more than it may."""
+        if self._doomed:
+            return True
         self._frames.append(frame)
         self._queued += len(frame)
         if not self._flushing and not self._paused:
@@ -391,6 +492,15 @@ class _Connection(asyncio.Protocol):
         return self._queued <= server.max_queued_bytes and len(self._frames) <= (
             server.max_queued_frames
         )
+
+    def doom(self) -> None:
+        """Give up what is queued, and act upon nothing more."""
+        self._doomed = True
+        self._frames.clear()
+        self._queued = 0
+        self._busy = True
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading()
 
     def _flush(self) -> None:
         self._flushing = False
@@ -553,6 +663,7 @@ class MessageBusServer:
         self.max_queued_frames = max_queued_frames
         self.broker = Broker(policy)
         self.count = ServerStats()
+        self.turns = _Turns()
         self.faults: dict[tuple[str, str, str], int] = {}
         self.written_before = 0
         self._heartbeats = 0
@@ -654,6 +765,7 @@ class MessageBusServer:
         loop = asyncio.get_running_loop()
         self.stopping = False
         self.drained = asyncio.Event()
+        self.turns = _Turns()
         ports: list[int] = []
         try:
             for number, listener in enumerate(self._listeners):
@@ -743,16 +855,17 @@ class MessageBusServer:
         self.deliver(self.broker.connected(connection, identity, dialect=dialect))
 
     def deliver(self, effects: Effects) -> None:
-        """Queue frames; connections that hold too much are ended, and what that causes."""
-        slow: list[_Connection] = []
+        """Queue frames; connections that hold too much are ended."""
         for connection, frame in effects:
             # Everything that this server gives to its broker is a connection of its own.
             if not connection.write(frame):  # type: ignore[attr-defined]
-                slow.append(connection)  # type: ignore[arg-type]
-        for each in dict.fromkeys(slow):
-            self.count.slow_consumers += 1
-            logger.warning("%s: does not read, and is disconnected", each.peer)
-            each.end(abort=True, fault=True)
+                self._too_slow(connection)  # type: ignore[arg-type]
+
+    def _too_slow(self, connection: _Connection) -> None:
+        self.count.slow_consumers += 1
+        logger.warning("%s: does not read, and is disconnected", connection.peer)
+        connection.doom()
+        self.turns.end(connection, fault=True)
 
     def written_to(self, connection: object) -> int:
         """Return how many messages were written to a connection."""

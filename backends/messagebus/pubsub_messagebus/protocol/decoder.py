@@ -44,6 +44,7 @@ __all__ = [
     "Role",
     "SubscriptionRequest",
     "UnicastData",
+    "codepoints_end",
 ]
 
 Role: TypeAlias = Literal["client", "server"]
@@ -212,7 +213,7 @@ _HINT = (
 )
 
 
-def _codepoints_end(buffer: bytes | bytearray, at: int, count: int) -> tuple[int, int]:
+def codepoints_end(buffer: bytes | bytearray, at: int, count: int) -> tuple[int, int]:
     """Return where *count* characters end, and how many could not be seen yet."""
     end = len(buffer)
     while count and at < end:
@@ -364,7 +365,7 @@ class Decoder:
                     raise _bad_length("a string", size, limit)
                 stop = at + 4 + size
                 if self._codepoints:
-                    stop, missing = _codepoints_end(buffer, at + 4, size)
+                    stop, missing = codepoints_end(buffer, at + 4, size)
                     if missing or stop > end:
                         need = max(stop + missing, end + 1)
                         break

@@ -11,13 +11,20 @@ Source: jetblack-messagebus, the authenticators and ``ConnectionString`` parsing
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from pubsub_core.secrets import Secret
 
-from .wire import DEFAULT_LIMITS, ProtocolError, Truncated, WireLimits, encode_string
+from .decoder import LengthUnit, codepoints_end
+from .wire import (
+    DEFAULT_LIMITS,
+    ProtocolError,
+    Truncated,
+    WireLimits,
+    encode_string,
+    unpack_int,
+)
 
 __all__ = [
     "AuthenticationMethod",
@@ -32,7 +39,6 @@ __all__ = [
 HandshakeForm: TypeAlias = Literal["strings", "connection-string"]
 AuthenticationMethod: TypeAlias = Literal["null", "basic", "token"]
 
-_unpack = struct.Struct(">i").unpack_from
 _KNOWN = ("Username", "Password", "Token", "Impersonating", "ForwardedFor", "Application")
 
 
@@ -171,6 +177,8 @@ class HandshakeDecoder:
         form: ``auto`` recognises both. A first string that is no connection string is a user
             name of 3.0, and three more strings are waited for; hence a server needs a
             deadline.
+        limits: All strings together have no more bytes than one string may.
+        string_length_unit: As for `Decoder`.
 
     Attributes:
         rest: What followed the handshake; to be fed to a `Decoder`.
@@ -182,13 +190,16 @@ class HandshakeDecoder:
         *,
         form: HandshakeForm | Literal["auto"] = "auto",
         limits: WireLimits = DEFAULT_LIMITS,
+        string_length_unit: LengthUnit = "bytes",
     ) -> None:
+        self._codepoints = string_length_unit == "codepoints"
         self._method: AuthenticationMethod = method
         self._form = form
-        self._limit = limits.handshake_string
+        self._limit = self._left = limits.handshake_string
         self._buffer = bytearray()
         self._strings: list[str] = []
         self._wanted = 1
+        self._need = 4
         self._eof = False
         self._error: ProtocolError | None = None
         self.rest = b""
@@ -298,15 +309,23 @@ class HandshakeDecoder:
 
     def _next_string(self) -> str | None:
         buffer = self._buffer
-        if len(buffer) < 4:
+        if len(buffer) < self._need:
             return None
-        (size,) = _unpack(buffer)
-        if not 0 <= size <= self._limit:
-            raise ProtocolError(f"a handshake string of length {size}; the most is {self._limit}")
-        if len(buffer) < 4 + size:
+        (size,) = unpack_int(buffer)
+        if not 0 <= size <= self._left:
+            raise ProtocolError(
+                f"a handshake string of length {size}; the most of all together is {self._limit}"
+            )
+        stop, missing = 4 + size, 0
+        if self._codepoints:
+            stop, missing = codepoints_end(buffer, 4, size)
+        if missing or len(buffer) < stop:
+            self._need = stop + missing
             return None
-        data = bytes(buffer[4 : 4 + size])
-        del buffer[: 4 + size]
+        self._need = 4
+        self._left -= size
+        data = bytes(buffer[4:stop])
+        del buffer[:stop]
         try:
             return data.decode()
         except UnicodeDecodeError:
