@@ -23,7 +23,7 @@ import logging
 import math
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -53,6 +53,7 @@ from pubsub_core.interfaces import (
 )
 from pubsub_core.message import InFrame, Member, Origin, OutFrame, Receipt
 from pubsub_core.topics import overlap
+from pubsub_mqtt.base import Turns
 from pubsub_mqtt.connection import Incoming, Outgoing, Request
 
 from .errors import EmitterError
@@ -72,14 +73,6 @@ _PROBE: Final = "pubsub-probe"
 _KEPT: Final = 4096
 _SCAN: Final = 1000
 """Stored messages that are looked at to find the newest of each topic."""
-
-
-class _Turn:
-    """Whose turn it is with one channel."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
 
 
 class _Route:
@@ -107,7 +100,7 @@ class EmitterBackend(EmitterSession):
         self._serving: asyncio.Task[None] | None = None
         self._current: dict[int, WireSub] = {}
         self._holders: dict[str, set[int]] = {}
-        self._turns: dict[str, _Turn] = {}
+        self._turns = Turns()
         self._learning = asyncio.Lock()
         self._learned = False
         self._probe_topic = ""
@@ -335,7 +328,7 @@ class EmitterBackend(EmitterSession):
         try:
             key = await self._subscribe_key(want, channels)
             for channel in channels:
-                async with self._lock(channel):
+                async with self._turns.of(channel):
                     holders = self._holders.setdefault(channel, set())
                     if not holders:
                         await self._join(key, channel, want.filter)
@@ -409,7 +402,7 @@ class EmitterBackend(EmitterSession):
         """Drop a subscription; a channel that another one needs as well stays."""
         self._current.pop(want.id, None)
         for channel in [name for name, ids in self._holders.items() if want.id in ids]:
-            async with self._lock(channel):
+            async with self._turns.of(channel):
                 holders = self._holders.get(channel, set())
                 holders.discard(want.id)
                 if holders or channel not in self._holders:
@@ -458,21 +451,6 @@ class EmitterBackend(EmitterSession):
                     topic=want.filter,
                     retryable=False,
                 )
-
-    @contextlib.asynccontextmanager
-    async def _lock(self, channel: str) -> AsyncGenerator[None]:
-        """Keep operations on one channel apart."""
-        turn = self._turns.get(channel)
-        if turn is None:
-            turn = self._turns[channel] = _Turn()
-        turn.users += 1
-        try:
-            async with turn.lock:
-                yield
-        finally:
-            turn.users -= 1
-            if not turn.users:
-                del self._turns[channel]
 
     async def _learn(self) -> None:
         """Find out the broker's matching rule, once in a session, where keys can be made.
