@@ -737,3 +737,55 @@ async def test_what_looks_like_an_answer_harms_nothing(server: EmitterServer) ->
         assert (await inbox.get(5)).payload == b"x"
         await bus.publish("a", b"y")
         assert await stored(bus, "a") == []
+
+
+# --- giving up -------------------------------------------------------------------------------
+
+
+async def test_who_gives_up_leaves_nothing_at_the_broker(server: EmitterServer) -> None:
+    async with bus_of(server, master_key=MASTER_KEY) as bus, bus_of(server) as other:
+        backend = bus.native(EmitterBackend)
+        gate = asyncio.Event()
+        keygen = backend.keygen
+
+        async def slow(target: str, permissions: str, *, ttl: int = 0) -> str:
+            await gate.wait()
+            return await keygen(target, permissions, ttl=ttl)
+
+        inbox = await other.subscribe("a/x")
+        async with bus.presence("b") as room:
+            backend.keygen = slow  # type: ignore[method-assign,assignment]  # it waits
+            given_up = asyncio.create_task(bus.publish("a/x", b"given up"))
+            kept = asyncio.create_task(bus.publish("a/x", b"kept"))
+            subscribing = asyncio.ensure_future(bus.subscribe("b").__aenter__())
+            for _ in range(5):
+                await asyncio.sleep(0)
+            given_up.cancel()
+            subscribing.cancel()
+            await asyncio.wait([given_up, subscribing])
+            gate.set()
+            await within(kept)
+            assert (await inbox.get(5)).payload == b"kept"
+            assert room.count == 0
+            assert list(await other.members("b")) == []
+
+
+async def test_what_waits_for_a_key_fails_with_the_session(server: EmitterServer) -> None:
+    bus = bus_of(server, master_key=MASTER_KEY, reconnect=False)
+    await bus.open()
+    backend = bus.native(EmitterBackend)
+    asked = asyncio.Event()
+
+    async def never(target: str, permissions: str, *, ttl: int = 0) -> str:
+        asked.set()
+        await backend.request("history", {"channel": "x"})
+        await asyncio.Event().wait()
+        return ""
+
+    backend.keygen = never  # type: ignore[method-assign,assignment]  # it never answers
+    publishing = [asyncio.create_task(bus.publish("a/x", b"%d" % n)) for n in range(3)]
+    await within(asked.wait())
+    await server.stop()
+    results = await within(asyncio.gather(*publishing, return_exceptions=True))
+    assert all(isinstance(result, PubSubError) for result in results)
+    await within(bus.close())

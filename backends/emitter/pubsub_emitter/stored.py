@@ -83,6 +83,7 @@ async def fetch(
     found: list[InFrame] = []
     scanned = 0
     before = ""
+    oldest: tuple[int, int] | None = None
     size = _FIRST_PAGE if wanted is None else min(max(wanted, 1), _FIRST_PAGE)
     first = True
     while wanted is None or len(found) < wanted:
@@ -104,9 +105,9 @@ async def fetch(
             size = max(size // 4, 1)
             continue
         page = _page(answer)
-        if not page:
-            break
-        before = page[0][0]
+        if not page or (oldest is not None and page[0][3].age >= oldest):
+            break  # the end, or a broker that does not go on where it was told to
+        before, oldest = page[0][0], page[0][3].age
         scanned += len(page)
         clock = now()
         found[:0] = [
