@@ -175,25 +175,37 @@ class ScriptedBroker:
     def __post_init__(self) -> None:
         self._threads: list[threading.Thread] = []
         self._streams: list[tuple[_Stream, socket.socket]] = []
+        self._sockets: list[socket.socket] = []
+        self._acceptor: threading.Thread | None = None
         self._listener: socket.socket | None = None
 
     def start(self) -> None:
         listener = self._listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
         self.port = listener.getsockname()[1]
-        self._spawn(self._accept, listener)
+        self._acceptor = threading.Thread(target=self._accept, args=(listener,), daemon=True)
+        self._acceptor.start()
 
     def stop(self) -> None:
         """Stop listening and cut every connection."""
         listener, self._listener = self._listener, None
-        if listener is not None:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
+        if listener is None or self._acceptor is None:
+            return
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        self._acceptor.join(5)
+        assert not self._acceptor.is_alive()
         self.cut()
+        for sock in self._sockets:  # those that are in the middle of a handshake, too
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(5)
             assert not thread.is_alive()
+        for sock in self._sockets:
+            sock.close()
         self._threads.clear()
+        self._sockets.clear()
 
     def _spawn(self, target: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, daemon=True)
@@ -210,6 +222,7 @@ class ScriptedBroker:
             if self.hangs_up:
                 sock.close()
                 continue
+            self._sockets.append(sock)
             self._spawn(self._serve, sock, len(self.accepted))
 
     def _serve(self, sock: socket.socket, number: int) -> None:
@@ -217,6 +230,7 @@ class ScriptedBroker:
             if self.tls is not None:
                 try:
                     sock = self.tls.wrap_socket(sock, server_side=True)
+                    self._sockets.append(sock)
                 except OSError as exc:
                     self.tls_errors.append(exc)
                     sock.close()
@@ -275,12 +289,10 @@ class ScriptedBroker:
 
     def cut(self) -> None:
         """End every connection."""
-        for _, sock in self._streams:
+        streams, self._streams = self._streams, []
+        for _, sock in streams:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
-            if not self.reads:
-                sock.close()
-        self._streams.clear()
 
 
 @contextmanager

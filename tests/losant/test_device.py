@@ -515,6 +515,71 @@ def test_a_device_can_be_connected_again_by_its_close_observer() -> None:
         turn_until(device, lambda: events.names.count("connect") == 2)
 
 
+def test_a_device_whose_observer_was_interrupted_can_be_closed() -> None:
+    with scripted() as broker, connected(broker) as (device, events):
+
+        def interrupted(each: Device, _: Any) -> None:
+            each.close()
+            raise KeyboardInterrupt
+
+        device.add_event_observer("command", interrupted)
+        broker.send(command('{"name":"stop"}'))
+        with pytest.raises(KeyboardInterrupt):
+            turn_until(device, lambda: False)
+        device.close()
+        assert events.names[-1] == "close"
+        wait_until(lambda: broker.of(DISCONNECT))
+
+
+def test_a_dial_that_was_interrupted_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupts = [True]
+
+    def interrupted(*args: Any) -> Any:
+        if interrupts.pop():
+            monkeypatch.setattr("pubsub_losant.device.dial_steps", dial_steps)
+            raise KeyboardInterrupt
+        yield
+
+    with scripted() as broker, connected(broker) as (device, events):
+        monkeypatch.setattr("pubsub_losant.device.dial_steps", interrupted)
+        broker.cut()
+        with pytest.raises(KeyboardInterrupt):
+            turn_until(device, lambda: False)
+        turn_until(device, lambda: "reconnect" in events.names)
+
+
+def test_two_threads_that_loop_do_not_meet() -> None:
+    with scripted() as broker, connected(broker) as (device, _):
+        seen: list[threading.Thread] = []
+        both: list[bool] = []
+        inside: list[int] = []
+
+        def observe(*_: Any) -> None:
+            inside.append(1)
+            both.append(len(inside) > 1)
+            seen.append(threading.current_thread())
+            time.sleep(0.001)
+            inside.pop()
+
+        device.add_event_observer("command", observe)
+        done = threading.Event()
+
+        def turn() -> None:
+            while not done.is_set():
+                device.loop(0.01)
+
+        threads = [threading.Thread(target=turn) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for number in range(50):
+            broker.send(command(f'{{"name":"{number}"}}'))
+        wait_until(lambda: len(seen) == 50)
+        done.set()
+        for thread in threads:
+            thread.join(5)
+        assert not any(both)
+
+
 def test_a_device_creates_no_thread() -> None:
     with scripted() as broker:
         before = set(threading.enumerate())

@@ -133,6 +133,7 @@ class Device(DeviceCore):
             with self._lock:
                 if epoch == self._epoch:
                     self._over()
+                    self._connection.end()
                     self._stop()
             raise
         if not blocking:
@@ -152,7 +153,7 @@ class Device(DeviceCore):
         this happens after the observer returned.
         """
         with self._lock:
-            if not self._active or self._closing:
+            if not self._active:
                 return
             if self._calling == threading.get_ident():
                 self._closing = True
@@ -388,8 +389,9 @@ class Device(DeviceCore):
         except BaseException:
             steps.close()
             with self._lock:
-                if self._steps is steps:
+                if self._steps is steps:  # an interrupt: whoever goes on dials anew
                     self._steps = self._wait = None
+                    self._retry_at = time.monotonic()
             raise
 
     def _poll(self, descriptor: int | None, mask: int, timeout: float) -> bool:
