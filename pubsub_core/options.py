@@ -15,7 +15,6 @@ import dataclasses
 import difflib
 import enum
 import functools
-import inspect
 import math
 import re
 import tomllib
@@ -755,8 +754,13 @@ def field_help(cls: type[Any]) -> tuple[FieldHelp, ...]:
     In order, but what it inherits comes last.
     """
     rows: list[FieldHelp] = []
-    own = inspect.get_annotations(cls)
-    for field in sorted(dataclasses.fields(cls), key=lambda each: each.name not in own):
+    inherited = {
+        field.name
+        for base in cls.__mro__[1:]
+        if dataclasses.is_dataclass(base)
+        for field in dataclasses.fields(base)
+    }
+    for field in sorted(dataclasses.fields(cls), key=lambda each: each.name in inherited):
         if not field.init:
             continue
         wanted = field_types(cls)[field.name]

@@ -495,6 +495,24 @@ def test_every_bus_option_has_help() -> None:
     assert [row.name for row in field_help(BusOptions) if not row.help] == []
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    proxy: str = ""
+    cert: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnThatWay(Way):
+    name: str = ""
+    cert: str = field(default="", metadata={"help": "here it is something else"})
+
+
+def test_what_options_inherit_is_told_last() -> None:
+    rows = field_help(OnThatWay)
+    assert [row.name for row in rows] == ["name", "proxy", "cert"]
+    assert rows[-1].help == "here it is something else"
+
+
 @pytest.mark.parametrize(
     ("wanted", "text"),
     [

@@ -13,12 +13,22 @@ from pathlib import Path
 
 import pytest
 
+from pubsub_core import Secret
+from pubsub_core.config import Config
+from pubsub_core.options import field_help
 from pubsub_losant import AccessKey, DeviceSpec, LosantServer
+from pubsub_losant.options import LosantOptions
 from tests.servers import Authority
 
 README = Path(__file__).parents[2] / "backends" / "losant" / "README.md"
 EXAMPLES = (
     re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    if README.exists()
+    else []
+)
+
+TABLES = (
+    re.findall(r"^```toml\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     if README.exists()
     else []
 )
@@ -93,7 +103,7 @@ async def said(process: asyncio.subprocess.Process) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
 
 
 async def test_the_sensor_loop(authority: Authority) -> None:
@@ -137,3 +147,27 @@ async def test_the_gateway(authority: Authority) -> None:
 async def test_the_others(number: int, authority: Authority) -> None:
     async with example(number, authority) as process:
         assert await said(process) == ""
+
+
+async def test_one_program_for_any_broker(authority: Authority) -> None:
+    async with example(6, authority) as process:
+        assert await said(process) == "True\n"
+
+
+def test_the_file_for_one_program(tmp_path: Path) -> None:
+    (text,) = (each for each in TABLES if "[bus.main]" in each)
+    file = tmp_path / "pubsub.toml"
+    file.write_text(text)
+    environ = {"LOSANT_KEY": "the key", "LOSANT_SECRET": "the secret"}
+    found = Config.load(file, environ=environ).bus("main")
+    assert found.address.host == "575ecf887ae143cd83dc4aa2"
+    assert found.options.access_key == Secret("the key")
+    assert found.options.access_secret == Secret("the secret")
+
+
+def test_the_options_table_is_that_of_the_options() -> None:
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for option in field_help(LosantOptions):
+        default = f"`{option.default}`" if option.default else ""
+        rows.append(f"| `{option.name}` | {default} | {option.help} |")
+    assert "\n".join(rows) in README.read_text()

@@ -56,7 +56,7 @@ class LosantOptions(TransportOptions):
     )
     peripherals: tuple[str, ...] = field(
         default=(),
-        metadata=_help("ids of a gateway's peripherals, for the topics <id>/state, <id>/command"),
+        metadata=_help("ids of a gateway's peripherals, for the topics ID/state and ID/command"),
     )
     rate_guard: bool | None = field(
         default=None,
