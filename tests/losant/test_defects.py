@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import importlib.metadata
+import inspect
 import json
 import math
 import ssl
@@ -282,3 +283,25 @@ def test_connect_is_told_when_commands_are_subscribed() -> None:
         broker.send(b"\x90\x03" + broker.of(SUBSCRIBE)[0].packet_id + b"\x00")
         turn_until(device, lambda: events.names == ["connect"])
         device.close()
+
+
+def test_every_name_argument_and_default_is_that_of_the_original() -> None:
+    def shown(function: Any) -> list[tuple[str, Any]]:
+        found = inspect.signature(function).parameters.values()
+        return [(each.name, each.default) for each in found if each.kind is not each.KEYWORD_ONLY]
+
+    none = inspect.Parameter.empty
+    assert shown(Device) == [
+        ("device_id", none),
+        ("key", none),
+        ("secret", none),
+        ("secure", True),
+        ("transport", "tcp"),
+    ]
+    assert shown(Device.connect)[1:] == [("blocking", True)]
+    assert shown(Device.loop)[1:] == [("timeout", 1)]
+    assert shown(Device.send_state)[1:] == [("state", none), ("time_like", None)]
+    for name in ("add_event_observer", "remove_event_observer"):
+        assert shown(getattr(Device, name))[1:] == [("event_name", none), ("observer", none)]
+    assert shown(Device.close)[1:] == shown(Device.is_connected)[1:] == []
+    assert Device.mqtt_endpoint == "broker.losant.com"
