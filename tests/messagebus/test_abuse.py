@@ -33,7 +33,7 @@ PASSWORDS = Path(__file__).parent.parent / "data" / "messagebus_passwords.json"
 
 MIB = 1024 * 1024
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(SOAK + 60)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(SOAK + 150)]
 
 
 class Served:
@@ -87,7 +87,7 @@ class Served:
         """Descriptors it has."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
-    async def until_sockets(self, count: int, within: float = 15) -> None:
+    async def until_sockets(self, count: int, within: float = 60) -> None:
         deadline = time.monotonic() + within
         while self.sockets > count:
             assert time.monotonic() < deadline, f"{self.sockets} descriptors, not {count}"

@@ -63,6 +63,7 @@ MAX_FAULTY = 1000
 # messages the clock is looked at. What fans out goes on a little: writing many messages to a
 # connection costs hardly more than writing one.
 _TURN = 0.005
+_SHORT_TURN = 0.0005  # of what has just arrived while bursts wait
 _LOOK_MESSAGES = 32
 _FANNED_OUT = 1000
 _TURN_EFFECTS = 20_000
@@ -71,6 +72,7 @@ _TURN_EFFECTS = 20_000
 # connections would pile up which come faster than their bursts can be worked off.
 _ROUND = 0.02
 _CROWD = 32
+_LOBBY = 64
 _WRITE_AT_ONCE = 256 * 1024
 
 
@@ -96,6 +98,7 @@ class ServerStats:
     """What the connections did; `Broker.stats` counts what was routed.
 
     Attributes:
+        turned_away: Connections closed at once, because too many wait to be read.
         refused: Connections closed for their credentials.
         timeouts: Connections closed because the handshake took too long.
         protocol_errors: Connections closed for what they sent.
@@ -107,6 +110,7 @@ class ServerStats:
 
     accepted: int = 0
     connections: int = 0
+    turned_away: int = 0
     refused: int = 0
     timeouts: int = 0
     protocol_errors: int = 0
@@ -141,7 +145,7 @@ class _Turns:
         loop = asyncio.get_running_loop()
         if self._spent < _ROUND:
             began = loop.time()
-            connection.work()
+            connection.work(_SHORT_TURN if self._bursts else _TURN)
             self._spent += loop.time() - began
         else:
             connection.wait()
@@ -152,6 +156,11 @@ class _Turns:
         """Let a connection go on with its burst when the others had a turn."""
         self._bursts.append(connection)
         self._schedule()
+
+    @property
+    def full(self) -> bool:
+        """Whether a new connection would wait behind too many others."""
+        return len(self._bursts) >= _CROWD and len(self._lobby) >= _LOBBY
 
     def enter(self, connection: _Connection) -> bool:
         """Whether a new connection may be read; if not, `_Connection.proceed` is called later."""
@@ -179,12 +188,12 @@ class _Turns:
         self._spent = 0.0
         clock = asyncio.get_running_loop().time
         until = clock() + _ROUND
-        for waiting in (self._fresh, self._bursts):
+        for waiting, turn in ((self._fresh, _SHORT_TURN), (self._bursts, _TURN)):
             # Each in its turn once, and one at least however late it is.
             for number in range(len(waiting)):
                 if number and clock() > until:
                     break
-                waiting.popleft().proceed()
+                waiting.popleft().proceed(turn)
         while self._lobby and len(self._bursts) < _CROWD:
             self._lobby.popleft().proceed()
         while self._doomed:
@@ -236,7 +245,8 @@ class _Connection(asyncio.Protocol):
         server.count.accepted += 1
         server.sockets.add(self)
         server.drained.clear()
-        if server.stopping:
+        if server.stopping or server.turns.full:
+            server.count.turned_away += not server.stopping
             self._ended = True
             transport.abort()
             return
@@ -419,7 +429,7 @@ class _Connection(asyncio.Protocol):
 
     # --- messages in -------------------------------------------------------------------
 
-    def work(self) -> None:
+    def work(self, turn: float = _TURN) -> None:
         """Act on complete messages; after a long burst let others have a turn."""
         decoder = self.decoder
         if decoder is None or self._ended:
@@ -428,7 +438,7 @@ class _Connection(asyncio.Protocol):
         received = server.broker.received
         deliver = server.deliver
         clock = self._loop.time
-        until = clock() + _TURN
+        until = clock() + turn
         effects = 0
         self._busy = False
         try:
@@ -459,7 +469,7 @@ class _Connection(asyncio.Protocol):
         if self.transport is not None:
             self.transport.pause_reading()
 
-    def proceed(self) -> None:
+    def proceed(self, turn: float = _TURN) -> None:
         """Take a turn, and read on when nothing is left."""
         if self._ended or self._doomed or self.transport is None:
             return
@@ -467,7 +477,7 @@ class _Connection(asyncio.Protocol):
         if self._early:
             self._resume_reading()
         else:
-            self.work()
+            self.work(turn)
         if self._may_read:
             self.transport.resume_reading()
 
