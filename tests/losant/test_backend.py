@@ -590,6 +590,34 @@ async def test_what_was_kept_leaves_no_faster_than_the_limits_allow() -> None:
         await asyncio.wait_for(asyncio.gather(*sent), 5)
 
 
+async def test_what_is_sent_again_counts_again() -> None:
+    clock = VirtualClock()
+    patient: dict[str, Any] = {"rate_guard": True, "clock": clock, "reconnect_max": 1.0}
+    async with broker() as server, opened(server, **patient) as bus, told(bus) as events:
+        backend = bus.native(LosantBackend)
+        server.pause()
+        sent = [
+            asyncio.create_task(bus.publish("state", {"a": number}, timeout=10))
+            for number in range(10)
+        ]
+        await eventually(lambda: backend.connection.unfinished == 10)
+        server.disconnect(A)
+        server.resume()
+        await lost(events, 1)
+        await clock.advance(5)
+        await asyncio.wait_for(asyncio.gather(*sent), 5)
+        assert backend.connection.stats.resent == 10
+        for number in range(10):
+            await bus.publish("state", {"b": number}, timeout=1)
+        out = OutFrame(topic="state", payload=b'{"c":1}', qos=1)
+        more = asyncio.create_task(backend.publish(out))
+        more = asyncio.create_task(backend.publish(out))
+        await eventually(lambda: clock.sleepers, what="the 31st waits")
+        assert not more.done()
+        await clock.advance(15.6)
+        await asyncio.wait_for(more, 5)
+
+
 async def test_what_still_waits_ends_with_the_session() -> None:
     clock = VirtualClock()
     async with broker() as server:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Literal
 
@@ -84,15 +85,24 @@ class _Connection(Connection):
 
     Attributes:
         published: Topic of the newest publish, and when it was.
+        on_again: Called with the topic of each message that is sent once more.
     """
 
     published: tuple[str, float] = ("", -math.inf)
+    on_again: Callable[[str], None]
 
     @property
     def blamed(self) -> str:
         """Topic of a publish that may have ended the connection just now, or ``""``."""
         topic, at = self.published
         return topic if self._clock() - at < _BLAME else ""
+
+    def release(self) -> None:
+        """Let publishes go, first those that the last session left unanswered."""
+        if self._open and not self._gate:
+            for out in self._resend.values():
+                self.on_again(out.topic)
+        super().release()
 
     def _count_short_life(self, error: ConnectError, *, taken: bool) -> ConnectError:
         # A forbidden publish ends sessions as early as another client with our id does.
@@ -137,6 +147,7 @@ class LosantBackend(ConnectionBackend):
         connection = _Connection(settings_of(below, mqtt), clock=context.clock.monotonic)
         super().__init__(context, endpoint_of(below, mqtt), connection)
         connection.on_message = self._received
+        connection.on_again = self._note
 
     def _make_will(self, will: WillOptions) -> WillOptions:
         topic = self.to_wire(will.topic)
