@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from .buffer import Delivery
-from .events import Gap
 from .interfaces import HasAcknowledgement, WireSub
 from .message import InFrame, Origin, Verdict
 from .subscription import Subscription
@@ -214,11 +213,6 @@ class Router:
         self.unrouted += 1
         if frame.tag is not None and self._settle is not None:
             self._settle(frame.tag, _ACK)
-
-    def gap(self, gap: Gap) -> None:
-        """Mark a hole in every stream."""
-        for subscription in self.subscriptions():
-            subscription.put_gap(msgspec.structs.replace(gap, filter=subscription.filter))
 
 
 class Inbox:
