@@ -19,6 +19,7 @@ from pubsub_core import (
     Bus,
     Cap,
     ConfirmedBy,
+    ConnectError,
     InvalidFilter,
     InvalidTopic,
     NotConnected,
@@ -36,7 +37,7 @@ from pubsub_core import (
 )
 from pubsub_core.errors import PubSubError
 from pubsub_core.events import Notice, StatusChanged
-from pubsub_core.interfaces import BackendContext, Endpoint
+from pubsub_core.interfaces import BackendContext, Endpoint, WireSub
 from pubsub_core.message import OutFrame
 from pubsub_core.options import build, parse_url
 from pubsub_core.testing import VirtualClock
@@ -176,6 +177,7 @@ def test_what_cannot_be_an_address(
     with pytest.raises(BadOption, match=says) as caught:
         made(url, **options)
     assert caught.value.option.endswith(option)
+    assert caught.value.backend == "losant"
 
 
 def test_a_certificate_stands_in_for_key_and_secret() -> None:
@@ -458,6 +460,34 @@ async def test_wrong_credentials() -> None:
             assert caught.value.backend == "losant"
             assert caught.value.retryable is False
             assert "access key" in caught.value.hint
+
+
+async def test_a_port_that_wants_something_else(authority: Authority) -> None:
+    certificate = authority.issue("localhost")
+    files = {"certfile": certificate.certfile, "keyfile": certificate.keyfile}
+    async with broker(**files) as server, asyncio.timeout(10):
+        with pytest.raises(ConnectError) as plain:
+            await connect(url_of(server), secure=False).open()
+    async with broker() as server, asyncio.timeout(10):
+        with pytest.raises(ConnectError) as encrypted:
+            await connect(url_of(server), secure=True).open()
+    for caught in (plain, encrypted):
+        assert caught.value.backend == "losant"
+        assert "mqtt" not in f"{caught.value.hint}".replace("MQTT", "")
+        assert "TLS" in caught.value.hint
+
+
+async def test_errors_name_the_backend_and_the_topic_as_it_is_called() -> None:
+    async with broker() as server, opened(server, reconnect=False) as bus:
+        backend = bus.native(LosantBackend)
+        backend.driver.abort()
+        for qos in (0, 1):
+            with pytest.raises(NotConnected) as caught:
+                await backend.publish(OutFrame(topic="state", payload=b'{"a":1}', qos=qos))
+            assert (caught.value.backend, caught.value.topic) == ("losant", "state")
+        with pytest.raises(NotConnected) as caught:
+            await backend.subscribe(WireSub(1, "command"))
+        assert (caught.value.backend, caught.value.topic) == ("losant", "command")
 
 
 async def test_a_refused_subscription() -> None:

@@ -14,8 +14,9 @@ reports of what it does to forbidden publishes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Final, Literal
 
@@ -274,6 +275,10 @@ class LosantBackend(ConnectionBackend):
                 reason=3,
                 hint=f"try again in {self._ban:.0f} s; publish less often",
             )
+        elif "://" in error.hint:  # in MQTT's words
+            error.hint = (
+                "check the port, whether it wants TLS (option secure), and that it speaks MQTT"
+            )
         return error
 
     def _lost(self, error: ConnectError) -> None:
@@ -383,7 +388,8 @@ class LosantBackend(ConnectionBackend):
         if out.qos or self._guards:
             return None
         wire, payload = self._prepare(out)
-        went = self.driver.try_publish(wire, payload)
+        with self._ours(out.topic):
+            went = self.driver.try_publish(wire, payload)
         if went is None:
             return None
         self._note(wire)
@@ -417,10 +423,9 @@ class LosantBackend(ConnectionBackend):
         else:
             sent = self._submit(wire, payload, out)
         try:
-            await self.driver.outcome(sent)
+            with self._ours(out.topic):
+                await self.driver.outcome(sent)
         except PublishFailed as error:
-            error.backend = self._name
-            error.topic = out.topic
             if not sent.refusals:
                 raise
             raise PublishNotAuthorized(
@@ -446,14 +451,20 @@ class LosantBackend(ConnectionBackend):
                 each.cancel()
 
     def _submit(self, wire: str, payload: bytes, out: OutFrame) -> Outgoing:
-        try:
+        with self._ours(out.topic):
             sent = self.driver.submit(wire, payload, qos=out.qos)
-        except PubSubError as error:
-            error.backend = self._name
-            error.topic = out.topic
-            raise
         self._note(wire)
         return sent
+
+    @contextlib.contextmanager
+    def _ours(self, topic: str) -> Generator[None]:
+        """Have errors of the connection name this backend, and the topic as it is called here."""
+        try:
+            yield
+        except PubSubError as error:
+            error.backend = self._name
+            error.topic = topic
+            raise
 
     # --- subscribing ------------------------------------------------------------------
 
@@ -466,7 +477,8 @@ class LosantBackend(ConnectionBackend):
         """
         wire = self._wire_filter(want.filter)
         async with self._turns.of(wire):
-            request = await self.driver.subscribe(Subscribe(wire, 0))
+            with self._ours(want.filter):
+                request = await self.driver.subscribe(Subscribe(wire, 0))
         refused = self.connection.refusal(request)
         if refused is not None:
             raise SubscribeNotAuthorized(
@@ -482,7 +494,8 @@ class LosantBackend(ConnectionBackend):
         """Drop a subscription; see `Backend.unsubscribe`."""
         wire = self._wire_filter(want.filter)
         async with self._turns.of(wire):
-            await self.driver.unsubscribe(wire)
+            with self._ours(want.filter):
+                await self.driver.unsubscribe(wire)
 
     def _wire_filter(self, filter: str) -> str:
         levels = filter.split("/")

@@ -101,8 +101,12 @@ class LosantOptions(TransportOptions):
                 "the platform refuses a will with retain, quality of service 2 or a delay",
                 "give topic and payload, and qos 0 or 1",
             )
-        # Checked now rather than when the first session is opened.
-        self.mqtt()
+        try:
+            # Checked now rather than when the first session is opened.
+            self.mqtt()
+        except BadOption as error:
+            error.backend = "losant"
+            raise
 
     @property
     def guards(self) -> bool:
