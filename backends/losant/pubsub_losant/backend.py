@@ -145,10 +145,10 @@ class LosantBackend(ConnectionBackend):
             will=None if options.will is None else self._make_will(options.will),
             **_credentials(context.address, options),
         )
-        connection = _Connection(settings_of(below, mqtt), clock=context.clock.monotonic)
-        super().__init__(context, endpoint_of(below, mqtt), connection)
-        connection.on_message = self._received
-        connection.on_again = self._note
+        self._line = _Connection(settings_of(below, mqtt), clock=context.clock.monotonic)
+        super().__init__(context, endpoint_of(below, mqtt), self._line)
+        self._line.on_message = self._received
+        self._line.on_again = self._note
 
     def _make_will(self, will: WillOptions) -> WillOptions:
         topic = self.to_wire(will.topic)
@@ -238,14 +238,18 @@ class LosantBackend(ConnectionBackend):
                 retry_after=left,
                 hint="it is tried again after that; publish less often",
             )
+        self._over.clear()
         try:
             await self._dial(sink)
         except ConnectError as error:
+            self._over.set()
             found = self._refusal(error)
             if found is error:
                 raise
             raise found from error
-        self._over.clear()
+        except BaseException:
+            self._over.set()
+            raise
         return SessionFacts(client_id=self.device_id, server="Losant")
 
     async def drop(self) -> None:
@@ -309,18 +313,14 @@ class LosantBackend(ConnectionBackend):
             )
             throttled.__cause__ = error
             return throttled
-        topic = self._last_topic()
-        if topic:
+        if self._line.blamed:
+            topic = self.from_wire(self._line.blamed)
             error.message += f" right after a message to {topic!r}"
             error.hint = (
                 "the platform does that when the device may not publish there, sends too much, or "
                 "connects a second time; its connection log has the reason"
             )
         return error
-
-    def _last_topic(self) -> str:
-        connection = self.connection
-        return connection.blamed if isinstance(connection, _Connection) else ""
 
     @property
     def limits(self) -> Limits:
@@ -376,12 +376,11 @@ class LosantBackend(ConnectionBackend):
             )
         return wire, payload
 
-    def _note(self, topic: str) -> None:
+    def _note(self, wire: str) -> None:
         now = self._clock.monotonic()
-        self._throttle.note(topic, now)
-        connection = self.connection
-        if isinstance(connection, _Connection):
-            connection.published = topic, now
+        self._line.published = wire, now
+        if self._guards:
+            self._throttle.note(wire, now)
 
     def try_publish(self, out: OutFrame) -> Receipt | None:
         """Hand a QoS 0 message to the operating system without waiting, if that is possible."""
