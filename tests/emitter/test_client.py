@@ -91,7 +91,11 @@ def linked(where: Running | Place, *, start: bool = True, **options: Any) -> Ite
     client.connect(where.url, **options)
     hurry(client)
     if start:
+        told = threading.Event()
+        client.on_connect = told.set
         client.loop_start()
+        assert told.wait(5)
+        client.on_connect = None
     try:
         yield client
     finally:
@@ -232,6 +236,7 @@ def test_several_handlers_under_one_channel_and_removing_them() -> None:
     handlers.add("a/", first)
     handlers.add("/a//", second)
     handlers.add("a", first, "g")
+    handlers.add("a", first)  # it is there
     assert handlers.find("a/b/") == [first, second, first]
     assert handlers.remove("a/", first, "") == 1
     assert handlers.find("a/") == [second, first]
@@ -268,6 +273,84 @@ def test_a_program_written_for_the_sdk(place: Place) -> None:
     client.loop_stop()
     client.disconnect()
     assert found[-1] == "disconnected"
+
+
+@pytest.mark.parametrize("loop", ["start", "forever", "once", "waiting"])
+def test_on_connect_may_be_set_after_connecting(loop: str, running: Running) -> None:
+    """As in the samples of the SDK, whose loop reads what the broker says to CONNECT."""
+    client = Client()
+    client.connect(running.url)
+    called: list[int] = []
+    client.on_connect = lambda: called.append(threading.get_ident())
+    thread = threading.Thread(target=client.loop_forever)
+    match loop:
+        case "start":
+            client.loop_start()
+        case "forever":
+            thread.start()
+        case "once":
+            client.loop(0.01)
+        case _:
+            client.me().result()
+    wait(lambda: called, within=0.8)  # paho's loop looks for what is due once a second
+    client.disconnect()
+    client.loop_stop()
+    if thread.is_alive():
+        thread.join(5)
+    assert len(called) == 1
+    assert (called == [threading.get_ident()]) is (loop in {"once", "waiting"})
+
+
+def test_a_connection_that_no_loop_saw_is_told_when_it_ends(running: Running) -> None:
+    client = Client()
+    called: list[str] = []
+    client.connect(running.url)
+    client.on_connect = lambda: called.append("connect")
+    client.on_disconnect = lambda: called.append("disconnect")
+    assert not called
+    client.disconnect()
+    assert called == ["connect", "disconnect"]
+
+
+def test_messages_are_what_paho_takes_for_a_payload(place: Place) -> None:
+    with linked(place) as client:
+        found: list[bytes] = []
+        client.on_message = lambda m: found.append(m.binary)
+        client.subscribe(place.key, place.at("a")).result()
+        for message in ("é", b"\xff", bytearray(b"array"), 42, -1.5, None):
+            client.publish(place.key, place.at("a"), message, ["+1"]).result()
+        wait(lambda: len(found) == 6)
+        assert found == ["é".encode(), b"\xff", b"array", b"42", b"-1.5", b""]
+        with pytest.raises(TypeError, match="not dict"):
+            client.publish(place.key, place.at("a"), cast("Any", {}))
+
+
+def test_a_program_that_subscribes_whenever_it_is_connected(running: Running) -> None:
+    found: list[str] = []
+    connects: list[int] = []
+    client = Client()
+
+    def connected() -> None:
+        client.subscribe(DEMO, "demo/a", lambda m: found.append(m.as_string()))
+        client.subscribe(DEMO, "demo/b", more)
+        client.subscribe("no key", "demo/b", more)
+        connects.append(1)
+
+    def more(message: EmitterMessage) -> None:
+        found.append(message.channel)
+
+    client.connect(running.url)
+    hurry(client)
+    client.on_connect = connected
+    client.loop_start()
+    wait(lambda: len(connects) == 1)
+    running.do(running.server.restart())
+    wait(lambda: len(connects) == 2)
+    client.publish(DEMO, "demo/a", "x", [client.with_at_least_once()]).result()
+    client.publish(DEMO, "demo/b", "x", [client.with_at_least_once()]).result()
+    assert found == ["x", "demo/b/"]
+    client.disconnect()
+    client.loop_stop()
 
 
 def test_requests_return_their_answers(place: Place) -> None:
@@ -379,6 +462,20 @@ def test_a_reply_runs_the_loop_where_none_runs(place: Place) -> None:
     with linked(place, start=False) as client:
         assert len(client.keygen(place.master, "a/", "r").result()) == 32
         client.subscribe(place.key, place.at("a")).result()
+
+
+def test_a_reply_is_waited_for_no_longer_than_asked_where_no_loop_runs(running: Running) -> None:
+    with linked(running, start=False) as client:
+        running.server.pause()
+        began = time.monotonic()
+        with pytest.raises(EmitterError, match=r"within 0\.3 s"):
+            client.me().result(0.3)
+        assert time.monotonic() - began < 0.55
+        running.do(_resumed(running.server))
+
+
+async def _resumed(server: EndpointServer) -> None:
+    server.resume()
 
 
 def test_an_answer_reaches_who_waits_before_and_after_it_once() -> None:

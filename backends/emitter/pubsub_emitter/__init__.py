@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .client import Client, HistoryMessage, Reply
+    from .client import Client, HistoryMessage
     from .compat import Emitter, connect
     from .errors import (
         BadRequestError,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from .keys import InvalidKey, InvalidLicense, InvalidTarget, Key, License, Permission
     from .message import EmitterMessage
+    from .reply import Reply
     from .server import EmitterServer
 
 __all__ = [
@@ -59,7 +60,7 @@ _HOMES = {
     "License": "keys",
     "NotFoundError": "errors",
     "Permission": "keys",
-    "Reply": "client",
+    "Reply": "reply",
     "UnauthorizedError": "errors",
     "connect": "compat",
 }

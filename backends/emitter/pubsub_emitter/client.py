@@ -21,31 +21,40 @@ Source: emitter-io 2.3.0, ``emitter/emitter.py``; its public names and what it s
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final, Generic, TypeAlias, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
-from pubsub_core.errors import BadOption, ConnectError, NotConnected, PubSubError
+from pubsub_core.errors import ConnectError, NotConnected, PubSubError
 from pubsub_core.secrets import Secret
 from pubsub_mqtt.connection import Outgoing, Request, Session, SessionSettings, Subscribe, Will
 from pubsub_mqtt.driver import BlockingDriver
 from pubsub_mqtt.packets import Incoming
-from pubsub_mqtt.transport import Endpoint, TLSSettings, WebSocketTarget
+from pubsub_mqtt.transport import TLSSettings
 
+from .arguments import (
+    Options,
+    Payload,
+    Seconds,
+    Subscription,
+    endpoint_of,
+    payload_bytes,
+    split_options,
+    subscription_topic,
+    unix_seconds,
+)
 from .errors import EmitterError, refusal
 from .handlers import Handler, Handlers, canonical
 from .message import EmitterMessage
-from .protocol import OLDEST_TIME, YOUNGEST_TIME, build_topic
+from .protocol import build_topic
+from .reply import Reply
 
 __all__ = ["Client", "HistoryMessage", "Options", "Reply"]
 
@@ -53,125 +62,11 @@ logger = logging.getLogger("pubsub_emitter")
 
 T = TypeVar("T")
 
-Options: TypeAlias = Iterable[str] | Mapping[str, Any] | None
-"""What ``with_…`` helpers return, in a list, tuple or set; or a dictionary of names and values."""
-
-Seconds: TypeAlias = float | datetime
-
 _TIMEOUT: Final = 5.0
 _SPECIAL: Final = frozenset({"keygen", "keyban", "me", "presence", "link", "history", "error"})
 _REPLAY: Final = frozenset({"last", "from", "until"})
 _TOPICS_KEPT: Final = 1024
 _NO_FLAGS: Final = frozenset[str]()
-
-_SETTLING: Final = threading.Lock()
-"""Held for the moment in which a reply gets its answer, or somebody begins to wait for one."""
-
-
-class Reply(Generic[T]):
-    """What the broker will answer. Wait for it, await it, or ignore it.
-
-    It is a refusal's exception as well, so a program that ignores it sees refusals in
-    `Client.on_error` only, as with the SDK.
-    """
-
-    __slots__ = ("_client", "_done", "_error", "_future", "_value", "what")
-
-    def __init__(self, client: Client, what: str) -> None:
-        self._client = client
-        self._done = False
-        self._value: T | None = None
-        self._error: BaseException | None = None
-        # Made when somebody waits: it costs as much as sending a message does, and most
-        # replies to messages are never looked at.
-        self._future: concurrent.futures.Future[T] | None = None
-        self.what = what
-
-    def result(self, timeout: float | None = None) -> T:
-        """Wait for the answer and return it.
-
-        Where no loop runs in another thread, it runs here meanwhile.
-
-        Args:
-            timeout: Seconds; those of the client when None.
-
-        Raises:
-            EmitterError: The broker refused, or did not answer in time.
-            NotConnected: The connection ended before the answer.
-            RuntimeError: Called by a handler, whose thread the answer would come through.
-        """
-        self._client.pump(self, timeout)
-        limit = self._client.timeout if timeout is None else timeout
-        try:
-            return self._waited_for().result(0 if self._done else limit)
-        except concurrent.futures.TimeoutError:
-            pass
-        raise EmitterError(
-            f"no answer to {self.what} within {limit:g} s",
-            hint="check that a loop runs and the broker is there",
-            retryable=True,
-        )
-
-    def done(self) -> bool:
-        """Whether the answer is there."""
-        return self._done
-
-    def add_done_callback(self, call: Callable[[Reply[T]], Any]) -> None:
-        """Have *call* called with this reply when the answer is there."""
-        self._waited_for().add_done_callback(lambda _: call(self))
-
-    def exception(self) -> BaseException | None:
-        """Return why it failed; None when it did not or is not done."""
-        return self._error
-
-    def __await__(self) -> Generator[Any, None, T]:
-        return self._wait().__await__()
-
-    async def _wait(self) -> T:
-        try:
-            async with asyncio.timeout(self._client.timeout):
-                return await asyncio.shield(asyncio.wrap_future(self._waited_for()))
-        except TimeoutError:
-            pass
-        raise EmitterError(
-            f"no answer to {self.what} within {self._client.timeout:g} s", retryable=True
-        )
-
-    def resolve(self, value: T) -> None:
-        """Give the answer; for the client."""
-        self._settle(value, None)
-
-    def fail(self, error: BaseException) -> None:
-        """Give the failure; for the client."""
-        self._settle(None, error)
-
-    def _settle(self, value: T | None, error: BaseException | None) -> None:
-        with _SETTLING:
-            if self._done:
-                return
-            self._value = value
-            self._error = error
-            self._done = True
-            future = self._future
-        if future is not None:
-            self._tell(future)
-
-    def _waited_for(self) -> concurrent.futures.Future[T]:
-        with _SETTLING:
-            future = self._future
-            if future is not None:
-                return future
-            future = self._future = concurrent.futures.Future()
-            done = self._done
-        if done:
-            self._tell(future)
-        return future
-
-    def _tell(self, future: concurrent.futures.Future[T]) -> None:
-        if self._error is not None:
-            future.set_exception(self._error)
-        else:
-            future.set_result(cast("T", self._value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,16 +96,6 @@ class _Pending:
         self.out: Outgoing | None = None
 
 
-@dataclass(slots=True)
-class _Subscription:
-    """What is subscribed again after a reconnect."""
-
-    key: str
-    channel: str
-    group: str
-    options: tuple[tuple[str, str], ...]
-
-
 class Client:
     """A connection to an Emitter broker, with the names of ``emitter-io``.
 
@@ -235,7 +120,7 @@ class Client:
         self._pending: list[_Pending] = []
         # Errors that came before the acknowledgement they belong to, by packet id.
         self._errors: dict[int, dict[str, Any]] = {}
-        self._subscriptions: dict[tuple[str, str], _Subscription] = {}
+        self._subscriptions: dict[tuple[str, str], Subscription] = {}
         self._links: dict[str, dict[str, Any]] = {}
         self._watched: dict[str, str] = {}
         # Topics without options by key and channel, since most programs publish to a few.
@@ -362,6 +247,8 @@ class Client:
     ) -> None:
         """Connect, and return when the broker has accepted; run a loop afterwards.
 
+        `on_connect` is called by the loop, so it may be set after this.
+
         *host* is a name or address, ``host:port``, or a URL with ``mqtt``, ``mqtts``, ``tcp``,
         ``ws`` or ``wss``, which then says whether TLS and WebSocket are used. The default is
         the SDK's; that service was shut down in 2019. *username* is what presence shows
@@ -371,7 +258,7 @@ class Client:
         Raises:
             ConnectError: Typed by what went wrong; nothing is left open.
         """
-        endpoint = _endpoint(
+        endpoint = endpoint_of(
             host,
             port,
             secure=secure,
@@ -403,9 +290,9 @@ class Client:
         except BaseException:
             self._driver = None
             raise
+        driver.connection.events.append(partial(self._call, "connect"))
         if self._wants_thread:
-            driver.loop_start()
-            self._looping = True
+            self._start(driver)
 
     def disconnect(self) -> None:
         """Say DISCONNECT and end the connection; the loops return. Legal in any state."""
@@ -438,13 +325,16 @@ class Client:
 
     def loop(self, timeout: float = 1.0) -> None:
         """Do what is due, waiting up to *timeout* seconds for it."""
-        self._required().loop(timeout)
+        driver = self._required()
+        driver.connection.dispatch()
+        driver.loop(timeout)
 
     def loop_forever(self) -> None:
         """Run until `disconnect` is called, reconnecting when the connection is lost."""
         driver = self._required()
         self._looping = True
         try:
+            driver.connection.dispatch()
             driver.loop_forever()
         finally:
             self._looping = False
@@ -453,8 +343,12 @@ class Client:
         """Run the loop in a thread; may be called before `connect`."""
         self._wants_thread = True
         if self._driver is not None and not self._looping:
-            self._driver.loop_start()
-            self._looping = True
+            self._start(self._driver)
+
+    def _start(self, driver: BlockingDriver) -> None:
+        driver.loop_start()
+        driver.paho.wake()  # to have what connect() left told at once
+        self._looping = True
 
     def loop_stop(self) -> None:
         """Stop that thread; the connection stays."""
@@ -477,7 +371,7 @@ class Client:
     # --- publishing ---------------------------------------------------------------------
 
     def publish(
-        self, key: str, channel: str, message: str | bytes, options: Options = None
+        self, key: str, channel: str, message: Payload, options: Options = None
     ) -> Reply[None]:
         """Publish to a channel; options are those of the ``with_…`` helpers.
 
@@ -485,7 +379,7 @@ class Client:
         as the message is sent.
         """
         if options:
-            header, query = _split(options)
+            header, query = split_options(options)
             topic = build_topic(key, channel, query)
         else:
             header = _NO_FLAGS
@@ -500,17 +394,17 @@ class Client:
         return topic
 
     def publish_with_link(
-        self, link: str, message: str | bytes, options: Options = None
+        self, link: str, message: Payload, options: Options = None
     ) -> Reply[None]:
         """Publish through a link; only retain and the quality of service have an effect here."""
-        header, _ = _split(options)
+        header, _ = split_options(options)
         return self._publish(link, message, header, f"link {link}")
 
     def _publish(
-        self, topic: str, message: str | bytes, header: frozenset[str], shown: str
+        self, topic: str, message: Payload, header: frozenset[str], shown: str
     ) -> Reply[None]:
         reply: Reply[None] = Reply(self, "a message to " + shown)
-        payload = message.encode() if isinstance(message, str) else bytes(message)
+        payload = payload_bytes(message)
         try:
             self._required().publish(
                 topic,
@@ -547,8 +441,8 @@ class Client:
         """Subscribe to a channel, and with the broker's default rule to all below it.
 
         A handler is called for this channel and those below it; several may stand under one
-        channel. It goes again if the broker refuses. Messages without any handler go to
-        `on_message`.
+        channel, each of them once, however often it is given. It goes again if the broker
+        refuses. Messages without any handler go to `on_message`.
 
         Raises:
             ValueError: ``#`` with options, which no MQTT client can send.
@@ -577,9 +471,9 @@ class Client:
         call: Callable[[EmitterMessage], Any] | None,
         options: Options,
     ) -> Reply[None]:
-        _, query = _split(options)
-        wanted = _Subscription(key, channel, group.strip("/"), tuple(query))
-        topic = _filter(wanted)
+        _, query = split_options(options)
+        wanted = Subscription(key, channel, group.strip("/"), tuple(query))
+        topic = subscription_topic(wanted)
         handler = None if call is None else self._messages.add(channel, call, wanted.group)
         place = (canonical(channel), wanted.group)
         reply: Reply[None] = Reply(self, f"a subscription to {channel}")
@@ -630,7 +524,7 @@ class Client:
 
     def _unsubscribe(self, key: str, channel: str, group: str) -> Reply[None]:
         reply: Reply[None] = Reply(self, f"unsubscribing from {channel}")
-        topic = _filter(_Subscription(key, channel, group, ()))
+        topic = subscription_topic(Subscription(key, channel, group, ()))
         place = (canonical(channel), group)
 
         def done(request: Request) -> None:
@@ -686,7 +580,7 @@ class Client:
         Messages through it have the options given here, and a topic of two bytes instead of
         the key. With *subscribe* the channel is subscribed to as well, where the key may.
         """
-        _, query = _split(options)
+        _, query = split_options(options)
         body = {
             "key": key,
             "channel": build_topic("", channel, query),
@@ -751,7 +645,7 @@ class Client:
 
         With *before*, the id of the oldest message known already, those before it come.
         """
-        _, query = _split(options)
+        _, query = split_options(options)
         body = {"channel": build_topic(key, channel, query)}
         if before:
             body["startFromID"] = before
@@ -818,12 +712,12 @@ class Client:
         Raises:
             ValueError: Before 2018 or after 2066, which brokers ignore without a word.
         """
-        return f"from={_seconds(since)}"
+        return f"from={unix_seconds(since)}"
 
     @staticmethod
     def with_until(until: Seconds) -> str:
         """Replay messages up to then, inclusive; as `with_from`."""
-        return f"until={_seconds(until)}"
+        return f"until={unix_seconds(until)}"
 
     @staticmethod
     def without_echo() -> str:
@@ -847,7 +741,7 @@ class Client:
 
     # --- what arrives -------------------------------------------------------------------
 
-    def pump(self, reply: Reply[Any], timeout: float | None) -> None:
+    def pump(self, reply: Reply[Any], timeout: float) -> None:
         """Make sure that somebody reads: raise in a handler, run the loop where none does.
 
         For `Reply.result`.
@@ -861,7 +755,8 @@ class Client:
             )
         if self._looping or self._driver is None:
             return
-        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        deadline = time.monotonic() + timeout
+        self._driver.connection.dispatch()
         while not reply.done() and time.monotonic() < deadline:
             if self._driver.loop(0.05):
                 return
@@ -887,7 +782,9 @@ class Client:
     def _on_session(self, session: Session) -> None:
         self._connected = True
         self._sessions += 1
-        if self._sessions > 1 and self.restore:
+        if self._sessions == 1:
+            return  # connect() has its event told by the loop
+        if self.restore:
             self._restore()
         self._call("connect")
 
@@ -897,7 +794,7 @@ class Client:
             kept = tuple(pair for pair in wanted.options if pair[0] not in _REPLAY)
             if "#" not in wanted.channel.split("/"):
                 kept += (("last", "0"),)
-            topic = _filter(_Subscription(wanted.key, wanted.channel, wanted.group, kept))
+            topic = subscription_topic(Subscription(wanted.key, wanted.channel, wanted.group, kept))
             reply: Reply[None] = Reply(self, f"a subscription to {wanted.channel}")
             place = (canonical(wanted.channel), wanted.group)
 
@@ -955,7 +852,7 @@ class Client:
         body = cast("dict[str, Any]", found)
         status = body.get("status")
         failed = isinstance(status, int) and status >= 400
-        self._answer(message.topic, body, failed=failed)
+        self._answer(message.topic, body, failed=failed, of_packet=name == "error")
         if name == "error":
             self._call("error", body)
             return
@@ -968,7 +865,7 @@ class Client:
         if failed:
             self._call("error", body)
 
-    def _answer(self, topic: str, body: dict[str, Any], *, failed: bool) -> None:
+    def _answer(self, topic: str, body: dict[str, Any], *, failed: bool, of_packet: bool) -> None:
         """Give an answer to the request, or an error to the packet, that it is about."""
         req = body.get("req")
         if not isinstance(req, int) or not req:
@@ -984,7 +881,7 @@ class Client:
             )
             if pending is not None:
                 self._pending.remove(pending)
-            elif failed:
+            elif failed and of_packet:
                 self._errors[req] = body
         if pending is None:
             return
@@ -1010,7 +907,7 @@ class Client:
             self._call("presence", body)
 
     # Name of emitter-io 1.x.
-    def publishWithLink(self, link: str, message: str | bytes) -> Reply[None]:  # noqa: N802
+    def publishWithLink(self, link: str, message: Payload) -> Reply[None]:  # noqa: N802
         """Do as `publish_with_link`."""
         return self.publish_with_link(link, message)
 
@@ -1024,55 +921,6 @@ def _api(topic: str) -> str | None:
         return None
     name, _, rest = topic[8:].partition("/")
     return name if name in _SPECIAL and (not rest or rest.startswith("?")) else None
-
-
-def _split(options: Options) -> tuple[frozenset[str], list[tuple[str, str]]]:
-    """Return the flags of the packet, and the options of the channel."""
-    if not options:
-        return frozenset(), []
-    if isinstance(options, Mapping):
-        given = cast("Mapping[str, Any]", options)
-        return frozenset(), [(name, str(value)) for name, value in given.items()]
-    if isinstance(options, str):
-        options = [options]
-    flags: set[str] = set()
-    query: list[tuple[str, str]] = []
-    for option in options:
-        if option.startswith("+"):
-            flags.add(option)
-        else:
-            name, _, value = option.partition("=")
-            query.append((name, value))
-    return frozenset(flags), query
-
-
-def _filter(wanted: _Subscription) -> str:
-    """Return the topic of a SUBSCRIBE.
-
-    MQTT takes ``#`` only at the very end, where Emitter wants a slash; the broker adds it.
-    """
-    segments = wanted.channel.strip("/").split("/")
-    if "#" in segments:
-        if wanted.options or segments.index("#") != len(segments) - 1:
-            raise ValueError(
-                "'#' can only stand at the end of a channel, and without options; with the "
-                "broker's default matching rule the channel before it gets everything below"
-            )
-        topic = build_topic(wanted.key, wanted.channel, group=wanted.group)
-        return topic.removesuffix("/")
-    return build_topic(wanted.key, wanted.channel, wanted.options, group=wanted.group)
-
-
-def _seconds(when: Seconds) -> int:
-    if isinstance(when, datetime):
-        aware = when if when.tzinfo is not None else when.replace(tzinfo=UTC)
-        when = aware.timestamp()
-    seconds = int(when)
-    if not OLDEST_TIME <= seconds <= YOUNGEST_TIME:
-        raise ValueError(
-            f"{seconds} is not between 2018-01-01 and 2066-01-01, so brokers ignore it"
-        )
-    return seconds
 
 
 def _refusal(body: Mapping[str, Any], what: str) -> EmitterError:
@@ -1094,45 +942,3 @@ def _without_key(error: PubSubError, what: str) -> PubSubError:
             backend="emitter",
         )
     return EmitterError(f"{what} failed: {error.code}", retryable=error.retryable)
-
-
-_SCHEMES: Final = {
-    "mqtt": (False, False),
-    "tcp": (False, False),
-    "mqtts": (True, False),
-    "ssl": (True, False),
-    "emitter": (False, False),
-    "emitters": (True, False),
-    "ws": (False, True),
-    "wss": (True, True),
-}
-
-
-def _endpoint(host: str, port: int, *, secure: bool, websocket: bool, tls: TLSSettings) -> Endpoint:
-    scheme, mark, rest = host.partition("://")
-    if mark:
-        if scheme.lower() not in _SCHEMES:
-            raise BadOption(
-                f"no scheme {scheme!r} in host",
-                option="host",
-                hint=f"use one of {', '.join(_SCHEMES)}",
-                backend="emitter",
-            )
-        secure, websocket = _SCHEMES[scheme.lower()]
-        host = rest
-    host, _, path = host.partition("/")
-    if host.startswith("["):
-        host, _, after = host[1:].partition("]")
-        given = after.removeprefix(":")
-    elif host.count(":") == 1:
-        host, _, given = host.partition(":")
-    else:
-        given = ""
-    if given and not given.isdecimal():
-        raise BadOption(f"no port {given!r} in host", option="host", backend="emitter")
-    return Endpoint(
-        host=host,
-        port=int(given) if given else port,
-        tls=tls if secure else None,
-        websocket=WebSocketTarget(f"/{path}") if websocket else None,
-    )

@@ -13,7 +13,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .client import Client, Reply
+from .arguments import Payload
+from .client import Client
+from .reply import Reply
 
 __all__ = ["Emitter", "connect"]
 
@@ -65,7 +67,7 @@ class Emitter:
         self,
         key: str,
         channel: str,
-        message: str | bytes,
+        message: Payload,
         ttl: int | None = None,
         me: bool = True,
     ) -> Reply[None]:
@@ -104,7 +106,7 @@ class Emitter:
             logger.warning("brokers make no private links any more; use keygen with an 'e' key")
         return self.client.link(key, channel, name, subscribe, _options(ttl, me=me))
 
-    def publishWithLink(self, link: str, message: str | bytes) -> Reply[None]:  # noqa: N802
+    def publishWithLink(self, link: str, message: Payload) -> Reply[None]:  # noqa: N802
         """Publish through a link."""
         return self.client.publish_with_link(link, message)
 

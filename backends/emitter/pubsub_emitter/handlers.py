@@ -2,7 +2,8 @@
 
 A handler is called for its channel and everything below it; ``+`` stands for one segment and
 ``#`` for nothing, as with the broker's default matching rule. Several handlers may stand under
-one channel.
+one channel, each of them once: a program that subscribes whenever it is connected gives the same
+one again.
 
 The order is that of emitter-io's own trie: from the root downwards, and at each level the
 segment itself before ``+``. For ``a/b/c/d/`` that is ``a/``, ``a/b/c/``, ``a/b/c/d/``,
@@ -14,7 +15,10 @@ Source: emitter-io 2.3.0, ``emitter/subtrie.py``.
 from __future__ import annotations
 
 import itertools
+import operator
+import threading
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Generic, TypeVar
 
 from pubsub_core.trie import HandlerTrie
@@ -29,14 +33,16 @@ class Handler(Generic[A]):
 
     Attributes:
         group: Share group of the subscription it came with, or ``""``.
+        claims: How often it was given.
     """
 
-    __slots__ = ("call", "channel", "group", "order")
+    __slots__ = ("call", "channel", "claims", "group", "order")
 
     def __init__(self, channel: str, call: Callable[[A], Any], group: str, number: int) -> None:
         self.channel = channel
         self.call = call
         self.group = group
+        self.claims = 0
         levels = tuple(segment == "+" for segment in channel.split("/")[:-1])
         self.order = (levels, number)
 
@@ -48,18 +54,35 @@ class Handlers(Generic[A]):
         self._trie: HandlerTrie[Handler[A]] = HandlerTrie("emitter")
         self._by_channel: dict[str, list[Handler[A]]] = {}
         self._numbers = itertools.count()
+        self._lock = threading.Lock()
 
     def add(self, channel: str, call: Callable[[A], Any], group: str = "") -> Handler[A]:
-        """Put a handler under *channel*; slashes at its ends and double ones do not matter."""
+        """Put a handler under *channel*; slashes at its ends and double ones do not matter.
+
+        One that is there already is claimed once more.
+        """
         name = canonical(channel)
-        handler = Handler(name, call, group, next(self._numbers))
-        self._by_channel.setdefault(name, []).append(handler)
-        if name:  # nothing is found under the root, as in the SDK
-            self._trie.add(name, handler)
+        with self._lock:
+            there = self._by_channel.setdefault(name, [])
+            for handler in there:
+                if handler.group == group and _same(handler.call, call):
+                    break
+            else:
+                handler = Handler(name, call, group, next(self._numbers))
+                there.append(handler)
+                if name:  # nothing is found under the root, as in the SDK
+                    self._trie.add(name, handler)
+            handler.claims += 1
         return handler
 
     def discard(self, handler: Handler[A]) -> None:
-        """Remove one handler, if it is there."""
+        """Take one claim to a handler back; with its last one it goes."""
+        with self._lock:
+            handler.claims -= 1
+            if not handler.claims:
+                self._drop(handler)
+
+    def _drop(self, handler: Handler[A]) -> None:
         there = self._by_channel.get(handler.channel, [])
         if handler in there:
             there.remove(handler)
@@ -75,13 +98,14 @@ class Handlers(Generic[A]):
         With *call* only that one, with *group* only those of that share group; ``""`` are
         those of none.
         """
-        found = [
-            handler
-            for handler in self._by_channel.get(canonical(channel), [])
-            if call in (None, handler.call) and group in (None, handler.group)
-        ]
-        for handler in found:
-            self.discard(handler)
+        with self._lock:
+            found = [
+                handler
+                for handler in self._by_channel.get(canonical(channel), [])
+                if (call is None or _same(handler.call, call)) and group in (None, handler.group)
+            ]
+            for handler in found:
+                self._drop(handler)
         return len(found)
 
     def find(self, channel: str) -> list[Callable[[A], Any]]:
@@ -96,3 +120,27 @@ def canonical(channel: str) -> str:
     """Return *channel* with one slash after each segment and none elsewhere."""
     segments = [segment for segment in channel.split("/") if segment]
     return "/".join(segments) + "/" if segments else ""
+
+
+def _same(one: Callable[[A], Any], other: Callable[[A], Any]) -> bool:
+    """Whether two handlers are one.
+
+    A lambda that is evaluated anew, with the same variables around it, is the same handler.
+    """
+    if one == other:
+        return True
+    return (
+        isinstance(one, FunctionType)
+        and isinstance(other, FunctionType)
+        and one.__code__ is other.__code__
+        and one.__globals__ is other.__globals__
+        and _all_same(one.__closure__, other.__closure__)
+        and _all_same(one.__defaults__, other.__defaults__)
+        and not one.__kwdefaults__
+        and not other.__kwdefaults__
+    )
+
+
+def _all_same(ones: tuple[Any, ...] | None, others: tuple[Any, ...] | None) -> bool:
+    ones, others = ones or (), others or ()
+    return len(ones) == len(others) and all(map(operator.is_, ones, others))
