@@ -194,6 +194,24 @@ def test_arrays_stay_below_the_largest_payload() -> None:
         assert all(len(packet.payload) <= 262_144 for packet in broker.of(PUBLISH))
 
 
+def test_a_state_that_fits_in_no_array_is_sent_by_itself_and_once() -> None:
+    largest = 262_144 - len('{"data": {"text": ""}, "time": 1000}')
+    with scripted() as broker, connected(broker, buffer_offline=9) as (device, events):
+        _down(broker, device, events)
+        sizes = (1, largest, largest - 2, largest - 1, 1)
+        for size in sizes:
+            assert device.send_state({"text": "x" * size}, 1000)
+        broker.connack = b"\x20\x02\x00\x00"
+        turn_until(device, lambda: len(broker.of(PUBLISH)) == 5)
+        device.send_state({"text": "last"}, 1000)
+        turn_until(device, lambda: len(broker.of(PUBLISH)) == 6)
+        found = [json.loads(packet.payload) for packet in broker.of(PUBLISH)]
+        assert [type(each) for each in found] == [list, dict, list, dict, list, dict]
+        whole = [each[0] if isinstance(each, list) else each for each in found[:5]]
+        assert [len(each["data"]["text"]) for each in whole] == list(sizes)
+        assert all(len(packet.payload) <= 262_144 for packet in broker.of(PUBLISH))
+
+
 def test_the_buffer_keeps_to_the_limits_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pubsub_losant.rules._SECONDS", 0.4)
     monkeypatch.setattr("pubsub_losant.rules._MARGIN", 0.0)

@@ -636,23 +636,35 @@ class DeviceCore:
             if delay:
                 self._backlog_at = now + delay
                 return
-            batch: list[str] = []
-            rest: list[tuple[str, str]] = []
-            size = 2
-            full = False
-            for item in self._backlog:
-                size += len(item[1]) + 2 if item[0] == topic else 0
-                full = full or len(batch) == _BATCH or size > MAX_PAYLOAD
-                if item[0] == topic and not full:
-                    batch.append(item[1])
-                else:
-                    rest.append(item)
-            if not self._write(topic, join_states(batch).encode(), self._qos):
+            batch, passed = self._next_batch(topic)
+            text = join_states(batch)
+            if len(text) > MAX_PAYLOAD:  # one state that fits by itself, and in no array
+                (text,) = batch
+            if not self._write(topic, text.encode(), self._qos):
                 self._backlog_at = now + 1.0
                 return
             self._throttle.note(topic, now)
-            self._backlog.clear()
-            self._backlog.extend(rest)
+            for _ in range(len(batch) + len(passed)):
+                self._backlog.popleft()
+            self._backlog.extendleft(reversed(passed))
+
+    def _next_batch(self, topic: str) -> tuple[list[str], list[tuple[str, str]]]:
+        """Return the oldest states of a topic that fit in one message, and what is among them.
+
+        At least one state, so that there is always progress.
+        """
+        batch: list[str] = []
+        passed: list[tuple[str, str]] = []
+        size = 0
+        for item in self._backlog:
+            if item[0] != topic:
+                passed.append(item)
+                continue
+            size += len(item[1]) + 2  # brackets, or a comma and a space
+            if batch and (len(batch) == _BATCH or size > MAX_PAYLOAD):
+                break
+            batch.append(item[1])
+        return batch, passed
 
     # --- topics --------------------------------------------------------------------------
 
