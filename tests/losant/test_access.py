@@ -53,6 +53,16 @@ def test_no_filter_reaches_more_of_the_platform_than_is_allowed(filter: str) -> 
     assert not rights.may_publish(A, rights.keys["kAll"], "$SYS/x")
 
 
+def test_no_device_is_called_as_a_wildcard() -> None:
+    for name in ("+", "#", "a/b", ""):
+        with pytest.raises(BadOption, match="no device id"):
+            Registry({name: DeviceSpec()})
+    rights = Registry({A: DeviceSpec("edgeCompute")}, [AccessKey("k", "s", device_ids={"+", A})])
+    rights.devices["+"] = DeviceSpec("edgeCompute")  # it may be changed while it runs
+    for text in ("losant/+/state", "losant/+/command", "losant/+/toAgent/#"):
+        assert not rights.may_subscribe("+", rights.keys["k"], text)
+
+
 def test_credentials_are_compared_as_they_are() -> None:
     rights = Registry(DEVICES, [*KEYS, AccessKey("off", "secret of off", active=False)])
     assert rights.authenticate("kA", secret("kA")) is rights.keys["kA"]

@@ -22,7 +22,7 @@ from typing import Final, Literal
 from pubsub_core.errors import BadOption, InvalidFilter
 from pubsub_core.topics import validate_filter
 
-from .topics import is_platform_topic, split_topic
+from .topics import check_device_id, is_platform_topic, split_topic
 
 __all__ = [
     "AccessKey",
@@ -169,6 +169,11 @@ class Registry:
         self, devices: Mapping[str, DeviceSpec] | None = None, keys: Iterable[AccessKey] = ()
     ) -> None:
         self.devices = dict(devices or {})
+        for device_id in self.devices:
+            try:
+                check_device_id(device_id)
+            except (TypeError, ValueError) as exc:
+                raise BadOption(str(exc), option="devices", backend="losant") from None
         self.keys: dict[str, AccessKey] = {}
         for key in keys:
             if key.key in self.keys:
@@ -225,6 +230,8 @@ class Registry:
         if device is None or found is None:
             return False
         target, rest = found
+        if target == "+":  # nobody's id, whatever the registry has
+            return False
         if rest in ("state", "command"):
             other = self.devices.get(target)
             return other is not None and key.is_for(target, other)
