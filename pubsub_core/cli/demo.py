@@ -160,11 +160,9 @@ class _Demo:
                 server = make_server(tale.info, "127.0.0.1", 0)
                 async with asyncio.timeout(min(_START, left)):
                     await stack.enter_async_context(_running(server))
-                # A server may want credentials of its clients; its own URL has them.
-                url: str = getattr(server, "client_url", server.url)
-                # And it may know its clients by their URL, so that two need one each.
-                another: Callable[[], str] = getattr(server, "another_client", lambda: url)
-                world = another()
+                # A server may want credentials of its clients, or know them by their URL.
+                client_url: Callable[[], str] = getattr(server, "client_url", lambda: server.url)
+                url, world = client_url(), client_url()
                 tale.server = str(server.describe().get("server", ""))
                 self._tell("server", f"{tale.server or 'embedded server'} on {mask(server.url)}")
             else:

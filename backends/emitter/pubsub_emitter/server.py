@@ -101,9 +101,8 @@ class EmitterServer(EndpointServer):
             self._master_key = self._emitter.license.make_master_key()
         return self._master_key
 
-    @property
     def client_url(self) -> str:
-        """URL to connect to with the right to make every key: for demonstrations and tests."""
+        """Return a URL to connect with that may make every key: for demonstrations and tests."""
         return f"{self.url}?master_key={self.master_key}"
 
     @property

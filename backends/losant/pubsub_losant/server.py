@@ -203,7 +203,7 @@ class LosantServer(EndpointServer):
             query += "&secure=false"
         return f"losant://{user}{quote(device_id, safe='')}:{self.port}?{query}"
 
-    def another_client(self) -> str:
+    def client_url(self) -> str:
         """Return the URL for one more client, and make a device for it.
 
         A device has one connection: two clients with one `url` would end each other's.
