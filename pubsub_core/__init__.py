@@ -65,7 +65,7 @@ from .events import (
 )
 from .eventstream import EventStream
 from .interest import Notifications, Presence
-from .interfaces import AuthorizationRequest, HistoryQuery
+from .interfaces import EVERYTHING, AuthorizationRequest, HistoryQuery
 from .message import Headers, Member, Message, Origin, Part, Receipt
 from .secrets import Secret
 from .stats import BusStats
@@ -73,6 +73,7 @@ from .subscription import Subscription, SubscriptionStats
 from .trie import HandlerTrie
 
 __all__ = [
+    "EVERYTHING",
     "App",
     "AuthenticationFailed",
     "AuthorizationRequest",

@@ -173,9 +173,9 @@ class App:
         """Declare what answers who may see the topics that match *filter*.
 
         The function, async or plain, takes the request, captures of the filter and buses. It
-        returns the entitlements that the client holds (a set of int), or None for no right at
-        all. A client whose answer fails or is late is refused. A bus whose broker asks nobody
-        keeps the application from starting.
+        returns the entitlements that the client holds (a set of int), `EVERYTHING` for all
+        parts whatever they need, or None for no right at all. A client whose answer fails or
+        is late is refused. A bus whose broker asks nobody keeps the application from starting.
 
         Args:
             filter: Topic filter, with captures.

@@ -18,7 +18,13 @@ from typing import Any, Protocol, Self, TypeAlias, cast
 
 from .errors import HandlerFailed, NotConnected, PubSubError
 from .events import Notice
-from .interfaces import AuthorizationRequest, Backend, HasAuthorization
+from .interfaces import (
+    AuthorizationRequest,
+    Backend,
+    Entitlements,
+    Everything,
+    HasAuthorization,
+)
 from .threads import HandlerThread, is_async
 from .topics import TopicFilter
 
@@ -33,7 +39,8 @@ __all__ = [
 logger = logging.getLogger("pubsub_core")
 
 AuthorizationHandler: TypeAlias = Callable[[AuthorizationRequest], Any]
-"""Returns the entitlements held (a set of int), or None for no right at all; async or plain."""
+"""Returns the entitlements held (a set of int), `EVERYTHING`, or None for no right at all; async
+or plain."""
 
 _AT_ONCE = 32
 _MOST_WAITING = 10_000
@@ -42,20 +49,20 @@ _LATE_LIMIT = 1.0
 _Key: TypeAlias = tuple[str, str]
 
 
-def entitlements_of(given: Any) -> frozenset[int] | None:
+def entitlements_of(given: Any) -> Entitlements | None:
     """Return what a handler gave as entitlements, or None for no right at all.
 
     Raises:
         TypeError: It is neither.
     """
-    if given is None:
-        return None
+    if given is None or isinstance(given, Everything):
+        return given
     if not isinstance(given, (str, bytes, bytearray, Mapping)):
         with contextlib.suppress(TypeError):
             held: frozenset[Any] = frozenset(given)
             if all(isinstance(each, int) and not isinstance(each, bool) for each in held):
                 return held
-    raise TypeError("entitlements are a set of int, or None for no right at all")
+    raise TypeError("entitlements are a set of int, EVERYTHING, or None for no right at all")
 
 
 @dataclass(slots=True)
@@ -81,7 +88,7 @@ class AuthorizerHost(Protocol):
     """What an authorizer asks of its bus."""
 
     async def authorize(
-        self, request: AuthorizationRequest, entitlements: frozenset[int] | None
+        self, request: AuthorizationRequest, entitlements: Entitlements | None
     ) -> None:
         """Answer the broker; NotConnected when the session is over."""
         ...
@@ -250,7 +257,7 @@ class Authorizer:
                     self._waiting[key] = again
 
     async def _answer(self, request: AuthorizationRequest) -> None:
-        held: frozenset[int] | None = None
+        held: Entitlements | None = None
         try:
             held = entitlements_of(await self._asked(request))
         except Exception as error:  # noqa: BLE001 - user code may raise anything
@@ -291,7 +298,7 @@ class Authorizer:
         if not future.cancelled():
             future.exception()  # looked at: the refusal has been told already
 
-    async def _told(self, request: AuthorizationRequest, held: frozenset[int] | None) -> bool:
+    async def _told(self, request: AuthorizationRequest, held: Entitlements | None) -> bool:
         """Answer the broker; return False when this answer cannot be given."""
         try:
             await self._host.authorize(request, held)

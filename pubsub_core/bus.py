@@ -43,6 +43,7 @@ from .interest import InterestView, Notifications, Presence
 from .interfaces import (
     AuthorizationRequest,
     BackendInfo,
+    Everything,
     HasHistory,
     HasPresence,
     HasRetained,
@@ -435,7 +436,7 @@ class Bus:
         """
         self._check_usable()
         engine = self._engine
-        engine.need(Cap.UNICAST)
+        engine.publisher.need(Cap.UNICAST)
         out = engine.publisher.frame(
             topic,
             payload,
@@ -447,8 +448,10 @@ class Bus:
         )
         identity = member.id if isinstance(member, Member) else member
         backend = cast("HasUnicast", engine.backend)
-        return await engine.request(
-            lambda: backend.send_to(identity, out), f"sending to a member of {topic!r}", timeout
+        return await engine.publisher.counted(
+            engine.request(
+                lambda: backend.send_to(identity, out), f"sending to a member of {topic!r}", timeout
+            )
         )
 
     async def clear(self, topic: str) -> Receipt:
@@ -752,9 +755,10 @@ class Bus:
         Args:
             filter: Which topics it answers for; ``#`` for all that do not begin with ``$``.
             handler: Called with each `AuthorizationRequest`: returns the entitlements that
-                the client holds (a set of int), or None for no right at all. An async
-                function, or a plain one, which runs in a thread. One that raises, is late or
-                returns anything else is answered with a refusal.
+                the client holds (a set of int), `EVERYTHING` for all parts whatever they
+                need, or None for no right at all. An async function, or a plain one, which
+                runs in a thread. One that raises, is late or returns anything else is
+                answered with a refusal.
             timeout: Seconds that it has; the bus's default otherwise.
 
         Raises:
@@ -793,9 +797,11 @@ class Bus:
             logger.info("ending the authorizer of %r: %s", authorizer.filter, error)
 
     async def entitle(
-        self, request: AuthorizationRequest, entitlements: Iterable[int] | None
+        self, request: AuthorizationRequest, entitlements: Iterable[int] | Everything | None
     ) -> None:
         """Change what the client of an earlier *request* may see; None takes every right.
+
+        `EVERYTHING` shows it all parts, whatever they need.
 
         Takes effect at once, while the client's subscription goes on; a client that has gone
         since is no error.

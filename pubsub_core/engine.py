@@ -32,6 +32,7 @@ from .interfaces import (
     AuthorizationRequest,
     Backend,
     BackendContext,
+    Entitlements,
     HasAuthorization,
     SessionFacts,
 )
@@ -357,7 +358,7 @@ class Engine:
             self.note(Notice("authorization", text, topic=request.topic))
 
     async def authorize(
-        self, request: AuthorizationRequest, entitlements: frozenset[int] | None
+        self, request: AuthorizationRequest, entitlements: Entitlements | None
     ) -> None:
         """Answer a question of the session at hand."""
         async with asyncio.timeout(self.options.timeout):

@@ -16,10 +16,11 @@ Rules that hold for every method:
 from __future__ import annotations
 
 import abc
+import enum
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Final, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
@@ -32,6 +33,7 @@ from .secrets import Secret
 
 __all__ = [
     "API_VERSION",
+    "EVERYTHING",
     "Address",
     "AuthorizationRequest",
     "Backend",
@@ -39,6 +41,8 @@ __all__ = [
     "BackendInfo",
     "DevServer",
     "Endpoint",
+    "Entitlements",
+    "Everything",
     "HasAcknowledgement",
     "HasAuthorization",
     "HasHistory",
@@ -215,6 +219,19 @@ class HistoryQuery(msgspec.Struct, frozen=True):
     last: int | None = None
     since: float | None = None
     until: float | None = None
+
+
+class Everything(enum.Enum):
+    """The type of `EVERYTHING`."""
+
+    EVERYTHING = "everything"
+
+
+EVERYTHING: Final = Everything.EVERYTHING
+"""Held by a client that may see every part of a message, whatever the part needs."""
+
+Entitlements: TypeAlias = frozenset[int] | Everything
+"""What a client with a right holds."""
 
 
 class AuthorizationRequest(msgspec.Struct, frozen=True):
@@ -502,9 +519,9 @@ class HasAuthorization(Protocol):
         ...
 
     async def authorize(
-        self, request: AuthorizationRequest, entitlements: frozenset[int] | None
+        self, request: AuthorizationRequest, entitlements: Entitlements | None
     ) -> None:
-        """Answer: the entitlements held, or None for no right at all.
+        """Answer: the entitlements held, `EVERYTHING`, or None for no right at all.
 
         Return once the broker acts on it, where that can be known. The same request may be
         answered again later, which replaces what was answered before.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
@@ -252,6 +252,24 @@ class Publisher:
         if receipt is None:
             self._stats.dropped += 1
             return Receipt(out.topic, ConfirmedBy.NOBODY)
+        self._stats.published += 1
+        return receipt
+
+    def need(self, cap: Cap) -> None:
+        """Raise NotSupported, which counts as a failure, where the broker lacks *cap*."""
+        try:
+            self._need(cap)
+        except NotSupported:
+            self._stats.failed += 1
+            raise
+
+    async def counted(self, sending: Awaitable[Receipt]) -> Receipt:
+        """Return what *sending* returns; it counts as a publish does."""
+        try:
+            receipt = await sending
+        except PubSubError:
+            self._stats.failed += 1
+            raise
         self._stats.published += 1
         return receipt
 

@@ -52,7 +52,7 @@ from .errors import BusClosed, PubSubError, WrongLoop
 from .events import BusEvent, InterestEvent, Status
 from .eventstream import EventStream
 from .interest import InterestView, Notifications, Presence
-from .interfaces import AuthorizationRequest, BackendInfo, HistoryQuery
+from .interfaces import AuthorizationRequest, BackendInfo, Everything, HistoryQuery
 from .message import Member, Message, Part, Receipt
 from .middleware import Middleware
 from .settings import BusOptions, OverflowPolicy
@@ -559,7 +559,9 @@ class SyncBus(_Synchronous):
 
         return SyncAuthorizer(self._call(entered, "authorize"), self._caller)
 
-    def entitle(self, request: AuthorizationRequest, entitlements: Iterable[int] | None) -> None:
+    def entitle(
+        self, request: AuthorizationRequest, entitlements: Iterable[int] | Everything | None
+    ) -> None:
         """Change what the client of an earlier *request* may see; see `Bus.entitle`."""
         self._call(lambda: self._bus.entitle(request, entitlements), "entitle")
 

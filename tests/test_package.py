@@ -119,7 +119,10 @@ def test_what_one_package_takes_of_another_is_public() -> None:
 
 
 def test_every_name_of_the_core_is_what_its_module_has() -> None:
-    assert pubsub_core.__all__ == sorted(pubsub_core.__all__)
+    # As the linter wants them: constants, classes, functions.
+    assert pubsub_core.__all__ == sorted(
+        pubsub_core.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name)
+    )
     for name in pubsub_core.__all__:
         value = getattr(pubsub_core, name)
         home = importlib.import_module(value.__module__)

@@ -36,9 +36,12 @@ from pubsub_core.errors import (
 )
 from pubsub_core.events import InterestEvent, InterestKind, Notice
 from pubsub_core.interfaces import (
+    EVERYTHING,
     AuthorizationRequest,
     Backend,
     BackendContext,
+    Entitlements,
+    Everything,
     SessionFacts,
     Sink,
     Watch,
@@ -924,17 +927,21 @@ class MessageBusBackend(Backend):
         self._authorizing.pop(filter, None)
 
     async def authorize(
-        self, request: AuthorizationRequest, entitlements: frozenset[int] | None
+        self, request: AuthorizationRequest, entitlements: Entitlements | None
     ) -> None:
         """Answer; a set without any entitlement is a no, unless the option everyone is set.
 
-        Returns when the distributor has acted on it.
+        `EVERYTHING` is the broker's "no authorization required". Returns when the distributor
+        has acted on it.
         """
         client_id, feed, topic = cast("tuple[uuid.UUID, str, str]", request.tag)
-        held = None if entitlements is None else set(entitlements)
-        if held is not None and self._options.everyone is not None:
-            held.add(self._options.everyone)
-        self._send(encode_authorization_response(client_id, feed, topic, True, held))
+        required = entitlements is not EVERYTHING
+        held: set[int] | None = None
+        if entitlements is not None and not isinstance(entitlements, Everything):
+            held = set(entitlements)
+            if self._options.everyone is not None:
+                held.add(self._options.everyone)
+        self._send(encode_authorization_response(client_id, feed, topic, required, held))
         await self._confirm()
 
     def _asked(self, message: WireAuthorizationRequest) -> None:
