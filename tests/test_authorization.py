@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pubsub_core import (
+    EVERYTHING,
     App,
     AuthorizationRequest,
     Authorizer,
@@ -35,6 +36,7 @@ from pubsub_core.testing.harness import ServerThread
 from pubsub_messagebus import BasicAuthenticator, CallbackClient
 from pubsub_messagebus.roles import FeedPolicy, Policy, Role, RoleChange
 from pubsub_messagebus.server import MessageBusServer
+from pubsub_mqtt.server import MosquittoServer
 from tests.servers import eventually
 
 PASSWORDS = Path(__file__).parent / "data" / "messagebus_passwords.json"
@@ -158,6 +160,7 @@ def test_nothing_else_counts_as_entitlements(given: object) -> None:
 
 def test_entitlements_are_any_collection_of_numbers_or_none() -> None:
     assert entitlements_of(None) is None
+    assert entitlements_of(EVERYTHING) is EVERYTHING
     assert entitlements_of(()) == frozenset()
     assert entitlements_of(iter([1, 2, 1])) == frozenset({1, 2})
 
@@ -457,7 +460,9 @@ async def test_an_authorizer_may_be_closed_by_its_own_handler(server: MessageBus
             assert made[0].stats.granted == 1
 
 
-async def test_what_cannot_be_an_authorizer_is_refused(server: MessageBusServer) -> None:
+async def test_what_cannot_be_an_authorizer_is_refused(
+    server: MessageBusServer, mosquitto: MosquittoServer
+) -> None:
     async with bus_of(server.port) as bus:
         with pytest.raises(InvalidFilter):
             bus.authorize("a/#/b", raises)
@@ -465,12 +470,12 @@ async def test_what_cannot_be_an_authorizer_is_refused(server: MessageBusServer)
             bus.authorize("a/#", {1})  # type: ignore[arg-type]  # what is under test
         with pytest.raises(ValueError, match="timeout"):
             bus.authorize("a/#", raises, timeout=0)
-    async with connect("memory://") as memory:
+    async with connect(mosquitto.url) as other:
         with pytest.raises(NotSupported, match="authorization") as caught:
-            memory.authorize("a/#", raises)
-        assert caught.value.alternatives == ("messagebus",)
+            other.authorize("a/#", raises)
+        assert caught.value.alternatives == ("memory", "messagebus")
         with pytest.raises(NotSupported, match="authorization"):
-            await memory.entitle(AuthorizationRequest(None, "a"), {1})  # type: ignore[arg-type]
+            await other.entitle(AuthorizationRequest(None, "a"), {1})  # type: ignore[arg-type]
 
 
 # --- an application ----------------------------------------------------------------------------
@@ -530,11 +535,13 @@ async def test_a_strict_application_stops_at_a_failed_authorizer(server: Message
     assert isinstance(caught.value.__cause__, TimeoutError)
 
 
-async def test_an_application_does_not_start_where_nobody_is_asked() -> None:
+async def test_an_application_does_not_start_where_nobody_is_asked(
+    mosquitto: MosquittoServer,
+) -> None:
     app = App()
     app.authorizer("a/#")(raises)
     with pytest.raises(NotSupported, match="authorization"):
-        await app.serve({"main": "memory://"})
+        await app.serve({"main": mosquitto.url})
 
 
 def test_mistakes_in_a_declaration_are_told_at_once() -> None:

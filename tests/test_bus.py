@@ -24,10 +24,10 @@ from pubsub_core import (
     Message,
     NotConnected,
     NotSupported,
+    OperationTimeout,
     Origin,
     Outcome,
     Overflow,
-    Part,
     PayloadTooLarge,
     PublishFailed,
     PublishTimeout,
@@ -42,6 +42,7 @@ from pubsub_core.memory import Space
 from pubsub_core.memory.backend import MemoryBackend
 from pubsub_core.middleware import CallNext, Context
 from pubsub_core.testing.clock import VirtualClock
+from pubsub_mqtt.server import MosquittoServer
 
 
 @pytest.fixture
@@ -65,14 +66,13 @@ async def test_what_is_refused_before_it_is_sent_counts_as_failed(lab: str) -> N
         return await call_next(context)
 
     async with connect(lab) as bus:
-        for expected in (8, 16):
+        for expected in (7, 14):
             refused: list[tuple[dict[str, Any], type[Exception]]] = [
                 ({"topic": "a/#"}, InvalidTopic),
                 ({"topic": "a", "payload": bytes(256 * 1024 * 1024 + 1)}, PayloadTooLarge),
                 ({"topic": "a", "payload": object()}, EncodeFailed),
                 ({"topic": "a", "qos": 3}, ValueError),
                 ({"topic": "a", "ttl": -1}, ValueError),
-                ({"topic": "a", "parts": [Part(b"x")]}, NotSupported),
                 ({"topic": "a", "confirm": "everybody"}, ValueError),
                 ({"topic": "a", "qos": 0, "confirm": "broker"}, NotSupported),
             ]
@@ -84,15 +84,47 @@ async def test_what_is_refused_before_it_is_sent_counts_as_failed(lab: str) -> N
             bus.use(through)  # once more behind a middleware
 
 
+async def test_sending_to_a_member_counts_as_publishing_does(lab: str) -> None:
+    async with connect(lab) as bus, connect(lab) as other, other.subscribe("a"):
+        member = (await bus.members("a"))[0]
+        with pytest.raises(InvalidTopic):
+            await bus.send_to(member, "a/#")
+        assert (bus.stats.published, bus.stats.failed) == (0, 1)
+        await bus.send_to(member, "a", b"x")
+        assert (bus.stats.published, bus.stats.failed) == (1, 1)
+        with pytest.raises(PublishFailed, match="not subscribed"):
+            await bus.send_to(member, "b", b"x")
+        assert (bus.stats.published, bus.stats.failed) == (1, 2)
+        space_of(lab).refuse(True)
+        space_of(lab).disconnect_all()
+        await bus.wait_for(Status.RECONNECTING, timeout=5)
+        with pytest.raises(OperationTimeout):
+            await bus.send_to(member, "a", b"x", timeout=0.05)
+        assert (bus.stats.published, bus.stats.failed) == (1, 3)
+        space_of(lab).refuse(False)
+
+
+async def test_sending_to_a_member_where_nobody_can_counts_as_failed(
+    mosquitto: MosquittoServer,
+) -> None:
+    async with connect(mosquitto.url) as bus:
+        with pytest.raises(NotSupported, match="unicast"):
+            await bus.send_to("somebody", "a", b"x")
+        assert (bus.stats.published, bus.stats.failed) == (0, 1)
+
+
 # --- life --------------------------------------------------------------------------------
 
 
-async def test_require_names_everything_that_is_missing_before_any_traffic() -> None:
+async def test_require_names_everything_that_is_missing_before_any_traffic(
+    mosquitto: MosquittoServer,
+) -> None:
+    required = {Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Cap.RETAINED}
     with pytest.raises(NotSupported) as caught:
-        async with connect("memory://", require={Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Cap.ACK}):
+        async with connect(mosquitto.url, require=required):
             raise AssertionError("must not open")
     assert caught.value.capability == "authorization, entitlements"
-    assert "everybody in this process" in caught.value.why
+    assert "rights are for whole topics" in caught.value.why
 
 
 async def test_an_option_of_the_backend_can_be_an_argument() -> None:

@@ -14,11 +14,13 @@ from typing import cast
 import msgspec
 
 from pubsub_core.capabilities import Limits
-from pubsub_core.errors import NotConnected
-from pubsub_core.events import InterestEvent
+from pubsub_core.errors import BadOption, InvalidFilter, NotConnected
+from pubsub_core.events import InterestEvent, Notice
 from pubsub_core.interfaces import (
+    AuthorizationRequest,
     Backend,
     BackendContext,
+    Entitlements,
     HistoryQuery,
     SessionFacts,
     Sink,
@@ -26,6 +28,7 @@ from pubsub_core.interfaces import (
     WireSub,
 )
 from pubsub_core.message import InFrame, Member, OutFrame, Receipt, Verdict
+from pubsub_core.topics import parse_filter
 
 from .options import MemoryOptions
 from .space import Group, LocalSub, Space
@@ -42,6 +45,13 @@ class MemoryBackend(Backend):
         super().__init__(context)
         options: MemoryOptions = context.options
         self.options = options
+        try:
+            for each in options.guarded:
+                parse_filter(each)
+        except InvalidFilter as error:
+            raise BadOption(
+                str(error), option="guarded", hint="name topic filters", backend="memory"
+            ) from error
         self.clock = context.clock
         self.time = context.clock.time
         self.space = Space.named(context.address.host, history=options.history)
@@ -77,7 +87,10 @@ class MemoryBackend(Backend):
         with self.space.lock:
             self.sink = sink
             while self._kept:
-                sink.deliver(self._kept.popleft())
+                # What may be seen can have become less meanwhile.
+                frame = self.space.shown(self, self._kept.popleft())
+                if frame is not None:
+                    sink.deliver(frame)
         return SessionFacts(
             resumed=resumed, client_id=self.member.id, server=f"memory space {self.space.name!r}"
         )
@@ -202,12 +215,30 @@ class MemoryBackend(Backend):
 
     async def history(self, filter: str, query: HistoryQuery) -> AsyncIterator[InFrame]:
         """Yield stored messages."""
-        for frame in self.space.stored(filter, query, self.clock):
+        for frame in self.space.stored(self, filter, query):
             yield frame
 
     async def last(self, topic: str) -> InFrame | None:
         """Return the retained value."""
-        return self.space.last(topic, self.clock)
+        return self.space.last(self, topic)
+
+    async def watch_authorizations(self, filter: str) -> None:
+        """Ask the sink about clients that want topics matching *filter*."""
+        if self.sink is None:
+            raise self._not_connected()
+        self.space.watch_authorizations(self, filter)
+
+    async def unwatch_authorizations(self, filter: str) -> None:
+        """Stop asking."""
+        self.space.unwatch_authorizations(self, filter)
+
+    async def authorize(
+        self, request: AuthorizationRequest, entitlements: Entitlements | None
+    ) -> None:
+        """Answer; a set without any entitlement shows what needs none."""
+        if self.sink is None:
+            raise self._not_connected()
+        self.space.authorize(self, request, entitlements)
 
     def settle(self, tag: object, verdict: Verdict) -> None:
         """Forget a message, or deliver it again."""
@@ -221,28 +252,44 @@ class MemoryBackend(Backend):
     # --- what the space calls ----------------------------------------------------------------
 
     def take(self, frame: InFrame, group: Group | None = None, *, manual: bool = False) -> None:
-        """Receive one message; a *manual* one waits for an acknowledgement."""
+        """Receive what this client may see of one message; a *manual* one waits for an ack."""
+        whole = frame
+        shown = self.space.shown(self, whole, tell=True)
+        if shown is None:
+            return
+        frame = shown
         if manual:
-            frame = self._await_settling(frame, group)
+            # Whoever gets it next may see something else of it.
+            frame = msgspec.structs.replace(frame, tag=self._await_settling(whole, group))
         sink = self.sink
         if sink is not None:
             sink.deliver(frame)
         elif self.options.persistent:
             self._kept.append(frame)
 
-    def _await_settling(self, frame: InFrame, group: Group | None) -> InFrame:
+    def _await_settling(self, frame: InFrame, group: Group | None) -> int:
         (identity,) = frame.subscriptions or (0,)
         tag = next(self._tags)
         deadline = self.clock.monotonic() + self.options.ack_timeout
         subscription = self.subscriptions[identity]
         self._unsettled[tag] = (subscription, group, frame, deadline)
         self._watch_deadlines()
-        return msgspec.structs.replace(frame, tag=tag)
+        return tag
 
     def tell(self, event: InterestEvent) -> None:
         """Receive one change of interest."""
         if self.sink is not None:
             self.sink.interest(event)
+
+    def note(self, notice: Notice) -> None:
+        """Receive a notice."""
+        if self.sink is not None:
+            self.sink.notice(notice)
+
+    def ask(self, request: AuthorizationRequest) -> None:
+        """Receive a question about another client."""
+        if self.sink is not None:
+            self.sink.authorization(request)
 
     def cut(self, error: BaseException) -> None:
         """Lose the session; callable from any thread."""
@@ -257,6 +304,7 @@ class MemoryBackend(Backend):
         if self.sink is None:
             return
         self.sink = None
+        self.space.end_session(self)
         self._on_loop(self._let_go)
         will = self.options.will
         for subscription, group, frame, _ in self._unsettled.values():

@@ -49,6 +49,10 @@ class MemoryOptions:
     rate: Annotated[int, Meta(ge=1)] | None = field(
         default=None, metadata=_help("most messages a second, as some brokers allow")
     )
+    guarded: tuple[str, ...] = field(
+        default=(),
+        metadata=_help("filters of the topics that nobody sees unless an authorizer lets them"),
+    )
     will: MemoryWill | None = field(
         default=None, metadata=_help("message published when the session is lost")
     )

@@ -27,14 +27,9 @@ INFO = BackendInfo(
     factory="pubsub_core.memory.backend:MemoryBackend",
     about="In this process: the reference, and what programs run on in tests.",
     capabilities={
-        **{
-            cap: Support.native()
-            for cap in Cap
-            if cap not in (Cap.ENTITLEMENTS, Cap.AUTHORIZATION, Cap.SOURCE_LOST)
-        },
+        **{cap: Support.native() for cap in Cap if cap is not Cap.SOURCE_LOST},
         Cap.SOURCE_LOST: Support.none("publishers in one process do not vanish unnoticed"),
-        Cap.ENTITLEMENTS: Support.none("everybody in this process may see everything"),
-        Cap.AUTHORIZATION: Support.none("everybody in this process may see everything"),
+        Cap.ENTITLEMENTS: Support.native("on the topics of the option guarded"),
     },
     guarantees=Guarantees(
         confirmed_by=ConfirmedBy.BROKER,

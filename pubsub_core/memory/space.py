@@ -6,27 +6,36 @@ import itertools
 import secrets
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import msgspec
 
 from pubsub_core.capabilities import ConfirmedBy
-from pubsub_core.clock import Clock
 from pubsub_core.errors import (
     AuthenticationFailed,
     ConnectError,
+    NotAuthorized,
     Outcome,
     PublishFailed,
     PublishNotAuthorized,
     SubscribeNotAuthorized,
 )
 from pubsub_core.events import InterestEvent, InterestKind
-from pubsub_core.interfaces import HistoryQuery, Watch, WatchKind, WireSub
+from pubsub_core.interfaces import (
+    AuthorizationRequest,
+    Entitlements,
+    HistoryQuery,
+    Watch,
+    WatchKind,
+    WireSub,
+)
 from pubsub_core.message import InFrame, Member, Origin, OutFrame, Receipt
 from pubsub_core.topics import overlap, parse_filter
 from pubsub_core.trie import HandlerTrie
+
+from .rights import Rights, is_exact
 
 if TYPE_CHECKING:
     from .backend import MemoryBackend
@@ -43,6 +52,7 @@ class _User:
     password: str
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
+    authorize: tuple[str, ...]
 
 
 class LocalSub:
@@ -65,11 +75,11 @@ class Group:
         self.members: list[LocalSub] = []
         self._turn = 0
 
-    def pick(self) -> LocalSub:
-        """Return the next member that has a session; a group never has no members."""
-        present = [member for member in self.members if member.client.sink is not None]
+    def pick(self, members: Sequence[LocalSub]) -> LocalSub:
+        """Return the next of these *members* that has a session; there is at least one."""
+        present = [member for member in members if member.client.sink is not None]
         if not present:
-            return self.members[0]
+            return members[0]
         self._turn = (self._turn + 1) % len(present)
         return present[self._turn]
 
@@ -102,6 +112,9 @@ class Space:
         self._history: deque[tuple[InFrame, float | None]] = deque(maxlen=history)
         self._watches: dict[tuple[str, int], tuple[MemoryBackend, Watch]] = {}
         self._users: dict[str, _User] = {}
+        self._rights = Rights(self._may_authorize)
+        # Whether any topic needs authorization, as every publish asks that.
+        self._guarding = False
         self._ids = itertools.count(1)
         self._refusing = False
         # Ids of the clients that asked to be spared for now.
@@ -146,9 +159,129 @@ class Space:
         *,
         publish: Iterable[str] = ("#",),
         subscribe: Iterable[str] = ("#",),
+        authorize: Iterable[str] = ("#",),
     ) -> None:
         """Let *username* in, with rights on these filters; anybody else is refused then."""
-        self._users[username] = _User(password, tuple(publish), tuple(subscribe))
+        self._users[username] = _User(password, tuple(publish), tuple(subscribe), tuple(authorize))
+
+    # --- guarded topics --------------------------------------------------------------------
+
+    def guard(self, *filters: str) -> None:
+        """Show nothing of these filters' topics unless an authorizer lets a client see it.
+
+        The option ``guarded`` of a bus does the same for its whole space.
+        """
+        with self.lock:
+            rights = self._rights
+            open_before = [
+                subscription
+                for client in self._clients.values()
+                for subscription in client.subscriptions.values()
+                if is_exact(subscription.filter) and not rights.guards(subscription.filter)
+            ]
+            rights.guard(filters)
+            self._guarding = rights.needed
+            self._plans.clear()
+            for client, topic in dict.fromkeys(
+                (subscription.client, subscription.filter)
+                for subscription in open_before
+                if rights.guards(subscription.filter)
+            ):
+                self._tell_of(client, topic, InterestKind.LEFT)
+                rights.want(client, topic)
+
+    def shown(self, client: MemoryBackend, frame: InFrame, *, tell: bool = False) -> InFrame | None:
+        """Return what *client* may see of *frame*; see `Rights.shown`."""
+        if not self._guarding:
+            return frame
+        with self.lock:
+            return self._rights.shown(client, frame, tell=tell)
+
+    def watch_authorizations(self, client: MemoryBackend, filter: str) -> None:
+        """Ask *client* about those who want topics of *filter*, where it may answer."""
+        with self.lock:
+            self._rights.watch(client, filter)
+
+    def unwatch_authorizations(self, client: MemoryBackend, filter: str) -> None:
+        """Ask no more."""
+        with self.lock:
+            self._rights.unwatch(client, filter)
+
+    def authorize(
+        self,
+        authorizer: MemoryBackend,
+        request: AuthorizationRequest,
+        held: Entitlements | None,
+    ) -> None:
+        """Act on an answer; one about a client that is gone, or that nobody asked, is ignored.
+
+        The first right shows the client and what is retained; a refusal hides the client.
+        """
+        topic = request.topic
+        if not self._may_authorize(authorizer, topic):
+            raise NotAuthorized(
+                f"{authorizer.options.username!r} may not authorize on {topic!r}",
+                hint="ask for the right to authorize there",
+                backend="memory",
+                topic=topic,
+            )
+        with self.lock:
+            client = self._clients.get(request.member.id)
+            if client is None:
+                return
+            before = self._rights.held(client, topic)
+            present = self._present(client, topic)
+            if not self._rights.answer(client, topic, held):
+                return
+            self._plans.clear()
+            if before is None and held is not None:
+                self._tell_of(client, topic, InterestKind.JOINED, present=present)
+                for subscription in tuple(client.subscriptions.values()):
+                    if subscription.want.group is None and parse_filter(
+                        subscription.filter
+                    ).matches(topic):
+                        self.give_retained(subscription, topic)
+            elif before is not None and held is None:
+                self._tell_of(client, topic, InterestKind.LEFT, "not entitled")
+
+    def end_session(self, client: MemoryBackend) -> None:
+        """Ask *client* nothing until it is back; its own rights stay until it leaves."""
+        with self.lock:
+            self._rights.end_session(client)
+
+    def _may_authorize(self, client: MemoryBackend, topic: str) -> bool:
+        if not self._users:
+            return True
+        user = self._users.get(client.options.username)
+        return user is not None and any(
+            parse_filter(each).matches(topic) for each in user.authorize
+        )
+
+    def _visible(self, client: MemoryBackend, filter: str) -> bool:
+        """Whether others are told of *client*'s subscription to *filter*."""
+        return not is_exact(filter) or self._rights.may_see(client, filter)
+
+    def _tell_of(
+        self,
+        client: MemoryBackend,
+        topic: str,
+        kind: InterestKind,
+        reason: str = "",
+        *,
+        present: frozenset[tuple[str, int]] | None = None,
+    ) -> None:
+        """Tell who watches that *client*'s subscriptions to *topic* appear, or disappear."""
+        if present is None:
+            present = self._present(client, topic)
+        for subscription in client.subscriptions.values():
+            if subscription.filter == topic:
+                self._tell(client, topic, kind, reason, present)
+                # Presence tells of clients, not of subscriptions.
+                present = frozenset(
+                    key
+                    for key, (_, watch) in self._watches.items()
+                    if watch.kind is WatchKind.PRESENCE
+                )
 
     # --- sessions ------------------------------------------------------------------------
 
@@ -172,6 +305,8 @@ class Space:
         with self.lock:
             resumed = client.options.persistent and client.member.id in self._clients
             self._clients[client.member.id] = client
+            if client.options.guarded:
+                self.guard(*client.options.guarded)
             return resumed
 
     def leave(self, client: MemoryBackend, reason: str) -> None:
@@ -183,6 +318,7 @@ class Space:
                 self.unsubscribe(client, subscription.want, reason)
             for key in [key for key in self._watches if key[0] == client.member.id]:
                 del self._watches[key]
+            self._rights.leave(client)
 
     def subscribe(self, client: MemoryBackend, want: WireSub) -> None:
         """Add a subscription, deliver retained values, tell who watches."""
@@ -193,6 +329,9 @@ class Space:
                 old.want = want
                 self._plans.clear()
                 return
+            rights = self._rights
+            if self._guarding:
+                rights.ask_again(client, parse_filter(want.filter))
             before = self._present(client, want.filter)
             subscription = LocalSub(client, want)
             client.subscriptions[want.id] = subscription
@@ -206,7 +345,10 @@ class Space:
                     self._trie.add(want.filter, group)
                 group.members.append(subscription)
             self._plans.clear()
-            self._tell(client, want.filter, InterestKind.JOINED, "", before)
+            if self._visible(client, want.filter):
+                self._tell(client, want.filter, InterestKind.JOINED, "", before)
+            else:
+                rights.want(client, want.filter)
             if want.group is None:
                 self.give_retained(subscription)
 
@@ -226,13 +368,17 @@ class Space:
                     del self._groups[key]
                     self._trie.remove(want.filter, group)
             self._plans.clear()
-            self._tell(
-                client,
-                want.filter,
-                InterestKind.LEFT,
-                reason,
-                self._present(client, want.filter),
-            )
+            if self._visible(client, want.filter):
+                self._tell(
+                    client,
+                    want.filter,
+                    InterestKind.LEFT,
+                    reason,
+                    self._present(client, want.filter),
+                )
+            if self._guarding:
+                wanted = [parse_filter(each.filter) for each in client.subscriptions.values()]
+                self._rights.drop(client, lambda topic: any(each.matches(topic) for each in wanted))
 
     # --- messages ------------------------------------------------------------------------
 
@@ -248,6 +394,7 @@ class Space:
             plan = self._plans.get(topic)
             if plan is None:
                 plan = self._plan(topic)
+            guarded = self._guarding and self._rights.guards(topic)
             frame: InFrame | None = None
             count = 0
             for receiver, ids, manual, group in plan:
@@ -272,10 +419,10 @@ class Space:
                 )
                 if manual:
                     receiver.take(frame, manual=True)
-                elif (sink := receiver.sink) is not None:
-                    sink.deliver(frame)
-                else:
+                elif guarded or (sink := receiver.sink) is None:
                     receiver.take(frame)
+                else:
+                    sink.deliver(frame)
             if frame is None:
                 frame = InFrame(
                     topic=topic,
@@ -300,7 +447,10 @@ class Space:
     def _publish_to_group(
         self, group: Group, client: MemoryBackend, out: OutFrame, now: float, identity: str
     ) -> int:
-        member = group.pick()
+        members = self._allowed(group, out.topic)
+        if not members:
+            return 0
+        member = group.pick(members)
         if member.client is client and not out.echo:
             return 0
         frame = InFrame(
@@ -326,7 +476,7 @@ class Space:
             receiver = self._clients.get(member)
             ids = (
                 ()
-                if receiver is None
+                if receiver is None or not self._rights.may_see(receiver, out.topic)
                 else tuple(
                     subscription.want.id
                     for subscription in receiver.subscriptions.values()
@@ -364,17 +514,17 @@ class Space:
         with self.lock:
             for route in self._plans.get(out.topic) or self._plan(out.topic):
                 if route.group is not None:
-                    members = route.group.members
-                    if all(member.client.paused for member in members):
+                    members = self._allowed(route.group, out.topic)
+                    if members and all(member.client.paused for member in members):
                         return members[0].client
                 elif route.client.paused and (out.echo or route.client is not client):
                     return route.client
         return None
 
-    def stored(self, filter: str, query: HistoryQuery, clock: Clock) -> list[InFrame]:
-        """Return stored messages, oldest first."""
+    def stored(self, client: MemoryBackend, filter: str, query: HistoryQuery) -> list[InFrame]:
+        """Return what *client* may see of the stored messages, oldest first."""
         matches = parse_filter(filter).matches
-        now = clock.time()
+        now = client.time()
         result: list[InFrame] = []
         with self.lock:
             for frame, expires in reversed(self._history):
@@ -386,36 +536,52 @@ class Space:
                     break
                 if query.until is not None and frame.time > query.until:
                     continue
-                if matches(frame.topic):
-                    result.append(_stored(frame, expires, now, Origin.REPLAY))
+                if matches(frame.topic) and (shown := self._rights.shown(client, frame)):
+                    result.append(_stored(shown, expires, now, Origin.REPLAY))
         result.reverse()
         return result
 
-    def last(self, topic: str, clock: Clock) -> InFrame | None:
-        """Return the retained value of *topic*."""
-        now = clock.time()
+    def last(self, client: MemoryBackend, topic: str) -> InFrame | None:
+        """Return what *client* may see of the retained value of *topic*."""
+        now = client.time()
         with self.lock:
             kept = self._retained.get(topic)
             if kept is None or (kept[1] is not None and kept[1] <= now):
                 return None
-            return _stored(kept[0], kept[1], now, Origin.RETAINED)
+            shown = self._rights.shown(client, kept[0])
+            return None if shown is None else _stored(shown, kept[1], now, Origin.RETAINED)
 
     def redeliver(self, subscription: LocalSub, group: Group | None, frame: InFrame) -> None:
         """Deliver *frame* once more, in a share group to the next member."""
         with self.lock:
-            if group is not None and group.members:
-                subscription = group.pick()
+            if group is not None and (members := self._allowed(group, frame.topic)):
+                subscription = group.pick(members)
             again = msgspec.structs.replace(
                 frame, redelivered=True, subscriptions=(subscription.want.id,)
             )
             subscription.client.take(again, group, manual=True)
 
+    def _allowed(self, group: Group, topic: str) -> list[LocalSub]:
+        """Return the members of *group* that may see something of *topic*."""
+        rights = self._rights
+        if not rights.guards(topic):
+            return group.members
+        return [member for member in group.members if rights.may_see(member.client, topic)]
+
     def _plan(self, topic: str) -> tuple[_Route, ...]:
         plain: dict[MemoryBackend, list[int]] = {}
         rest: list[_Route] = []
+        rights = self._rights
+        guarded = rights.guards(topic)
         for target in self._trie.match(topic):
+            if guarded:
+                # With wildcards nobody was asked about this topic yet.
+                for each in target.members if isinstance(target, Group) else (target,):
+                    rights.want(each.client, topic)
             if isinstance(target, Group):
                 rest.append(_Route(target.members[0].client, (), False, target))
+            elif guarded and not rights.may_see(target.client, topic):
+                continue
             elif target.want.manual_ack:
                 rest.append(_Route(target.client, (target.want.id,), True, None))
             else:
@@ -428,14 +594,17 @@ class Space:
         )
         return plan
 
-    def give_retained(self, subscription: LocalSub) -> None:
-        """Deliver what is retained for a subscription."""
-        matches = parse_filter(subscription.filter).matches
+    def give_retained(self, subscription: LocalSub, only: str | None = None) -> None:
+        """Deliver what is retained for a subscription, of all topics or of one."""
+        matches = parse_filter(subscription.filter if only is None else only).matches
+        rights = self._rights
         now = subscription.client.clock.time()
         for topic, (frame, expires) in tuple(self._retained.items()):
             if expires is not None and expires <= now:
                 del self._retained[topic]
             elif matches(topic):
+                if rights.guards(topic):
+                    rights.want(subscription.client, topic)
                 kept = _stored(frame, expires, now, Origin.RETAINED)
                 kept = msgspec.structs.replace(kept, subscriptions=(subscription.want.id,))
                 subscription.client.take(kept)
@@ -472,7 +641,9 @@ class Space:
                 return self.members(watch.filter)
             for other in self._clients.values():
                 for subscription in other.subscriptions.values():
-                    if overlap(watch.filter, subscription.filter):
+                    if overlap(watch.filter, subscription.filter) and self._visible(
+                        other, subscription.filter
+                    ):
                         client.tell(
                             InterestEvent(
                                 InterestKind.JOINED,
@@ -502,6 +673,7 @@ class Space:
                 for client in self._clients.values()
                 if any(
                     overlap(subscription.filter, topic)
+                    and self._visible(client, subscription.filter)
                     for subscription in client.subscriptions.values()
                 )
             ]
@@ -515,6 +687,7 @@ class Space:
             and overlap(watch.filter, filter)
             and any(
                 overlap(watch.filter, subscription.filter)
+                and self._visible(client, subscription.filter)
                 for subscription in client.subscriptions.values()
             )
         )

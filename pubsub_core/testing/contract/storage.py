@@ -11,7 +11,7 @@ from pubsub_core.bus import Bus
 from pubsub_core.capabilities import Cap
 from pubsub_core.errors import HandlerFailed, NotSupported
 from pubsub_core.events import Notice, Status
-from pubsub_core.interfaces import AuthorizationRequest
+from pubsub_core.interfaces import EVERYTHING, AuthorizationRequest
 from pubsub_core.message import Message, Origin, Part
 from pubsub_core.subscription import Subscription
 from pubsub_core.testing.case import Need, case, needs
@@ -351,6 +351,7 @@ async def entitlements_change_live(t: Trial) -> None:
         ({1}, [b"for everybody", b"for one"]),
         ({1, 2}, [b"for everybody", b"for one", b"for two"]),
         ({2}, [b"for everybody", b"for two"]),
+        (EVERYTHING, [b"for everybody", b"for one", b"for two"]),
     ):
         await t.within(warden.entitle(asked[0], held))
         await t.within(publisher.publish(t.guarded, parts=_parts()))

@@ -1,0 +1,214 @@
+"""Who may see what of the guarded topics of a space: questions, answers, what is left of a message.
+
+A right is of one client and one topic. A client that subscribes to a guarded topic is asked
+about, of everybody who authorizes there; so is one whose wildcards match it, once something is
+published. Whoever has no answer, or a no, is shown nothing, and nothing is kept for later.
+
+Everything here is called with the lock of the space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pubsub_core.events import Notice
+from pubsub_core.interfaces import AuthorizationRequest, Entitlements, Everything
+from pubsub_core.message import InFrame
+from pubsub_core.topics import TopicFilter, parse_filter
+
+if TYPE_CHECKING:
+    from .backend import MemoryBackend
+
+__all__ = ["Rights", "is_exact"]
+
+_MOST_WAITING = 10_000
+_MOST_CACHED = 10_000
+
+
+def is_exact(filter: str) -> bool:
+    """Whether *filter* is one topic, without a wildcard."""
+    return "+" not in filter and "#" not in filter
+
+
+class _Question:
+    """What nobody has answered yet, and who was asked in their session."""
+
+    __slots__ = ("asked",)
+
+    def __init__(self) -> None:
+        self.asked: set[MemoryBackend] = set()
+
+
+class Rights:
+    """What the clients of one space may see.
+
+    Args:
+        may_authorize: Whether a client may answer for a topic.
+    """
+
+    def __init__(self, may_authorize: Callable[[MemoryBackend, str], bool]) -> None:
+        self._may_authorize = may_authorize
+        self._filters: dict[str, TopicFilter] = {}
+        self._guarded: dict[str, bool] = {}
+        self._authorizers: dict[MemoryBackend, dict[str, TopicFilter]] = {}
+        # An answer of None is a no.
+        self._known: dict[MemoryBackend, dict[str, Entitlements | _Question | None]] = {}
+        self._waiting = 0
+
+    @property
+    def needed(self) -> bool:
+        """Whether any topic is guarded at all."""
+        return bool(self._filters)
+
+    def guard(self, filters: Iterable[str]) -> None:
+        """Guard the topics of these filters from now on."""
+        for each in filters:
+            self._filters[each] = parse_filter(each)
+        self._guarded.clear()
+
+    def guards(self, topic: str) -> bool:
+        """Whether *topic* is guarded."""
+        if not self._filters:
+            return False
+        found = self._guarded.get(topic)
+        if found is None:
+            if len(self._guarded) >= _MOST_CACHED:
+                self._guarded.clear()
+            found = any(each.matches(topic) for each in self._filters.values())
+            self._guarded[topic] = found
+        return found
+
+    def held(self, client: MemoryBackend, topic: str) -> Entitlements | None:
+        """Return what *client* holds for a guarded topic, or None for no right."""
+        known = self._known.get(client, {}).get(topic)
+        return None if isinstance(known, _Question) else known
+
+    def may_see(self, client: MemoryBackend, topic: str) -> bool:
+        """Whether anything of *topic* is for *client*."""
+        return not self.guards(topic) or self.held(client, topic) is not None
+
+    def shown(self, client: MemoryBackend, frame: InFrame, *, tell: bool = False) -> InFrame | None:
+        """Return what *client* may see of *frame*; None when that is nothing.
+
+        With *tell* a client that has a right, but to no part of it, is told.
+        """
+        if not self.guards(frame.topic):
+            return frame
+        held = self.held(client, frame.topic)
+        if held is None:
+            return None
+        if isinstance(held, Everything) or not frame.parts:
+            return frame
+        parts = tuple(part for part in frame.parts if part.entitlements <= held)
+        if len(parts) == len(frame.parts):
+            return frame
+        if not parts:
+            if tell:
+                text = f"a message of {frame.topic!r} had nothing that this client is entitled to"
+                client.note(Notice("not_entitled", text, frame.topic))
+            return None
+        return msgspec.structs.replace(frame, payload=parts[0].data, parts=parts)
+
+    # --- questions -----------------------------------------------------------------------
+
+    def want(self, client: MemoryBackend, topic: str) -> None:
+        """Ask what *client* may see of a guarded topic, unless that is known or asked."""
+        known = self._known.setdefault(client, {})
+        if topic in known:
+            return
+        if self._waiting >= _MOST_WAITING:
+            known[topic] = None
+            client.note(
+                Notice(
+                    "not_entitled",
+                    f"this client may not see {topic!r}: too many questions wait for an answer",
+                    topic,
+                )
+            )
+            return
+        question = known[topic] = _Question()
+        self._waiting += 1
+        for authorizer, filters in self._authorizers.items():
+            if any(each.matches(topic) for each in filters.values()):
+                self._ask(authorizer, client, topic, question)
+
+    def ask_again(self, client: MemoryBackend, filter: TopicFilter) -> None:
+        """Forget what *client* was refused of that filter's topics."""
+        known = self._known.get(client, {})
+        for topic in [topic for topic, held in known.items() if held is None]:
+            if filter.matches(topic):
+                del known[topic]
+
+    def drop(self, client: MemoryBackend, wanted: Callable[[str], bool]) -> None:
+        """Forget questions and refusals about topics that *client* no longer wants."""
+        known = self._known.get(client)
+        if not known:
+            return
+        for topic, held in tuple(known.items()):
+            if (held is None or isinstance(held, _Question)) and not wanted(topic):
+                self._forget(known, topic)
+
+    def leave(self, client: MemoryBackend) -> None:
+        """Forget everything about *client*."""
+        self.end_session(client)
+        known = self._known.pop(client, {})
+        for topic in tuple(known):
+            self._forget(known, topic)
+
+    # --- answers -------------------------------------------------------------------------
+
+    def answer(self, client: MemoryBackend, topic: str, held: Entitlements | None) -> bool:
+        """Take an answer; return False when nobody wants to know."""
+        known = self._known.get(client, {})
+        if topic not in known:
+            return False
+        before = known[topic]
+        self._forget(known, topic)
+        known[topic] = held
+        if held is None and before is not None:
+            client.note(Notice("not_entitled", f"this client may not see {topic!r}", topic))
+        return True
+
+    def watch(self, authorizer: MemoryBackend, filter: str) -> None:
+        """Ask *authorizer* about that filter's topics, and what waits for an answer at once."""
+        parsed = parse_filter(filter)
+        self._authorizers.setdefault(authorizer, {})[filter] = parsed
+        for client, topic, question in tuple(self._questions()):
+            if authorizer not in question.asked and parsed.matches(topic):
+                self._ask(authorizer, client, topic, question)
+
+    def unwatch(self, authorizer: MemoryBackend, filter: str) -> None:
+        """Ask no more; what was not answered is asked again when it watches again."""
+        filters = self._authorizers.get(authorizer, {})
+        filters.pop(filter, None)
+        for _, topic, question in self._questions():
+            if not any(each.matches(topic) for each in filters.values()):
+                question.asked.discard(authorizer)
+
+    def end_session(self, authorizer: MemoryBackend) -> None:
+        """Ask *authorizer* nothing until it watches again."""
+        if self._authorizers.pop(authorizer, None) is not None:
+            for _, _, question in self._questions():
+                question.asked.discard(authorizer)
+
+    # --- helpers -------------------------------------------------------------------------
+
+    def _questions(self) -> Iterator[tuple[MemoryBackend, str, _Question]]:
+        for client, known in self._known.items():
+            for topic, held in known.items():
+                if isinstance(held, _Question):
+                    yield client, topic, held
+
+    def _ask(
+        self, authorizer: MemoryBackend, client: MemoryBackend, topic: str, question: _Question
+    ) -> None:
+        if self._may_authorize(authorizer, topic):
+            question.asked.add(authorizer)
+            authorizer.ask(AuthorizationRequest(client.member, topic))
+
+    def _forget(self, known: dict[str, Entitlements | _Question | None], topic: str) -> None:
+        if isinstance(known.pop(topic), _Question):
+            self._waiting -= 1
