@@ -108,6 +108,19 @@ async def test_a_message_at_qos_2_is_taken_once_however_often_it_is_sent() -> No
         assert len(dialect.published) == 2
 
 
+async def test_a_message_sent_again_is_not_acknowledged_before_it_is_taken() -> None:
+    async with serving() as (server, dialect), Wire.connected(server.port) as wire:
+        dialect.hold = True
+        message = Publish("t", b"x", 2, packet_id=5)
+        await wire.send(message, Publish("t", b"x", 2, duplicate=True, packet_id=5), PingReq())
+        assert await wire.next() == PingResp()
+        ((client, packet),) = dialect.held
+        client.acknowledge(packet)
+        assert await wire.next() == PubRec(5)
+        await wire.send(PingReq())
+        assert await wire.next() == PingResp()
+
+
 async def test_acknowledgements_wait_for_the_dialect_and_keep_their_order() -> None:
     async with serving() as (server, dialect), Wire.connected(server.port) as wire:
         dialect.hold = True
@@ -595,6 +608,40 @@ async def test_a_dialect_may_drop_instead_and_every_loss_is_counted() -> None:
             assert not dialect.gone
 
 
+@pytest.mark.parametrize("packet", [PingReq(), Publish("t", b"", 1, packet_id=1)])
+def test_a_client_that_asks_and_does_not_read_the_answers_is_closed(packet: Any) -> None:
+    stats = EndpointStats()
+    client = Client(SmallDialect(), stats, now=0.0)
+    client.receive(encode(Connect("asking")), 0.0)
+    assert client.take()
+    data = encode(packet) * 50_000
+    for _ in range(20):  # who reads may ask for ever
+        client.receive(data, 0.0)
+        while client.take():
+            pass
+    assert not client.closed
+    for _ in range(6):
+        client.receive(data, 0.0)
+    assert client.ending == Ending.SLOW
+    assert client.queued == 0
+    assert stats.slow_readers == 1
+
+
+async def test_a_client_that_asks_for_pongs_and_does_not_read_them_is_closed() -> None:
+    async with serving(Profile(max_queue=100_000)) as (server, _):
+        peer = await Socket.open(server.port)
+        _stop_reading(peer.wire)
+        before = memory()
+        ping = b"\x89\xfd" + bytes(4) + bytes(125)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1000):
+                await peer.wire.send(ping * 500)
+        await eventually(lambda: not server.links)
+        assert server.stats.slow_readers == 1
+        assert memory() - before < 16_000_000
+        peer.wire.close()
+
+
 async def test_ten_thousand_filters_come_and_go() -> None:
     async with serving() as (server, dialect), Wire.connected(server.port) as wire:
         for start in range(0, 10_000, 500):
@@ -712,6 +759,7 @@ async def test_http_is_answered_on_the_same_port() -> None:
         for sent, status, body in (
             (b"GET /x?y=1 HTTP/1.1\r\nHost: h\r\n\r\n", b" 200 ", b"GET /x"),
             (b"POST /p HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc", b" 200 ", b"abc"),
+            (b"HEAD /x HTTP/1.1\r\nHost: h\r\n\r\n", b" 200 ", b"close\r\n\r\n"),
             (b"GET /crash HTTP/1.1\r\nHost: h\r\n\r\n", b" 500 ", b"Internal"),
             (b"GET\r\n\r\n", b" 400 ", b"Bad Request"),
             (b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000, b" 431 ", b""),

@@ -52,6 +52,9 @@ logger = logging.getLogger("pubsub_mqtt.endpoint")
 _PINGRESP: Final = b"\xd0\x00"
 _PIECE: Final = 262_144
 _CROWDED: Final = 1_048_576
+# Answers that may wait for a client that sends and does not read. One piece of input, which is
+# acted on as a whole, asks for half as many at most.
+_ANSWERS: Final = 262_144
 
 # Code points that a server may close the connection over (section 1.5.3): control codes and
 # those that are no characters.
@@ -126,6 +129,7 @@ class Client:
 
     __slots__ = (
         "_acks",
+        "_answers",
         "_decoder",
         "_finished",
         "_last_in",
@@ -176,6 +180,7 @@ class Client:
         self.queued = 0
         self._decoder = Decoder(profile.max_early_packet, leniency=profile.leniency)
         self._out: deque[bytes] = deque()
+        self._answers = 0  # at most so many of what waits are answers
         # Packets above QoS 0 in their order, and whether they may be acknowledged.
         self._acks: deque[list[Any]] = deque()
         self._received: set[int] = set()
@@ -255,7 +260,7 @@ class Client:
         if self.queued <= _PIECE or len(out) == 1:
             data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
-            self.queued = 0
+            self.queued = self._answers = 0
             return data
         parts: list[bytes] = []
         size = 0
@@ -264,6 +269,7 @@ class Client:
             size += len(part)
             parts.append(part)
         self.queued -= size
+        self._answers = min(self._answers, len(out))
         return b"".join(parts)
 
     def finish(self) -> None:
@@ -295,19 +301,22 @@ class Client:
         if self.queued + len(packet) > profile.max_queue:
             self.stats.dropped += 1
             if profile.slow_reader == "close":
-                self.stats.slow_readers += 1
-                self._out.clear()
-                self.queued = 0
-                self.close(
-                    f"it did not read: more than {profile.max_queue} bytes wait for it",
-                    Ending.SLOW,
-                )
+                self.give_up(f"more than {profile.max_queue} bytes")
             return False
         self.stats.messages_out += 1
         self._write(packet)
         if self.queued > self.crowded:
             self.press()
         return True
+
+    def give_up(self, waiting: str) -> None:
+        """Close a client that does not read; nothing that waits goes out any more."""
+        if self.closed:
+            return
+        self.stats.slow_readers += 1
+        self._out.clear()
+        self.queued = self._answers = 0
+        self.close(f"it did not read: {waiting} wait for it", Ending.SLOW)
 
     def acknowledge(self, packet: Publish) -> None:
         """Acknowledge a message for which `Dialect.publish` returned False."""
@@ -335,6 +344,14 @@ class Client:
         self._out.append(data)
         self.queued += len(data)
 
+    def _reply(self, data: bytes) -> None:
+        """Queue an answer, which is never dropped: what a client asks for has a bound instead."""
+        if self._answers >= _ANSWERS:
+            self.give_up(f"{_ANSWERS} answers")
+        if not self.closed:
+            self._answers += 1
+            self._write(data)
+
     def _publish(self, packet: Publish) -> None:
         self.stats.messages_in += 1
         if self._strict and packet.topic != self._topic:
@@ -348,7 +365,8 @@ class Client:
             return
         if packet.qos == 2:
             if packet.packet_id in self._received:  # sent again: it is under way already
-                self._write(encode(PubRec(packet.packet_id)))
+                if not any(found.packet_id == packet.packet_id for found, _ in self._acks):
+                    self._reply(encode(PubRec(packet.packet_id)))
                 return
             if len(self._received) >= self.dialect.profile.max_received:
                 raise ProtocolError("more messages at QoS 2 than may wait for their PUBREL")
@@ -365,7 +383,7 @@ class Client:
             packet: Publish = acks.popleft()[0]
             if not self.closed:
                 make = PubAck if packet.qos == 1 else PubRec
-                self._write(encode(make(packet.packet_id)))
+                self._reply(encode(make(packet.packet_id)))
 
     def _handle(self, packet: Packet) -> None:
         if self.packet is None:
@@ -375,20 +393,20 @@ class Client:
             return
         match packet:
             case PingReq():
-                self._write(_PINGRESP)
+                self._reply(_PINGRESP)
             case Subscribe():
                 self._check_filters([text for text, _ in packet.filters])
                 codes = self.dialect.subscribe(self, packet)
                 if not self.closed:
-                    self._write(encode(SubAck(packet.packet_id, tuple(codes))))
+                    self._reply(encode(SubAck(packet.packet_id, tuple(codes))))
             case Unsubscribe():
                 self._check_filters(packet.filters)
                 self.dialect.unsubscribe(self, packet)
                 if not self.closed:
-                    self._write(encode(UnsubAck(packet.packet_id)))
+                    self._reply(encode(UnsubAck(packet.packet_id)))
             case PubRel(packet_id):
                 self._received.discard(packet_id)
-                self._write(encode(PubComp(packet_id)))
+                self._reply(encode(PubComp(packet_id)))
             case PubAck() | PubRec() | PubComp():
                 pass  # nothing is sent above QoS 0, so there is nothing to settle
             case Disconnect():

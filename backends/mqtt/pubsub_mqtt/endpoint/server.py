@@ -300,6 +300,7 @@ class _Link(asyncio.Protocol):
             payload, reply = web.receive(data)
             if reply:
                 self._write(reply)
+                self._check_replies()
             data = payload
         accepted = client.packet is not None
         if data:
@@ -424,6 +425,15 @@ class _Link(asyncio.Protocol):
     def _write(self, data: bytes) -> None:
         if data and self._transport is not None:
             self._transport.write(data)
+
+    def _check_replies(self) -> None:
+        """Close a client that asks for pongs and does not read them."""
+        transport, client = self._transport, self._client
+        most = self._server.dialect.profile.max_queue
+        if transport is not None and transport.get_write_buffer_size() > most:
+            if client is not None:
+                client.give_up(f"more than {most} bytes")
+            transport.abort()
 
     def _close(self) -> None:
         """Say goodbye, tell the dialect, and give the peer a moment to read what was sent."""

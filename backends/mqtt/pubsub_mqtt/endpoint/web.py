@@ -134,9 +134,12 @@ class WebPeer:
             ("Content-Length", str(len(response.body))),
             ("Connection", "close"),
         ]
+        found = self._request
+        # HEAD is answered like GET, with the length of a body that is not sent.
+        body = b"" if found is not None and found.method == b"HEAD" else response.body
         parts = [
             machine.send(h11.Response(status_code=response.status, headers=headers, reason=phrase)),
-            machine.send(h11.Data(data=response.body)),
+            machine.send(h11.Data(data=body)),
             machine.send(h11.EndOfMessage()),
         ]
         return b"".join(part for part in parts if part)
