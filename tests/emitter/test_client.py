@@ -301,6 +301,20 @@ def test_on_connect_may_be_set_after_connecting(loop: str, running: Running) -> 
     assert (called == [threading.get_ident()]) is (loop in {"once", "waiting"})
 
 
+def test_other_threads_need_not_wait_for_loop_forever(running: Running) -> None:
+    client = Client()
+    client.connect(running.url)
+    thread = threading.Thread(target=client.loop_forever)
+    thread.start()
+    began = time.monotonic()
+    for _ in range(8):
+        client.me().result()
+    assert time.monotonic() - began < 4  # paho's loop looks for what is due once a second
+    client.disconnect()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
 def test_a_connection_that_no_loop_saw_is_told_when_it_ends(running: Running) -> None:
     client = Client()
     called: list[str] = []
@@ -825,7 +839,7 @@ def test_q19_q20_options_come_in_any_form(leaks: None) -> None:
             [],
             {client.with_retain()},
             (client.with_ttl(5), client.with_retain()),
-            {"ttl": 5, "me": 0},
+            {"ttl": 5, "me": False},
             client.with_ttl(5),
         ]
         for options in forms:

@@ -55,7 +55,10 @@ def split_options(options: Options) -> tuple[frozenset[str], list[tuple[str, str
         return frozenset(), []
     if isinstance(options, Mapping):
         given = cast("Mapping[str, Any]", options)
-        return frozenset(), [(name, str(value)) for name, value in given.items()]
+        return frozenset(), [
+            (name, str(int(value) if isinstance(value, bool) else value))
+            for name, value in given.items()
+        ]
     if isinstance(options, str):
         options = [options]
     flags: set[str] = set()

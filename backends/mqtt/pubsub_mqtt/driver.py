@@ -795,7 +795,13 @@ class BlockingDriver:
 
     def loop_forever(self) -> None:
         """Run the loop here until `disconnect` is called."""
-        self.paho.loop_forever()
+        paho = self.paho
+        # Makes what wakes the loop: without it, what other threads send waits up to a second.
+        paho.loop(0)
+        try:
+            paho.loop_forever()
+        finally:
+            paho.rest()
 
     def publish(
         self,
