@@ -20,6 +20,7 @@ from pubsub_core.errors import (
     PublishFailed,
 )
 from pubsub_core.events import Notice
+from pubsub_core.interfaces import EVERYTHING, AuthorizationRequest
 from pubsub_core.message import Origin, Part
 from pubsub_messagebus import CallbackClient
 from pubsub_messagebus.backend import MessageBusBackend
@@ -290,6 +291,33 @@ async def test_the_native_side_authorizes_too(server: MessageBusServer) -> None:
             await eventually(lambda: server.broker.subscribers("AUTH", "T"))
             await authorizer.publish("AUTH/T", parts=[Part(b"x", entitlements=frozenset({1}))])
             assert (await messages.get(5)).parts == (Part(b"x", frozenset({1})),)
+
+
+async def test_a_server_may_require_authorization_for_everything() -> None:
+    policy = Policy(is_authorization_required=True)
+    async with MessageBusServer(policy=policy) as server:
+        async with await CallbackClient.create("127.0.0.1", server.port) as client:
+            assert await within(client.sync())
+        # A bus opens, measures and subscribes through the same fence.
+        async with connect(server.url) as warden, connect(server.url, keepalive=0.05) as reader:
+            assert await reader.ping() < 5
+
+            async def decide(request: AuthorizationRequest) -> Any:
+                return EVERYTHING if request.topic == "F/T" else None
+
+            async with (
+                warden.authorize("#", decide) as authorizer,
+                reader.subscribe("F/T") as messages,
+                reader.subscribe("F/U") as nothing,
+            ):
+                stats = authorizer.stats
+                await eventually(lambda: (stats.granted, stats.refused) == (1, 1))
+                assert stats.asked == 2
+                parts = [Part(b"open"), Part(b"closed", entitlements=frozenset({1}))]
+                await warden.publish("F/U", parts=parts)
+                await warden.publish("F/T", parts=parts)
+                assert (await messages.get(5)).parts == tuple(parts)
+                assert nothing.stats.received == 0
 
 
 # --- sessions ----------------------------------------------------------------------------------

@@ -552,6 +552,22 @@ def test_the_heartbeat_needs_no_authorization() -> None:
     assert len(world.heartbeat()) == 1
 
 
+def test_a_fence_needs_no_authorization_and_carries_no_data() -> None:
+    world = World(Broker(Policy(is_authorization_required=True)))
+    world.connect("s", "other")
+    feed = f"__sync__{uuid.uuid4()}/1"
+    assert world.listen("s", feed) == []
+    ((name, told),) = world.add("s", feed, "x")
+    assert (name, told["client_id"]) == ("s", str(world.ids["s"]))
+    # What needs no authorization must be no way around it.
+    packets = [packet("x")]
+    assert world.publish("other", feed, "x", packets) == []
+    assert world.unicast("other", "s", feed, "x", packets) == []
+    assert world.publish("s", feed, "x", packets) == []
+    assert [seen["type"] for _, seen in world.add("s", "__syn")] == [6, 6]
+    assert world.broker.stats.pending == 1
+
+
 # --- roles and identities ----------------------------------------------------------------
 
 

@@ -54,6 +54,7 @@ from .client import AuthorizationHandler
 from .options import MessageBusOptions
 from .protocol import (
     ADMIN_FEED,
+    FENCE_FEEDS,
     DataPacket,
     Decoder,
     Flag,
@@ -407,7 +408,7 @@ class MessageBusBackend(Backend):
             fences.append(self._fence)
         self._fences.clear()
         self._fence = None
-        self._fence_name = f"__sync__{uuid.uuid4()}"
+        self._fence_name = f"{FENCE_FEEDS}{uuid.uuid4()}"
         for fence in fences:
             if not fence.done():
                 fence.set_result(None)
@@ -627,7 +628,7 @@ class MessageBusBackend(Backend):
         if isinstance(message, (ForwardedMulticastData, ForwardedUnicastData)):
             self._data(message)
         elif isinstance(message, ForwardedSubscriptionRequest):
-            if message.feed.startswith("__sync__"):
+            if message.feed.startswith(FENCE_FEEDS):
                 if message.feed.startswith(self._fence_name):
                     self._pass_fence(link, message)
             else:

@@ -22,6 +22,7 @@ from typing import TypeAlias
 
 from .protocol import (
     ADMIN_FEED,
+    FENCE_FEEDS,
     HEARTBEAT,
     HEARTBEAT_TOPIC,
     AuthorizationResponse,
@@ -443,7 +444,8 @@ class Broker:
         return [(target.conn, frame)]
 
     def _may_publish(self, client: _Client, feed: str) -> bool:
-        if feed == ADMIN_FEED or not self._roles(client, feed) & Role.PUBLISH:
+        reserved = feed == ADMIN_FEED or feed.startswith(FENCE_FEEDS)
+        if reserved or not self._roles(client, feed) & Role.PUBLISH:
             self._ignore(client, f"may not publish to {feed!r:.200}")
             return False
         return True

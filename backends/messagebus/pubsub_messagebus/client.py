@@ -30,6 +30,7 @@ from .authentication import Authenticator
 from .io import DataReader, DataWriter
 from .protocol import (
     ADMIN_FEED,
+    FENCE_FEEDS,
     HEARTBEAT_TOPIC,
     AuthorizationRequest,
     DataPacket,
@@ -122,7 +123,7 @@ class Client(abc.ABC):
         self._read_all = False
         self._subscriptions: dict[tuple[str, str], int] = {}
         self._notifications: dict[str, None] = {}
-        self._fence = f"__sync__{uuid.uuid4()}"
+        self._fence = f"{FENCE_FEEDS}{uuid.uuid4()}"
         self._fences: dict[str, asyncio.Future[UUID]] = {}
         self._fence_count = 0
         self._runner: asyncio.Task[None] | None = None

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from pubsub_core.errors import BadOption
 
-from .protocol import ADMIN_FEED
+from .protocol import ADMIN_FEED, FENCE_FEEDS
 
 __all__ = ["FeedPolicy", "Permissions", "Policy", "Role", "RoleChange", "load_mapping"]
 
@@ -89,8 +89,11 @@ class Policy:
     feeds: Mapping[str, FeedPolicy] = field(default_factory=dict[str, FeedPolicy])
 
     def authorization_required(self, feed: str) -> bool:
-        """Whether subscribers of *feed* need an authorizer; never for the heartbeat's feed."""
-        if feed == ADMIN_FEED:
+        """Whether subscribers of *feed* need an authorizer.
+
+        Never for the heartbeat's feed and for fences, to which no client may publish.
+        """
+        if feed == ADMIN_FEED or feed.startswith(FENCE_FEEDS):
             return False
         listed = self.feeds.get(feed)
         return self.is_authorization_required if listed is None else listed.is_authorized

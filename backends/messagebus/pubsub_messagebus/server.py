@@ -63,16 +63,15 @@ MAX_FAULTY = 1000
 # messages the clock is looked at. What fans out goes on a little: writing many messages to a
 # connection costs hardly more than writing one.
 _TURN = 0.005
-_SHORT_TURN = 0.0005  # of what has just arrived while bursts wait
 _LOOK_MESSAGES = 32
 _FANNED_OUT = 1000
 _TURN_EFFECTS = 20_000
-# How long all of them together may keep the loop, and how many bursts may wait before new
-# connections do as well: what has arrived is acted upon even if its sender has gone, so that
-# connections would pile up which come faster than their bursts can be worked off.
+# While bursts wait: what has just arrived may take so long each, and then the bursts together.
+_SHORT_TURN = 0.0005
 _ROUND = 0.02
-_CROWD = 32
-_LOBBY = 64
+# What has arrived is acted upon even if its sender has gone. So connections would pile up that
+# come faster than their bursts can be worked off; with so many waiting, no more are taken.
+_CROWD = 500
 _WRITE_AT_ONCE = 256 * 1024
 
 
@@ -126,56 +125,36 @@ class ServerStats:
 
 
 class _Turns:
-    """Whose messages are acted upon when there is more to do than at once can be done.
+    """Whose turn it is when there is more to do than at once can be done.
 
-    What has just arrived comes before what is left of a burst, so that those who send little
-    do not wait behind all who send much.
+    Every connection acts upon what it reads when it arrives. What is too much for one turn is a
+    burst, which waits here for the next; so those who send little never wait behind all who
+    send much. The ends of many connections wait here as well: each is told to others.
     """
 
     def __init__(self) -> None:
-        self._fresh = collections.deque[_Connection]()
         self._bursts = collections.deque[_Connection]()
-        self._lobby = collections.deque[_Connection]()
-        self._doomed = collections.deque[tuple[_Connection, bool]]()
-        self._spent = 0.0
+        self._endings = collections.deque[tuple[_Connection, bool]]()
         self._scheduled = False
 
-    def take(self, connection: _Connection) -> None:
-        """Let a connection act upon what it has just read, now or soon."""
-        loop = asyncio.get_running_loop()
-        if self._spent < _ROUND:
-            began = loop.time()
-            connection.work(_SHORT_TURN if self._bursts else _TURN)
-            self._spent += loop.time() - began
-        else:
-            connection.wait()
-            self._fresh.append(connection)
-        self._schedule()
+    @property
+    def first(self) -> float:
+        """How long a connection may act upon what has just arrived."""
+        return _SHORT_TURN if self._bursts else _TURN
+
+    @property
+    def full(self) -> bool:
+        """Whether so many wait that a new connection would make it worse."""
+        return len(self._bursts) >= _CROWD
 
     def again(self, connection: _Connection) -> None:
         """Let a connection go on with its burst when the others had a turn."""
         self._bursts.append(connection)
         self._schedule()
 
-    @property
-    def full(self) -> bool:
-        """Whether a new connection would wait behind too many others."""
-        return len(self._bursts) >= _CROWD and len(self._lobby) >= _LOBBY
-
-    def enter(self, connection: _Connection) -> bool:
-        """Whether a new connection may be read; if not, `_Connection.proceed` is called later."""
-        if len(self._bursts) < _CROWD:
-            return True
-        self._lobby.append(connection)
-        return False
-
     def end(self, connection: _Connection, *, fault: bool) -> None:
-        """End a lost connection or a slow one soon.
-
-        The end is told to others, some of whom may be slow too; when many end at once, that
-        takes long.
-        """
-        self._doomed.append((connection, fault))
+        """End a lost connection or a slow one soon."""
+        self._endings.append((connection, fault))
         self._schedule()
 
     def _schedule(self) -> None:
@@ -185,23 +164,19 @@ class _Turns:
 
     def _round(self) -> None:
         self._scheduled = False
-        self._spent = 0.0
         clock = asyncio.get_running_loop().time
         until = clock() + _ROUND
-        for waiting, turn in ((self._fresh, _SHORT_TURN), (self._bursts, _TURN)):
-            # Each in its turn once, and one at least however late it is.
-            for number in range(len(waiting)):
-                if number and clock() > until:
-                    break
-                waiting.popleft().proceed(turn)
-        while self._lobby and len(self._bursts) < _CROWD:
-            self._lobby.popleft().proceed()
-        while self._doomed:
-            connection, fault = self._doomed.popleft()
-            connection.end(abort=True, fault=fault)
-            if clock() > until:
+        # Each once, and one at least.
+        for number in range(len(self._bursts)):
+            if number and clock() > until:
                 break
-        if self._fresh or self._bursts or self._lobby or self._doomed:
+            self._bursts.popleft().proceed()
+        for number in range(len(self._endings)):
+            if number and clock() > until:
+                break
+            connection, fault = self._endings.popleft()
+            connection.end(abort=True, fault=fault)
+        if self._bursts or self._endings:
             self._schedule()
 
 
@@ -261,8 +236,6 @@ class _Connection(asyncio.Protocol):
             with contextlib.suppress(OSError):
                 raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(high=_WRITE_AT_ONCE)
-        if not server.turns.enter(self):
-            transport.pause_reading()
         if server.authenticator.handshake == "null":
             # There may be no first byte at all: who only listens to notices sends nothing.
             self._begin_authentication(Credentials("null"))
@@ -280,7 +253,7 @@ class _Connection(asyncio.Protocol):
             self._early.append(data)
         else:
             self.decoder.feed(data)
-            self._server.turns.take(self)
+            self._work(self._server.turns.first)
 
     def eof_received(self) -> bool:
         """End, whether between messages or inside one."""
@@ -340,7 +313,7 @@ class _Connection(asyncio.Protocol):
             self._early.insert(0, handshake.rest)
         if self.online:
             self._stop_deadline()
-            self._resume_reading()
+            self._work(self._server.turns.first)
             return
         self._begin_authentication(credentials)
 
@@ -389,9 +362,8 @@ class _Connection(asyncio.Protocol):
             permissions=user.permissions,
         )
         self._admit(identity)
-        transport = self.transport
-        if transport is not None and not transport.is_closing():
-            transport.resume_reading()
+        if self._may_read and self.transport is not None:
+            self.transport.resume_reading()
 
     def _admit(self, identity: Identity) -> None:
         if self._server.authenticator.handshake != "null":
@@ -405,17 +377,7 @@ class _Connection(asyncio.Protocol):
         self.online = True
         self._server.admit(self, identity, self._listener.dialect)
         if self._handshake is None:
-            self._resume_reading()
-
-    def _resume_reading(self) -> None:
-        """Work on what came while nobody could."""
-        if self.decoder is None:
-            return
-        early, self._early = self._early, []
-        for data in early:
-            self.decoder.feed(data)
-        if early:
-            self.work()
+            self._work(self._server.turns.first)
 
     def _too_slow(self) -> None:
         self._server.count.timeouts += 1
@@ -429,11 +391,14 @@ class _Connection(asyncio.Protocol):
 
     # --- messages in -------------------------------------------------------------------
 
-    def work(self, turn: float = _TURN) -> None:
+    def _work(self, turn: float) -> None:
         """Act on complete messages; after a long burst let others have a turn."""
         decoder = self.decoder
         if decoder is None or self._ended:
             return
+        early, self._early = self._early, []
+        for data in early:
+            decoder.feed(data)
         server = self._server
         received = server.broker.received
         deliver = server.deliver
@@ -460,24 +425,16 @@ class _Connection(asyncio.Protocol):
             logger.warning("%s: protocol error: %s", self.peer, error)
             self.end(fault=True)
             return
-        self.wait()
-        server.turns.again(self)
-
-    def wait(self) -> None:
-        """Read no more until it is this connection's turn."""
         self._busy = True
         if self.transport is not None:
             self.transport.pause_reading()
+        server.turns.again(self)
 
-    def proceed(self, turn: float = _TURN) -> None:
-        """Take a turn, and read on when nothing is left."""
+    def proceed(self) -> None:
+        """Take another turn, and read on when nothing is left."""
         if self._ended or self._doomed or self.transport is None:
             return
-        self._busy = False
-        if self._early:
-            self._resume_reading()
-        else:
-            self.work(turn)
+        self._work(_TURN)
         if self._may_read:
             self.transport.resume_reading()
 

@@ -33,6 +33,7 @@ from .handshake import (
 from .wire import (
     ADMIN_FEED,
     DEFAULT_LIMITS,
+    FENCE_FEEDS,
     HEARTBEAT,
     HEARTBEAT_TOPIC,
     DataPacket,
@@ -62,6 +63,7 @@ from .wire import (
 __all__ = [
     "ADMIN_FEED",
     "DEFAULT_LIMITS",
+    "FENCE_FEEDS",
     "HEARTBEAT",
     "HEARTBEAT_TOPIC",
     "AuthenticationMethod",

@@ -27,6 +27,7 @@ import msgspec
 __all__ = [
     "ADMIN_FEED",
     "DEFAULT_LIMITS",
+    "FENCE_FEEDS",
     "HEARTBEAT",
     "HEARTBEAT_TOPIC",
     "DataPacket",
@@ -62,6 +63,8 @@ Flag: TypeAlias = bool | str
 
 ADMIN_FEED: Final = "__admin__"
 HEARTBEAT_TOPIC: Final = "heartbeat"
+FENCE_FEEDS: Final = "__sync__"
+"""How feeds begin that clients subscribe to for a moment, to be told of it, and never for data."""
 
 _INT = struct.Struct(">i")
 _pack = _INT.pack
