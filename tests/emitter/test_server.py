@@ -23,6 +23,7 @@ from pubsub_core.errors import BadOption, ConnectError
 from pubsub_core.interfaces import DevServer
 from pubsub_emitter import EmitterServer, License
 from pubsub_emitter.storage import FileStorage, MemoryStorage, StorageFull
+from pubsub_mqtt.endpoint.journal import Done
 from pubsub_mqtt.endpoint.packets import ConnAck, Connect, Decoder, Packet, PubAck, Publish, encode
 from tests.emitter.support import Peer, broker
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY
@@ -54,10 +55,9 @@ async def test_a_new_server_makes_a_license_and_a_master_key_and_tells_them() ->
         await server.stop()
 
 
-async def test_a_given_license_is_used_and_not_repeated() -> None:
+async def test_a_given_license_is_used() -> None:
     async with broker() as server, Peer.connected(server) as peer:
-        assert server.license == LICENSE
-        assert "license" not in server.describe()
+        assert server.license == LICENSE == server.describe()["license"]
         made = server.make_key("a/#/", "rw", ttl=60)
         assert await peer.refusal(f"{made}/a/b/") == 0
         answer = await peer.request("keygen", key=server.master_key, channel="b/", type="rw")
@@ -215,6 +215,82 @@ async def test_what_was_acknowledged_as_stored_survives_kill_9(tmp_path: Path) -
         before = page[0].id(contract, storage.process)
     await storage.close()
     assert set(range(1, acknowledged + 1)) <= numbers
+
+
+@pytest.mark.slow
+async def test_license_and_bans_that_were_told_survive_kill_9(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    command = Path(sys.executable).parent / "pubsub"
+    process = subprocess.Popen(
+        [command, "serve", "emitter", "--json", "--store", str(store)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        ready = json.loads(await asyncio.to_thread(process.stdout.readline))
+        license_ = License.parse(ready["license"])
+        banned, spared = (license_.make_key("a/", "rw") for _ in range(2))
+        async with Wire.connected(ready["port"]) as wire:
+            body = {"secret": ready["master_key"], "target": banned, "banned": True}
+            await wire.send(Publish("emitter/keyban/", json.dumps(body).encode(), 1, packet_id=7))
+            answer = await wire.next()
+            os.kill(process.pid, signal.SIGKILL)
+            assert isinstance(answer, Publish)
+            assert json.loads(answer.payload) == {"req": 7, "status": 200, "banned": True}
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    async with EmitterServer(store=store) as server, Peer.connected(server) as peer:
+        assert server.license == ready["license"]
+        assert await peer.refusal(f"{spared}/a/") == 0
+        assert await peer.refusal(f"{banned}/a/") == 401
+
+
+async def test_a_ban_is_answered_when_the_file_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        broker(store=tmp_path / "store") as server,
+        Peer.connected(server) as peer,
+        Peer.connected(server) as other,
+    ):
+        key = server.make_key("a/", "rw")
+        held: list[Done] = []
+
+        def slowly(done: Done) -> bool:
+            held.append(done)
+            return False
+
+        monkeypatch.setattr(server.storage, "settled", slowly)
+        body = json.dumps({"secret": MASTER_KEY, "target": key, "banned": True}).encode()
+        await peer.wire.send(Publish("emitter/keyban/", body, 1, packet_id=9))
+        await peer.wire.send(Publish("emitter/keyban/", body))
+        assert await peer.settled() == []
+        assert await other.refusal(f"{key}/a/") == 401  # it holds already
+        held[0](None)
+        answer = await peer.wire.next()
+        assert isinstance(answer, Publish)
+        assert json.loads(answer.payload)["status"] == 200
+        assert await peer.wire.next() == PubAck(9)
+        held[1](OSError("the disk is full"))
+        answer = await peer.wire.next()
+        assert isinstance(answer, Publish)
+        assert json.loads(answer.payload)["status"] == 500
+
+
+async def test_a_file_that_falls_behind_takes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pubsub_mqtt.endpoint.journal.Journal.is_full", True)
+    async with broker(store=tmp_path / "store") as server, Peer.connected(server) as peer:
+        await peer.subscribe(f"{DEMO}/demo/a/")
+        found = await peer.publish(f"{DEMO}/demo/a/?ttl=60")
+        assert found[0] == ("demo/a/", b"x")
+        assert found[1][1]["status"] == 500
+        assert len(server.storage) == 0
 
 
 async def test_a_disk_that_fails_is_told_to_the_publisher(

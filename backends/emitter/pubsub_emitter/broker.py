@@ -32,6 +32,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, Literal
 
 import msgspec
@@ -85,6 +86,7 @@ logger = logging.getLogger("pubsub_emitter.broker")
 Matcher = Literal["emitter", "mqtt"]
 
 _IDLE: Final = 120.0
+_BAN: Final = "keyban"
 _KEPT: Final = 4096
 _KEPT_LENGTH: Final = 512
 _LINES_PER_SECOND: Final = 20
@@ -178,7 +180,7 @@ class EmitterDialect(Dialect):
         self._log = _Log()
         self._requests: Mapping[str, Callable[[Client, bytes, int], bytes]] = {
             "keygen": self._keygen,
-            "keyban": self._keyban,
+            _BAN: self._keyban,
             "link": self._link,
             "me": self._me,
             "presence": self._presence,
@@ -228,8 +230,7 @@ class EmitterDialect(Dialect):
             if not channel.is_static:
                 raise _Refused(FORBIDDEN, "a message to a channel with a wildcard")
             if channel.key == API:
-                self._request(client, channel, packet)
-                return True
+                return self._request(client, channel, packet)
             key = self._authorize(channel, Permission.WRITE)
         except _Refused as exc:
             self._log.refused("publish", client, exc.why)
@@ -442,8 +443,8 @@ class EmitterDialect(Dialect):
 
     # --- requests -----------------------------------------------------------------------
 
-    def _request(self, client: Client, channel: Channel, packet: Publish) -> None:
-        """Answer on the topic of the request, errors included."""
+    def _request(self, client: Client, channel: Channel, packet: Publish) -> bool:
+        """Answer on the topic of the request, errors included; a ban once it is kept."""
         topic = f"{API}/{channel.name}{channel.query}"
         req = packet.packet_id
         name = channel.name[:-1]
@@ -452,6 +453,10 @@ class EmitterDialect(Dialect):
             if handler is None:
                 raise _Refused(NOT_FOUND, f"no request {_named(name)!r}")
             body = handler(client, packet.payload, req)
+            if name == _BAN and not self.storage.settled(
+                partial(self._banned, client, topic, body, packet)
+            ):
+                return False
         except BadRequest as exc:
             self._log.refused(name, client, str(exc))
             body = BAD_REQUEST.body(req)
@@ -459,6 +464,20 @@ class EmitterDialect(Dialect):
             self._log.refused(name, client, exc.why)
             body = exc.fault.body(req)
         self._answer(client, topic, body)
+        return True
+
+    def _banned(
+        self,
+        client: Client,
+        topic: str,
+        body: bytes,
+        packet: Publish,
+        error: BaseException | None,
+    ) -> None:
+        if error is not None:
+            body = SERVER_ERROR.body(packet.packet_id)
+        self._answer(client, topic, body)
+        client.acknowledge(packet)
 
     def _answer(self, client: Client, topic: str, body: bytes) -> None:
         if 2 + len(topic) + len(body) > MAX_PACKET:

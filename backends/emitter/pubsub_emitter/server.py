@@ -115,18 +115,14 @@ class EmitterServer(EndpointServer):
         return self._emitter.license.make_key(channel, permissions, ttl=ttl)
 
     def describe(self) -> Mapping[str, object]:
-        """Return the master key, the license if it was made here, and how it stores.
-
-        A license that somebody gave is a secret of theirs, and is not repeated.
-        """
-        found: dict[str, object] = {}
-        if self._given is None:
-            found["license"] = self.license
-        found["master_key"] = self.master_key
-        found["matcher"] = self._emitter.matcher
+        """Return the license and a master key, which are secrets, and how it matches and stores."""
         store = self._storage
-        found["store"] = str(store.path) if isinstance(store, FileStorage) else "memory (volatile)"
-        return found
+        return {
+            "license": self.license,
+            "master_key": self.master_key,
+            "matcher": self._emitter.matcher,
+            "store": str(store.path) if isinstance(store, FileStorage) else "memory (volatile)",
+        }
 
     async def start(self) -> None:
         """Listen.
@@ -140,7 +136,7 @@ class EmitterServer(EndpointServer):
         await self._storage.open()
         try:
             if isinstance(self._storage, FileStorage):
-                self._agree(self._storage)
+                await self._agree(self._storage)
             await super().start()
         except BaseException:
             await self._storage.close()
@@ -151,13 +147,13 @@ class EmitterServer(EndpointServer):
         await super().stop()
         await self._storage.close()
 
-    def _agree(self, storage: FileStorage) -> None:
+    async def _agree(self, storage: FileStorage) -> None:
         """Take the license of the file, or have the file remember ours."""
         if self._given is None and storage.license:
             self._emitter.license = _parse(storage.license)
             self._master_key = ""
         elif storage.license != self.license:
-            storage.remember_license(self.license)
+            await storage.remember_license(self.license)
 
 
 def _parse(text: str) -> License:

@@ -1,9 +1,8 @@
 """What an Emitter broker keeps: stored messages, bans, and with a file its license.
 
-`MemoryStorage` forgets when the broker stops. `FileStorage` answers from memory, too, and
-writes every change to an SQLite file from a thread of its own; whoever must not lose a message
-waits for `Storage.settled` before saying that it is stored. Many changes share one flush to
-the disk.
+`MemoryStorage` forgets when the broker stops. `FileStorage` answers from memory, too, and has
+every change written by a `pubsub_mqtt.endpoint.Journal`; whoever must not lose a message waits
+for `Storage.settled` before saying that it is stored.
 
 Source: emitter-io/emitter, ``internal/provider/storage`` and ``internal/message/id.go``, for
 what a query returns. Messages come strictly oldest first here, where Go's order within a
@@ -14,13 +13,8 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import contextlib
-import logging
-import os
-import queue
 import secrets
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,24 +22,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from pubsub_core.errors import ConnectError
+from pubsub_mqtt.endpoint.journal import Done, Journal
 
 from .keys import hash_text
 from .protocol import MAX_PACKET, SHARE, MessageId
 
 __all__ = ["FileStorage", "MemoryStorage", "Storage", "StorageFull", "Stored"]
 
-logger = logging.getLogger("pubsub_emitter.broker")
-
 _MAX_BYTES: Final = 256 * 1_048_576
 _OVERHEAD: Final = 300
 _SWEEP: Final = 2048
-_STOP: Final = 5.0
 
-# FULL: a commit returns when the disk has it, so what is acknowledged is kept.
-_PREPARE: Final = """
-PRAGMA locking_mode = EXCLUSIVE;
-PRAGMA journal_mode = WAL;
-PRAGMA synchronous = FULL;
+_SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS messages (
     counter INTEGER PRIMARY KEY,
     contract INTEGER,
@@ -57,8 +45,6 @@ CREATE TABLE IF NOT EXISTS messages (
 CREATE TABLE IF NOT EXISTS bans (key TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 """
-
-Done = Callable[[BaseException | None], None]
 
 
 class StorageFull(Exception):
@@ -87,14 +73,6 @@ class Stored:
         words = [contract, *map(hash_text, parts)]
         tail = b"".join(word.to_bytes(4, "big") for word in words)
         return MessageId(contract ^ words[1], self.time, self.counter, process, tail)
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """What the thread has to write."""
-
-    statement: str
-    values: Sequence[Any]
 
 
 class Storage(abc.ABC):
@@ -141,8 +119,10 @@ class Storage(abc.ABC):
         """Keep a message for *ttl* seconds.
 
         Raises:
-            StorageFull: There is no room, also not after expired messages were dropped.
+            StorageFull: There is no room, also not after expired messages were dropped, or the
+                disk is too far behind.
         """
+        self._check()
         now = int(self._clock())
         size = _size(channel, payload)
         self._since_sweep += 1
@@ -238,6 +218,10 @@ class Storage(abc.ABC):
             self._banned.discard(key)
             self._write("DELETE FROM bans WHERE key = ?", (key,))
 
+    def _check(self) -> None:
+        """Raise `StorageFull` where changes cannot be written as fast as they come."""
+        return
+
     @abc.abstractmethod
     def _write(self, statement: str, values: Sequence[Any]) -> None:
         """Have a change written, in the words of SQL."""
@@ -286,9 +270,7 @@ class FileStorage(Storage):
         super().__init__(max_bytes=max_bytes, clock=clock)
         self.path = Path(path)
         self.license = ""
-        self._queue: queue.SimpleQueue[_Change | Done | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._journal = Journal(path, _SCHEMA, backend="emitter")
 
     async def open(self) -> None:
         """Read the file, or create it.
@@ -297,111 +279,63 @@ class FileStorage(Storage):
             ConnectError: It is no file of ours, or in use by another broker.
         """
         self._clear()
-        self._loop = asyncio.get_running_loop()
-        try:
-            database = await asyncio.to_thread(self._read)
-        except (OSError, sqlite3.Error) as exc:
-            raise ConnectError(
-                f"cannot use {self.path} to store messages: {exc}",
-                hint="no other broker may use it; give another path",
-                backend="emitter",
-            ) from exc
-        self._thread = threading.Thread(
-            target=self._work, args=(database,), name="pubsub-emitter-store", daemon=True
+        await self._journal.open(self._read)
+
+    def _read(self, database: sqlite3.Connection) -> None:
+        database.execute("DELETE FROM messages WHERE expires <= ?", (int(self._clock()),))
+        rows: Iterator[tuple[int, int, int, int, str, bytes]] = database.execute(
+            "SELECT counter, contract, time, expires, channel, payload FROM messages "
+            "ORDER BY counter"
         )
-        self._thread.start()
+        for counter, contract, when, expires, channel, payload in rows:
+            self._put(contract, Stored(channel, bytes(payload), when, counter, expires))
+            self._counter = counter
+        self._banned.update(key for (key,) in database.execute("SELECT key FROM bans"))
+        facts: dict[str, str] = dict(database.execute("SELECT name, value FROM facts"))
+        self.license = facts.get("license", "")
+        self._counter = max(self._counter, int(facts.get("counter", 0)))
 
-    def _read(self) -> sqlite3.Connection:
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        database = sqlite3.connect(self.path, timeout=1.0, check_same_thread=False)
-        try:
-            # FULL: a commit returns when the disk has it, so what is acknowledged is kept.
-            database.executescript(_PREPARE)
-            database.execute("DELETE FROM messages WHERE expires <= ?", (int(self._clock()),))
-            database.commit()
-            rows: Iterator[tuple[int, int, int, int, str, bytes]] = database.execute(
-                "SELECT counter, contract, time, expires, channel, payload FROM messages "
-                "ORDER BY counter"
-            )
-            for counter, contract, when, expires, channel, payload in rows:
-                self._put(contract, Stored(channel, bytes(payload), when, counter, expires))
-                self._counter = counter
-            self._banned.update(key for (key,) in database.execute("SELECT key FROM bans"))
-            found = database.execute("SELECT value FROM facts WHERE name = 'license'").fetchone()
-            self.license = found[0] if found else ""
-            highest = database.execute("SELECT value FROM facts WHERE name = 'counter'").fetchone()
-            self._counter = max(self._counter, int(highest[0]) if highest else 0)
-        except BaseException:
-            database.close()
-            raise
-        return database
+    async def remember_license(self, text: str) -> None:
+        """Keep the license, so that keys stay valid when the broker starts again.
 
-    def remember_license(self, text: str) -> None:
-        """Keep the license, so that keys stay valid when the broker starts again."""
+        Raises:
+            ConnectError: The file cannot be written.
+        """
         self.license = text
         self._write("INSERT OR REPLACE INTO facts VALUES ('license', ?)", (text,))
+        kept: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+
+        def done(error: BaseException | None) -> None:
+            if not kept.done():
+                kept.set_result(error)
+
+        if not self.settled(done) and (error := await kept) is not None:
+            raise ConnectError(
+                f"cannot write to {self.path}: {error}",
+                hint="make room for it, or give another path",
+                backend="emitter",
+            ) from error
 
     async def close(self) -> None:
         """Write what waits and close the file; gives up after some seconds."""
-        thread = self._thread
-        if thread is None:
+        if not self._journal.is_open:
             return
         # Numbers of expired messages must not be given out again.
         last = str(self._counter)
         self._write("INSERT OR REPLACE INTO facts VALUES ('counter', ?)", (last,))
-        self._queue.put(None)
-        self._thread = None
-        await asyncio.to_thread(thread.join, _STOP)
-        if thread.is_alive():
-            logger.error("%s could not be written within %g s", self.path, _STOP)
+        await self._journal.close()
         self._clear()
 
     def settled(self, done: Done) -> bool:
         """Return True when there is no file open; else call *done* when the disk has it all."""
-        if self._thread is None:
-            return True
-        self._queue.put(done)
-        return False
+        return self._journal.settled(done)
+
+    def _check(self) -> None:
+        if self._journal.is_full:
+            raise StorageFull("the disk is too far behind")
 
     def _write(self, statement: str, values: Sequence[Any]) -> None:
-        if self._thread is not None:
-            self._queue.put(_Change(statement, values))
-
-    # --- the thread ---------------------------------------------------------------------
-
-    def _work(self, database: sqlite3.Connection) -> None:
-        running = True
-        # An error stays until somebody was told of it: what failed may have stood in an
-        # earlier turn than whoever waits for it.
-        error: BaseException | None = None
-        while running:
-            items = [self._queue.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(items) < 10_000:
-                    items.append(self._queue.get_nowait())
-            running = None not in items
-            waiting = [item for item in items if item is not None and callable(item)]
-            try:
-                for item in items:
-                    if isinstance(item, _Change):
-                        database.execute(item.statement, item.values)
-                database.commit()
-            except sqlite3.Error as exc:
-                error = exc
-                logger.exception("%s could not be written", self.path)
-                with contextlib.suppress(sqlite3.Error):
-                    database.rollback()
-            if waiting and self._loop is not None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed
-                    self._loop.call_soon_threadsafe(_tell, waiting, error)
-                error = None
-        database.close()
-
-
-def _tell(waiting: list[Done], error: BaseException | None) -> None:
-    for done in waiting:
-        done(error)
+        self._journal.write(statement, values)
 
 
 def _size(channel: str, payload: bytes) -> int:
