@@ -367,6 +367,30 @@ def test_a_program_that_subscribes_whenever_it_is_connected(running: Running) ->
     client.loop_stop()
 
 
+def test_a_handler_is_changed_without_waiting(place: Place) -> None:
+    with linked(place) as client:
+        found: list[tuple[str, str]] = []
+        client.on_message = lambda m: found.append(("none", m.as_string()))
+
+        def first(message: EmitterMessage) -> None:
+            found.append(("first", message.as_string()))
+
+        def second(message: EmitterMessage) -> None:
+            found.append(("second", message.as_string()))
+
+        channel = place.at("a")
+        client.subscribe(place.key, channel, first)
+        for handler in (second, first, first):
+            client.unsubscribe(place.key, channel)
+            client.subscribe(place.key, channel, handler).result()
+            client.publish(place.key, channel, "x", [client.with_at_least_once()]).result()
+        client.unsubscribe(place.key, channel)
+        client.subscribe(place.key, channel).result()
+        client.publish(place.key, channel, "x", [client.with_at_least_once()]).result()
+        wait(lambda: len(found) == 4)
+        assert [name for name, _ in found] == ["second", "first", "first", "none"]
+
+
 def test_requests_return_their_answers(place: Place) -> None:
     with linked(place, username="alice") as client:
         room = place.at("room")

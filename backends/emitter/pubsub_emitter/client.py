@@ -526,6 +526,8 @@ class Client:
         reply: Reply[None] = Reply(self, f"unsubscribing from {channel}")
         topic = subscription_topic(Subscription(key, channel, group, ()))
         place = (canonical(channel), group)
+        # Those of a subscription that follows at once stay.
+        claimed = self._messages.claimed(channel, group)
 
         def done(request: Request) -> None:
             with self._lock:
@@ -536,7 +538,8 @@ class Client:
                 reply.fail(_refusal(body, reply.what))
             else:
                 self._subscriptions.pop(place, None)
-                self._messages.remove(channel, group=group)
+                for handler, claims in claimed:
+                    self._messages.discard(handler, claims)
                 reply.resolve(None)
 
         try:

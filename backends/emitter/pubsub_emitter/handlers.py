@@ -75,12 +75,18 @@ class Handlers(Generic[A]):
             handler.claims += 1
         return handler
 
-    def discard(self, handler: Handler[A]) -> None:
-        """Take one claim to a handler back; with its last one it goes."""
+    def discard(self, handler: Handler[A], claims: int = 1) -> None:
+        """Take claims to a handler back; with its last one it goes."""
         with self._lock:
-            handler.claims -= 1
-            if not handler.claims:
+            handler.claims -= claims
+            if handler.claims <= 0:
                 self._drop(handler)
+
+    def claimed(self, channel: str, group: str) -> list[tuple[Handler[A], int]]:
+        """Return the handlers of exactly that channel and group, and their claims at the moment."""
+        with self._lock:
+            there = self._by_channel.get(canonical(channel), [])
+            return [(handler, handler.claims) for handler in there if handler.group == group]
 
     def _drop(self, handler: Handler[A]) -> None:
         there = self._by_channel.get(handler.channel, [])
