@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 import time
 from collections import defaultdict
@@ -298,6 +299,25 @@ def test_permission_and_expiry_bits_can_be_altered_unnoticed(text: str) -> None:
     assert later.expires > license_.decrypt(key).expires
 
 
+@pytest.mark.parametrize("text", [LICENSE, VECTORS["license"][3]["license"]])
+def test_whoever_knows_what_a_key_says_can_make_it_say_anything_else(text: str) -> None:
+    """As above; the README must not promise more."""
+    license_ = License.parse(text)
+    key = license_.make_key("a/#/", "r")
+    master = _altered(license_, key, 15, int(Permission.READ | Permission.MASTER))
+    assert license_.owns(master)
+    assert master.is_master
+    (path, target), (known_path, known) = encode_target("other/b/"), encode_target("a/#/")
+    data = bytearray(base64.urlsafe_b64decode(key))
+    change = (path ^ known_path) << 40 | (target ^ known)
+    for place, bits in enumerate(change.to_bytes(8, "big"), start=12):
+        data[place] ^= bits
+    moved = license_.decrypt(base64.urlsafe_b64encode(data).decode())
+    assert license_.owns(moved)
+    assert moved.allows("other/b/")
+    assert not moved.allows("a/")
+
+
 def test_version_1_is_a_block_cipher_where_an_altered_bit_spoils_eight_bytes() -> None:
     license_ = License.parse(VECTORS["license"][0]["license"])
     key = license_.make_key("a/#/", "r")
@@ -306,8 +326,6 @@ def test_version_1_is_a_block_cipher_where_an_altered_bit_spoils_eight_bytes() -
 
 
 def _altered(license_: License, text: str, place: int, bits: int) -> Key:
-    import base64
-
     data = bytearray(base64.urlsafe_b64decode(text))
     data[place] ^= bits
     return license_.decrypt(base64.urlsafe_b64encode(bytes(data)).decode())

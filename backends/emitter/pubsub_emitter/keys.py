@@ -10,9 +10,10 @@ Whoever holds the license can make keys without asking the broker:
 True
 
 Versions 2 and 3 of a license XOR the key with a stream, without authentication. Somebody who has
-a key can therefore flip its permission and expiry bits unnoticed; that is a property of the
-format, on every broker. The channel is protected by a hash only, the contract by a signature
-that is checked when the key is used.
+a key and knows what it says can therefore change that to anything else unnoticed: permissions,
+expiry and channel, and it can become a master key. That is a property of the format, on every
+broker. Only contract and signature must stay as they are, so keys of another license, or made up
+ones, are refused.
 
 Nothing here prints a secret: the repr of a `License` has no key material.
 
