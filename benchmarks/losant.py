@@ -7,7 +7,8 @@ so that no broker has a reason to drop. Ours parses, checks and stores each stat
 its throttle off; the other two only pass it on. The brokers take turns, and the best of the
 rounds counts; with each rate stands the processor time that the broker took for one state.
 
-A command goes to a device that waits for it, one at a time.
+A command goes to a device that waits for it, one at a time. What is not installed is left out,
+and named.
 
 ``Device.send_state`` stands beside losant-mqtt 1.2.1 on paho-mqtt 1.6, which gets an environment
 of its own (pip fills it; its `setuptools` still has ``pkg_resources``). Both run one program, each
@@ -37,6 +38,7 @@ import time
 import venv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -421,7 +423,11 @@ def client(rounds: int, scale: float, console: Console) -> None:
     count = int(60_000 * scale)
     figures: dict[str, Figure] = {}
     with tempfile.TemporaryDirectory() as folder, sink_process() as port:
-        pythons = {"pubsub_losant": sys.executable, "losantmqtt": original(folder)}
+        pythons = {"pubsub_losant": sys.executable}
+        try:
+            pythons["losantmqtt"] = original(folder)
+        except subprocess.CalledProcessError:
+            console.print(f"left out: losantmqtt (pip cannot install {' '.join(ORIGINAL)})")
         for _ in range(rounds):
             for way in ("loop", "blocking"):
                 for package, python in pythons.items():
@@ -439,6 +445,14 @@ def client(rounds: int, scale: float, console: Console) -> None:
 
 
 def run(names: Sequence[str], rounds: int, scale: float, console: Console) -> None:
+    missing: set[str] = set()
+    for name, there, how in (
+        ("Mosquitto", find_mosquitto(), "apt-get install mosquitto"),
+        ("amqtt", find_spec("amqtt"), "install pubsub-core[mqtt-server]"),
+    ):
+        if there is None:
+            missing.add(name)
+            console.print(f"left out: {name} ({how})", markup=False)
     for name in names:
         if name == "client":
             client(rounds, scale, console)
@@ -447,7 +461,7 @@ def run(names: Sequence[str], rounds: int, scale: float, console: Console) -> No
         figures: dict[str, Figure] = {}
         for _ in range(rounds):
             for broker_name, start in BROKERS.items():
-                if broker_name == "Mosquitto" and find_mosquitto() is None:
+                if broker_name in missing:
                     continue
                 figure = figures.setdefault(broker_name, Figure())
                 # amqtt takes ten times as long.

@@ -8,7 +8,8 @@ what was lost is printed, and a row that lost messages has no rate.
 
 Each figure is the best of several rounds with the clients taking turns (for latency: all
 rounds together); the factor says how many times faster than paho on its own thread a row is.
-A peer that is not installed is left out, and named.
+A peer that is not installed is left out, and named; one that fails is shown as failed, with what
+it raised, and takes no further turn.
 
     python benchmarks/mqtt.py [--quick] [--qos 0 1] [--profile]
 """
@@ -34,7 +35,7 @@ from rich.table import Table
 
 from pubsub_core import Message, connect
 from pubsub_mqtt import MQTTClient
-from pubsub_mqtt.server import MosquittoServer
+from pubsub_mqtt.server import MosquittoServer, find_mosquitto
 
 PAYLOAD = b"x" * 100
 TOPIC = "bench/topic"
@@ -93,10 +94,12 @@ async def native(url: str, qos: int, counter: Counter) -> AsyncIterator[Publish]
             counter.arrived()
 
     receiving = asyncio.ensure_future(receive())
-    yield lambda: client.publish(TOPIC, PAYLOAD, qos=qos)
-    receiving.cancel()
-    await asyncio.wait([receiving])
-    await client.disconnect()
+    try:
+        yield lambda: client.publish(TOPIC, PAYLOAD, qos=qos)
+    finally:
+        receiving.cancel()
+        await asyncio.wait([receiving])
+        await client.disconnect()
 
 
 @asynccontextmanager
@@ -135,9 +138,6 @@ async def paho(url: str, qos: int, counter: Counter) -> AsyncIterator[Publish]:
     connected = threading.Event()
     client.on_connect = lambda *_: connected.set()
     client.loop_start()
-    await asyncio.to_thread(connected.wait, 10)
-    client.subscribe(TOPIC, qos)
-    await asyncio.to_thread(subscribed.wait, 10)
 
     async def publish() -> None:
         mid = client.publish(TOPIC, PAYLOAD, qos).mid
@@ -146,9 +146,15 @@ async def paho(url: str, qos: int, counter: Counter) -> AsyncIterator[Publish]:
             await waiting[mid]
         acknowledged.discard(mid)
 
-    yield publish
-    client.disconnect()
-    client.loop_stop()
+    try:
+        if await asyncio.to_thread(connected.wait, 10):
+            client.subscribe(TOPIC, qos)
+        if not await asyncio.to_thread(subscribed.wait, 10):
+            raise TimeoutError("not connected and subscribed within 10 s")
+        yield publish
+    finally:
+        client.disconnect()
+        await asyncio.to_thread(client.loop_stop)
 
 
 @asynccontextmanager
@@ -157,8 +163,13 @@ async def gmqtt(url: str, qos: int, counter: Counter) -> AsyncIterator[Publish]:
 
     subscribed = asyncio.Event()
     client = Client("")
+    client.set_config({"reconnect_retries": 0})
+    # Its publish cannot be awaited, and nothing else keeps it within the broker's receive
+    # maximum, beyond which the broker hangs up. What came back makes room.
+    room = asyncio.Semaphore(WINDOW)
 
     def on_message(*_: object) -> int:
+        room.release()
         counter.arrived()
         return 0
 
@@ -166,16 +177,19 @@ async def gmqtt(url: str, qos: int, counter: Counter) -> AsyncIterator[Publish]:
     client.on_subscribe = lambda *_: subscribed.set()
     parts = urlsplit(url)
     await client.connect(parts.hostname or "", parts.port or 1883)
-    client.subscribe(Subscription(TOPIC, qos=qos))
-    await asyncio.wait_for(subscribed.wait(), 10)
 
     async def publish() -> None:
-        # Its publish cannot be awaited; letting the loop run is all there is to do.
+        if qos:
+            await room.acquire()
         client.publish(TOPIC, PAYLOAD, qos=qos)
         await asyncio.sleep(0)
 
-    yield publish
-    await client.disconnect()
+    try:
+        client.subscribe(Subscription(TOPIC, qos=qos))
+        await asyncio.wait_for(subscribed.wait(), 10)
+        yield publish
+    finally:
+        await client.disconnect()
 
 
 @asynccontextmanager
@@ -192,9 +206,11 @@ async def aiomqtt(url: str, qos: int, counter: Counter) -> AsyncIterator[Publish
                 counter.arrived()
 
         receiving = asyncio.ensure_future(receive())
-        yield lambda: client.publish(TOPIC, PAYLOAD, qos)
-        receiving.cancel()
-        await asyncio.wait([receiving])
+        try:
+            yield lambda: client.publish(TOPIC, PAYLOAD, qos)
+        finally:
+            receiving.cancel()
+            await asyncio.wait([receiving])
 
 
 PEERS: dict[str, tuple[Peer, str]] = {
@@ -227,7 +243,12 @@ async def throughput(
                 for _ in left:
                     await publish()
 
-            await asyncio.gather(*(worker() for _ in range(WINDOW)))
+            try:
+                async with asyncio.timeout(DEADLINE), asyncio.TaskGroup() as group:
+                    for _ in range(WINDOW):
+                        group.create_task(worker())
+            except TimeoutError:
+                return float("inf"), count - counter.count
         try:
             await asyncio.wait_for(counter.done.wait(), DEADLINE)
         except TimeoutError:
@@ -258,6 +279,10 @@ async def measure(qos_levels: list[int], count: int, rounds: int, console: Conso
     for name, (_, module) in PEERS.items():
         if not find_spec(module):
             console.print(f"left out: {name} (install {module})")
+    console.print(
+        f"{len(peers)} clients at one Mosquitto: messages/s from the first publish to the last "
+        "received, ms from publish to receipt"
+    )
     server = MosquittoServer(extra_config="max_queued_messages 0\nmax_inflight_messages 1000\n")
     await server.start()
     try:
@@ -273,27 +298,45 @@ async def measure_level(
     best = dict.fromkeys(peers, float("inf"))
     lost = dict.fromkeys(peers, 0)
     times: dict[str, list[float]] = {name: [] for name in peers}
+    failed: dict[str, str] = {}
     for _ in range(rounds):
         for name, peer in peers.items():
-            seconds, missing = await throughput(peer, url, qos, count)
-            best[name] = min(best[name], seconds)
-            lost[name] += missing
-            times[name] += await latency(peer, url, qos, max(100, count // 20))
+            if name in failed:
+                continue
+            try:
+                seconds, missing = await throughput(peer, url, qos, count)
+                best[name] = min(best[name], seconds)
+                lost[name] += missing
+                times[name] += await latency(peer, url, qos, max(100, count // 20))
+            except Exception as error:  # whatever a peer raises, the others have their turns
+                failed[name] = reason(error)
     table = Table(title=f"through Mosquitto, QoS {qos}, {count:,} messages of 100 bytes")
     for column in ("", "messages/s", "of paho", "p50 ms", "p95 ms", "p99 ms", "lost"):
         table.add_column(column, justify="left" if not column else "right")
-    reference = count / best["paho, own thread"]
+    reference = count / best["paho, own thread"] if "paho, own thread" not in failed else 0.0
     for name in peers:
+        if name in failed:
+            table.add_row(name, "failed")
+            continue
         rate = count / best[name]
         cuts = statistics.quantiles(times[name], n=100)
         table.add_row(
             name,
             f"{rate:,.0f}" if rate else "none",
-            f"{rate / reference:.2f}",
+            f"{rate / reference:.2f}" if reference else "",
             *(f"{1000 * cuts[cut - 1]:.2f}" for cut in (50, 95, 99)),
             str(lost[name]),
         )
     console.print(table)
+    for name, why in failed.items():
+        console.print(f"failed: {name}: {why}", markup=False)
+
+
+def reason(error: BaseException) -> str:
+    """Return the type and the text of the first error that is no group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
 
 
 async def profile(qos_levels: list[int], count: int) -> None:
@@ -315,6 +358,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where the bus spends its time")
     arguments = parser.parse_args()
     count, rounds = (3_000, 2) if arguments.quick else (20_000, 5)
+    if find_mosquitto() is None:
+        parser.exit(1, "nothing to measure: Mosquitto is missing (apt-get install mosquitto)\n")
     if arguments.profile:
         asyncio.run(profile(arguments.qos, count))
     else:

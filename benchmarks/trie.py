@@ -27,10 +27,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from pubsub_core.trie import HandlerTrie, Rule
 
+HERE = Path(__file__).resolve().parent
 METRICS = ("temp", "humidity", "state", "volt")
 Find = Callable[[str], Sequence[str]]
 
@@ -82,6 +84,8 @@ def paho() -> Matcher:
 
 
 def emitter_io() -> Matcher:
+    # The script beside this one has the name of that package.
+    sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != HERE]
     subtrie: Any = import_module("emitter.subtrie")
 
     def make(filters: Iterable[str]) -> tuple[Find, Callable[[], object]]:
