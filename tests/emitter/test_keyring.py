@@ -92,6 +92,14 @@ def test_the_most_specific_pattern_wins() -> None:
     assert text(found.peek("r", "+/", "#/")) == "k-all"
 
 
+def test_a_pattern_that_ends_is_more_specific_than_one_that_goes_on() -> None:
+    found = ring(keys={"a/b": "k-exact", "a/b/#": "k-below", "+": "k-plus", "+/#": "k-all"})
+    assert text(found.peek("w", "a/b/")) == "k-exact"
+    assert text(found.peek("w", "a/b/c/")) == "k-below"
+    assert text(found.peek("w", "x/")) == "k-plus"
+    assert text(found.peek("w", "x/y/")) == "k-all"
+
+
 def test_each_permission_has_its_own_most_specific_key() -> None:
     found = ring(
         keys={

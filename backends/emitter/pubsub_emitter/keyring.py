@@ -120,9 +120,9 @@ def target_for(*channels: str) -> str:
 
 
 def _specificity(pattern: str) -> tuple[int, ...]:
-    """Return what to sort by: earlier literal levels count most, then length."""
+    """Return what to sort by: earlier literal levels count most; one that ends beats ``#``."""
     rank = {"#": 0, "+": 1}
-    return tuple(rank.get(level, 2) for level in pattern.strip("/").split("/"))
+    return (*(rank.get(level, 2) for level in pattern.strip("/").split("/")), 3)
 
 
 Issue = Callable[[str, str, int], Awaitable[str]]
