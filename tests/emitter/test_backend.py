@@ -18,6 +18,7 @@ from pubsub_core.errors import (
     InvalidFilter,
     InvalidTopic,
     NotAuthorized,
+    NotConnected,
     NotSupported,
     Outcome,
     PayloadTooLarge,
@@ -27,6 +28,7 @@ from pubsub_core.errors import (
 )
 from pubsub_core.events import Gap, InterestKind, KeyRefused, Notice, Status
 from pubsub_core.message import InFrame, Origin
+from pubsub_core.testing.proxy import FaultProxy
 from pubsub_emitter import EmitterError, EmitterServer, License
 from pubsub_emitter.backend import EmitterBackend
 from pubsub_emitter.journal import Journal
@@ -330,7 +332,11 @@ async def test_keys_appear_nowhere() -> None:
             port = server.port
             good, weak = server.make_key("a/#/", "rwslp"), server.make_key("b/", "p")
             bus = bus_of(
-                server, keys={"a/#": good, "b": weak}, master_key=MASTER_KEY, reconnect_first=0.01
+                server,
+                keys={"a/#": good, "b": weak},
+                master_key=MASTER_KEY,
+                will={"topic": "a/will", "payload": "bye"},
+                reconnect_first=0.01,
             )
             shown.append(repr(bus))
             async with bus:
@@ -367,7 +373,7 @@ async def test_keys_appear_nowhere() -> None:
                     await bus.publish("a/b", b"x")
                 made = list(backend._ring._made.values())  # pyright: ignore[reportPrivateUsage]
                 shown += [repr(value) for value in vars(backend).values()]
-                shown += [repr(backend.context), repr(bus.info)]
+                shown += [repr(backend.context), repr(bus.info), repr(backend.connection.settings)]
             task.cancel()
             await refused(connect(f"emitter://127.0.0.1:{port}?key={good}&no_such=1").open())
             await refused(connect(f"emitter://127.0.0.1:{port}", keys={"a": "no/key"}).open())
@@ -547,6 +553,23 @@ async def test_the_newest_stored_message_counts_as_retained(server: EmitterServe
             await bus.last("a/b")
 
 
+async def test_a_broker_without_history_can_be_subscribed_to(server: EmitterServer) -> None:
+    """Emitter brokers before the request exist still."""
+    async with bus_of(server) as bus:
+        backend = bus.native(EmitterBackend)
+        ask = backend._ask  # pyright: ignore[reportPrivateUsage]
+
+        async def older(topic: str, payload: bytes) -> Any:
+            return await ask(topic.replace("/history/", "/histories/"), payload)
+
+        backend._ask = older  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
+        async with bus.subscribe("a") as inbox:
+            await bus.publish("a", b"x")
+            assert (await inbox.get(5)).payload == b"x"
+            with pytest.raises(EmitterError, match="does not exist"):
+                await stored(bus, "a")
+
+
 async def test_a_hole_is_filled_where_its_history_can_be_had() -> None:
     """One filter's history that is refused takes nothing from the others, nor the session."""
     async with EmitterServer(license=LICENSE) as server:
@@ -653,6 +676,59 @@ async def test_a_member_that_leaves_unnoticed_is_missed_in_time(server: EmitterS
             assert room.count == 0
 
 
+async def test_more_members_than_can_be_listed_are_not_taken_for_none(
+    server: EmitterServer,
+) -> None:
+    """The broker leaves an answer out that is longer than a packet."""
+    key = OURS.make_key("#/", "rwslp")
+    url = f"emitter://127.0.0.1:{server.port}"
+    async with (
+        bus_of(server, presence_refresh=0.02) as bus,
+        connect(url, key=key, username="n" * 40_000) as first,
+        connect(url, key=key, username="m" * 40_000) as second,
+    ):
+        await first.subscribe("a")
+        async with bus.presence("a") as room:
+            assert room.count == 1
+            inbox = await second.subscribe("a")
+            assert (await room.get(5)).kind is InterestKind.JOINED
+            for look in (bus.members("a"), bus.presence("a").__aenter__()):
+                with pytest.raises(EmitterError, match="more than one packet can list"):
+                    await within(look)
+            await first.close()
+            event = await room.get(5)
+            assert event.member is not None
+            assert (event.kind, event.member.name[:1]) == (InterestKind.LEFT, "n")
+            assert [member.name[:1] for member in room.members] == ["m"]
+            await within(inbox.close())
+            assert (await room.get(5)).kind is InterestKind.LEFT
+
+
+async def test_a_watch_that_comes_to_nothing_leaves_nothing(server: EmitterServer) -> None:
+    async with bus_of(server) as bus, bus_of(server) as other:
+        backend = bus.native(EmitterBackend)
+        asked = backend.request
+        events: list[str] = []
+        backend._interest.event = (  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
+            lambda body: events.append(body["channel"])
+        )
+        # Each is given up when its request has been sent, or a moment before or after that.
+        for steps in range(12):
+            for view in (bus.presence("a"), bus.notifications("a/#")):
+                entering = asyncio.ensure_future(view.__aenter__())
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                entering.cancel()
+                (result,) = await asyncio.gather(entering, return_exceptions=True)
+                if not isinstance(result, BaseException):
+                    await within(view.close())
+        await within(asked("me", {}))
+        sub = await other.subscribe("a")
+        await within(sub.close())
+        await within(asked("me", {}))
+        assert events == []
+
+
 @pytest.mark.parametrize("rule", ["emitter", "mqtt"])
 async def test_notifications_tell_changes_and_what_is_known_of_before(rule: Any) -> None:
     async with (
@@ -700,6 +776,23 @@ async def test_links_are_there_again_after_a_reconnect(server: EmitterServer) ->
             await backend.publish_link("zz", b"3")
         with pytest.raises(ValueError, match="link name"):
             await backend.link("too-long", "a/b")
+
+
+async def test_what_became_of_a_message_through_a_link_is_said(server: EmitterServer) -> None:
+    async with FaultProxy("127.0.0.1", server.port) as proxy:
+        url = f"emitter://127.0.0.1:{proxy.port}"
+        async with connect(url, key=OURS.make_key("#/", "rw"), reconnect=False) as bus:
+            backend = bus.native(EmitterBackend)
+            await backend.link("x", "a/b")
+            proxy.blackhole()
+            publishing = asyncio.create_task(backend.publish_link("x", b"1"))
+            await asyncio.sleep(0)
+            await proxy.cut()
+            with pytest.raises(PublishFailed) as caught:
+                await within(publishing)
+            assert (caught.value.outcome, caught.value.topic) == (Outcome.UNKNOWN, "a/b")
+            with pytest.raises(NotConnected):
+                await backend.publish_link("x", b"2")
 
 
 async def test_requests_of_the_broker_and_their_refusals(server: EmitterServer) -> None:

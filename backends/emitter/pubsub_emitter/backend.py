@@ -473,7 +473,7 @@ class EmitterBackend(EmitterSession):
                 _, fault = await self._ask(f"{writes.text}/{below}", b"")
                 came = self._probe_came
                 await self.driver.unsubscribe(f"{reads.text}/{channel}")
-            except (NotAuthorized, EmitterError) as error:
+            except (NotAuthorized, SubscribeFailed, EmitterError) as error:
                 logger.info("the broker's matching rule was not found out: %s", error)
             else:
                 if fault is None:
@@ -551,7 +551,8 @@ class EmitterBackend(EmitterSession):
         query = HistoryQuery(last=1 if exact else _SCAN)
         try:
             found = await self._stored(want.filter, query, scan=_SCAN)
-        except NotAuthorized as error:
+        except (NotAuthorized, EmitterError) as error:
+            # No key may read it, or the broker is too old to be asked for what it has stored.
             logger.debug("nothing retained for %r: %s", want.filter, error)
             return
         newest = {frame.topic: frame for frame in found}
@@ -594,7 +595,14 @@ class EmitterBackend(EmitterSession):
         key = await self._key("p", topic, channel)
         body = {"key": key.text, "channel": channel, "status": status, "changes": changes}
         answer = await self._asked("presence", body, f"presence on {topic!r}", key, topic)
-        return answer or {}
+        if answer is None:
+            # Never nobody: those who are there would all have left.
+            raise EmitterError(
+                f"the broker did not tell who is at {topic!r}: more than one packet can list",
+                hint="notifications of a filter with a wildcard tell changes without a list",
+                retryable=False,
+            )
+        return answer
 
     # --- receiving ----------------------------------------------------------------------
 
@@ -603,7 +611,7 @@ class EmitterBackend(EmitterSession):
         if self._probe_topic and topic == self._probe_topic:
             self._probe_came = True
             return
-        name = topic[:-1] if topic[-1] == "/" else topic
+        name = topic.removesuffix("/")
         now = self._time()
         sink.deliver(
             InFrame(

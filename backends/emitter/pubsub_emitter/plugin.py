@@ -56,7 +56,8 @@ INFO = BackendInfo(
         ),
         Cap.RETAINED: Support.emulated(
             "the newest stored message of a topic, whether it was stored for retain=True or for a "
-            "ttl; an empty one means none; for filters that name their first level"
+            "ttl; an empty one means none; for filters that name their first level, and looked for "
+            "among the newest 1,000 there and below"
         ),
         Cap.HISTORY: Support.native(
             "of messages with ttl=, retain=True or the option store, for filters that name their "
@@ -71,7 +72,8 @@ INFO = BackendInfo(
         Cap.CONTENT_TYPE: Support.none("a message is its payload", "agree on one for each topic"),
         Cap.PRESENCE: Support.native(
             "whom the broker would send a message: subscribers of wildcards and of channels above "
-            "are listed, too, and that they leave is noticed after presence_refresh seconds"
+            "are listed, too, and that they leave is noticed after presence_refresh seconds; of "
+            "more than one packet can list, about a thousand, changes can be told only"
         ),
         Cap.NOTIFICATIONS: Support.emulated(
             "from presence changes; who was there before is told for exact topics only"

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, cast
 
-from pubsub_core.errors import NotConnected, PubSubError
+from pubsub_core.errors import NotAuthorized, NotConnected, PubSubError
 from pubsub_core.events import InterestEvent, InterestKind
 from pubsub_core.interfaces import Watch, WatchKind
 from pubsub_core.message import Member
@@ -134,13 +134,17 @@ class Interest:
         """Tell who is subscribed, as far as the broker can say, and then every change."""
         exact = "+" not in watch.filter and "#" not in watch.filter
         self._notes[watch.id] = watch
+        begun: list[str] = []
         try:
             for channel in self._channels(watch.filter):
                 answer = await self._listen(channel, watch.id, status=exact)
+                begun.append(channel)
                 for member in members_of(answer):
                     self._event(InterestKind.JOINED, watch.filter, member, (watch.id,))
         except BaseException:
             self._notes.pop(watch.id, None)
+            for channel in begun:
+                self._listen_no_more(channel, watch.id)
             raise
         self._tell(InterestEvent(InterestKind.SYNCED, watch.filter, watches=(watch.id,)))
 
@@ -149,10 +153,8 @@ class Interest:
         if watch.kind is WatchKind.PRESENCE:
             self._leave_room(watch)
         self._notes.pop(watch.id, None)
-        for channel, ids in tuple(self._listening.items()):
-            ids.discard(watch.id)
-            if not ids:
-                self._listening.pop(channel, None)
+        for channel in [name for name, ids in self._listening.items() if watch.id in ids]:
+            if self._forget(channel, watch.id):
                 await self._ask(channel, False, False)
 
     async def _listen(self, channel: str, identity: int, *, status: bool) -> Mapping[str, Any]:
@@ -160,11 +162,35 @@ class Interest:
         ids.add(identity)
         try:
             return await self._ask(channel, status, True)
-        except BaseException:
-            ids.discard(identity)
-            if not ids:
-                self._listening.pop(channel, None)
+        except (NotAuthorized, NotConnected):
+            self._forget(channel, identity)
             raise
+        except BaseException:
+            self._listen_no_more(channel, identity)
+            raise
+
+    def _listen_no_more(self, channel: str, identity: int) -> None:
+        """Undo a listening that came to nothing, without waiting: the caller is on its way out."""
+        if self._forget(channel, identity):
+            self._spawn(self._stop(channel), "presence")
+
+    def _forget(self, channel: str, identity: int) -> bool:
+        """Note that a watch needs *channel* no more; return whether none does now."""
+        ids = self._listening.get(channel)
+        if ids is None:
+            return False  # the session has ended, and took it along
+        ids.discard(identity)
+        if ids:
+            return False
+        del self._listening[channel]
+        return True
+
+    async def _stop(self, channel: str) -> None:
+        try:
+            if channel not in self._listening:
+                await self._ask(channel, False, False)
+        except PubSubError as error:
+            logger.debug("changes of %r could not be stopped: %s", channel, error)
 
     def _leave_room(self, watch: Watch) -> None:
         channel = f"{watch.filter}/"

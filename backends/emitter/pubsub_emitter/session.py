@@ -87,6 +87,15 @@ _OPERATIONS: Final = {
 }
 
 
+class _KeyedWill(Will):
+    """A will with a key in its topic, which its repr does not show."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<a will of {len(self.payload)} bytes>"
+
+
 class EmitterSession(Backend):
     """What a backend for Emitter needs before it can publish or subscribe.
 
@@ -279,7 +288,7 @@ class EmitterSession(Backend):
                 backend=self._name,
                 retryable=False,
             )
-        return Will(f"{key.text}/{channel}", will.data, 0, will.retain)
+        return _KeyedWill(f"{key.text}/{channel}", will.data, 0, will.retain)
 
     async def restored(self) -> None:
         """Send what waited: first what the last session left unanswered, in its order."""
@@ -596,10 +605,22 @@ class EmitterSession(Backend):
         """Publish through a link; the receipt has the topic that it stands for.
 
         Raises:
-            PublishFailed: The broker refused.
+            PublishFailed: The broker refused, or the session ended before it answered.
+            NotConnected: There is no session; nothing was sent.
         """
         topic = self._links.get(name, (name, ""))[0]
-        _, fault = await self._ask(name, payload)
+        if not self.connection.connected:
+            raise self._not_connected()
+        try:
+            _, fault = await self._ask(name, payload)
+        except NotConnected:
+            raise PublishFailed(
+                f"the session ended before the broker confirmed a message to {topic!r}",
+                outcome=Outcome.UNKNOWN,
+                hint="publish again if a duplicate does no harm",
+                backend=self._name,
+                topic=topic,
+            ) from None
         if fault is not None:
             raise self._rejected(fault, topic, None)
         return Receipt(topic, ConfirmedBy.BROKER)
@@ -674,6 +695,9 @@ class EmitterSession(Backend):
                 self._faults[out] = fault
         elif isinstance(req, int) and req in self._subscribing:
             self._subscribing[req] = fault
+        elif isinstance(req, int):
+            # Only leaving a channel is left: what comes from there goes on until the session ends.
+            logger.info("the broker refused a request: %s (%d)", fault.message, fault.status)
         elif req is None:
             self._told(
                 "publish_refused",
