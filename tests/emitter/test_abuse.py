@@ -12,12 +12,8 @@ import base64
 import contextlib
 import json
 import random
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,81 +34,22 @@ from pubsub_mqtt.endpoint.packets import (
     encode,
 )
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY
+from tests.endpoint.process import Process, allow_sockets, process
 from tests.endpoint.wire import Wire
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 DEMO = KEYS["demo/#/ rwslp"]
 
-CHILD = """
-import asyncio, dataclasses, json, logging, sys
+BROKER = """
 from pubsub_emitter import EmitterServer
-
-async def main():
-    logging.basicConfig(level=logging.ERROR)
-    server = EmitterServer(license=sys.argv[1])
-    dialect = server.dialect
-    dialect.profile = dataclasses.replace(dialect.profile, **json.loads(sys.argv[2]))
-    async with server:
-        print(server.port, flush=True)
-        while await asyncio.to_thread(sys.stdin.readline):
-            told = dataclasses.asdict(server.stats) | {"links": len(server.links)}
-            print(json.dumps(told), flush=True)
-
-asyncio.run(main(), debug=False)
+server = EmitterServer(license=sys.argv[2])
 """
-
-
-class Process:
-    """A broker in another process."""
-
-    def __init__(self, child: asyncio.subprocess.Process, port: int) -> None:
-        self._child = child
-        self.port = port
-
-    async def stats(self) -> dict[str, int]:
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        self._child.stdin.write(b"\n")
-        async with asyncio.timeout(10):
-            found: dict[str, int] = json.loads(await self._child.stdout.readline())
-        return found
-
-    def memory(self, *, peak: bool = False) -> int:
-        """Bytes of memory that it has, or at most had since it started."""
-        name = "VmHWM:" if peak else "VmRSS:"
-        text = Path(f"/proc/{self._child.pid}/status").read_text()
-        return int(text.partition(name)[2].split()[0]) * 1024
-
-
-@contextlib.asynccontextmanager
-async def process(**profile: Any) -> AsyncIterator[Process]:
-    """Yield a broker that must end by itself, and with nothing to complain of."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-W", "error", "-c", CHILD, LICENSE, json.dumps(profile),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        assert child.stdout is not None
-        async with asyncio.timeout(20):
-            port = int(await child.stdout.readline())
-        yield Process(child, port)
-        async with asyncio.timeout(20):
-            _, complaints = await child.communicate(b"")
-        assert child.returncode == 0
-        assert complaints.decode() == ""
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.communicate()
 
 
 @pytest.fixture(autouse=True)
 def descriptors() -> None:
-    """Allow a thousand sockets here, and in the broker, which inherits the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < 4096 <= hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+    allow_sockets()
 
 
 async def round_trip(wire: Wire, text: bytes) -> float:
@@ -132,7 +69,10 @@ async def join(wire: Wire, channel: str) -> None:
 @pytest.fixture
 async def working() -> AsyncIterator[tuple[Process, Wire]]:
     """A broker with a short deadline for handshakes, and a client that works."""
-    async with process(handshake=2.0) as broker, Wire.connected(broker.port) as wire:
+    async with (
+        process(BROKER, LICENSE, handshake=2.0) as broker,
+        Wire.connected(broker.port) as wire,
+    ):
         await join(wire, "demo/self/")
         yield broker, wire
 
@@ -273,7 +213,7 @@ async def test_random_and_mutated_packets_kill_and_leave_nothing(
 
 
 async def test_1000_clients_connect_at_once_and_take_little_memory() -> None:
-    async with process() as broker:
+    async with process(BROKER, LICENSE) as broker:
         before = broker.memory()
         wires: list[Wire] = []
 
@@ -304,7 +244,7 @@ async def test_1000_clients_connect_at_once_and_take_little_memory() -> None:
 
 async def test_200_mb_for_a_reader_that_stopped_harm_neither_others_nor_memory() -> None:
     size, count = 62_000, 3_300
-    async with process() as broker:
+    async with process(BROKER, LICENSE) as broker:
         async with (
             Wire.connected(broker.port, Connect("stopped")) as stopped,
             Wire.connected(broker.port, Connect("fast")) as fast,

@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import random
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,101 +30,34 @@ from pubsub_mqtt.endpoint.packets import (
     WillMessage,
     encode,
 )
+from tests.endpoint.process import Process, allow_sockets, process
 from tests.endpoint.wire import Wire
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
-CHILD = """
-import asyncio, dataclasses, json, logging, sys
+BROKER = """
 from pubsub_losant import AccessKey, DeviceSpec, LosantServer
+devices = {name: DeviceSpec() for name in ("good", "enemy", "stopped")}
+server = LosantServer(devices=devices, keys=[AccessKey("k", "s", filter_type="all")])
 
-async def main():
-    logging.basicConfig(level=logging.ERROR)
-    devices = {name: DeviceSpec() for name in ("good", "enemy", "stopped")}
-    server = LosantServer(devices=devices, keys=[AccessKey("k", "s", filter_type="all")])
-    dialect = server.dialect
-    dialect.profile = dataclasses.replace(dialect.profile, **json.loads(sys.argv[1]))
-    async with server:
-        print(server.port, flush=True)
-        while await asyncio.to_thread(sys.stdin.readline):
-            told = dataclasses.asdict(server.stats) | {
-                "links": len(server.links),
-                "rejections": len(server.rejections),
-                "states": len(server.states("good")),
-            }
-            print(json.dumps(told), flush=True)
-
-asyncio.run(main())
+def more(server):
+    return {"rejections": len(server.rejections), "states": len(server.states("good"))}
 """
-
-
-@dataclasses.dataclass
-class Process:
-    """A broker in another process."""
-
-    child: asyncio.subprocess.Process
-    port: int
-
-    async def stats(self) -> dict[str, int]:
-        assert self.child.stdin is not None
-        assert self.child.stdout is not None
-        self.child.stdin.write(b"\n")
-        async with asyncio.timeout(10):
-            found: dict[str, int] = json.loads(await self.child.stdout.readline())
-        return found
-
-    async def quiet(self) -> dict[str, int]:
-        """Return the counters once only the working device is connected."""
-        async with asyncio.timeout(10):
-            while (stats := await self.stats())["links"] > 1:
-                await asyncio.sleep(0.01)
-        return stats
-
-    def memory(self, *, peak: bool = False) -> int:
-        """Bytes of memory that it has, or at most had since it started."""
-        name = "VmHWM:" if peak else "VmRSS:"
-        text = Path(f"/proc/{self.child.pid}/status").read_text()
-        return int(text.partition(name)[2].split()[0]) * 1024
 
 
 def sign_in(device_id: str, will: WillMessage | None = None) -> Connect:
     return Connect(device_id, "k", b"s", 60, will=will)
 
 
-@contextlib.asynccontextmanager
-async def process(**profile: Any) -> AsyncIterator[Process]:
-    """Yield a broker that must end by itself, and with nothing to complain of."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-W", "error", "-c", CHILD, json.dumps(profile),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        assert child.stdout is not None
-        async with asyncio.timeout(20):
-            port = int(await child.stdout.readline())
-        yield Process(child, port)
-        async with asyncio.timeout(20):
-            _, complaints = await child.communicate(b"")
-        assert child.returncode == 0
-        assert complaints.decode() == ""
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.communicate()
-
-
 @pytest.fixture(autouse=True)
 def descriptors() -> None:
-    """Allow a thousand sockets here, and in the broker, which inherits the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < 4096 <= hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+    allow_sockets()
 
 
 @pytest.fixture
 async def working() -> AsyncIterator[tuple[Process, Wire]]:
     """A broker with a short deadline for handshakes, and a device that works."""
-    async with process(handshake=2.0) as broker:
+    async with process(BROKER, handshake=2.0) as broker:
         async with Wire.connected(broker.port, sign_in("good")) as wire:
             await wire.send(Subscribe(1, (("losant/good/state", 0),)))
             assert await wire.next() == SubAck(1, (0,))
