@@ -22,7 +22,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from pubsub_core.errors import ConnectError, NotConnected
+from pubsub_core.errors import ConnectError, NotConnected, PayloadTooLarge
 from pubsub_emitter import (
     BadRequestError,
     Client,
@@ -389,6 +389,26 @@ def test_a_handler_is_changed_without_waiting(place: Place) -> None:
         client.publish(place.key, channel, "x", [client.with_at_least_once()]).result()
         wait(lambda: len(found) == 4)
         assert [name for name, _ in found] == ["second", "first", "first", "none"]
+
+
+def test_what_no_broker_takes_is_not_sent(place: Place) -> None:
+    """The broker would close the connection, and again after each reconnect."""
+    with linked(place) as client:
+        lost: list[int] = []
+        client.on_disconnect = lambda: lost.append(1)
+        channel = place.at("a")
+        head = len(f"{place.key}/{channel}".rstrip("/")) + 1 + 4
+        flags = [client.with_at_least_once()]
+        client.publish(place.key, channel, bytes(65536 - head), flags).result()
+        with pytest.raises(PayloadTooLarge) as caught:
+            client.publish(place.key, channel, bytes(65536 - head + 1), flags).result()
+        assert caught.value.limit == 65536 - head
+        with pytest.raises(PayloadTooLarge):
+            client.keygen(place.master, "a/" * 40_000, "r").result()
+        with pytest.raises(PayloadTooLarge):
+            client.publish(place.key, "ä" * 40_000, "x").result()
+        client.me().result()
+        assert not lost
 
 
 def test_requests_return_their_answers(place: Place) -> None:
@@ -922,7 +942,7 @@ def test_windows_of_time_are_checked() -> None:
     assert Client.with_until(1577836800.9) == "until=1577836800"
     assert Client.with_from(OLDEST_TIME) == f"from={OLDEST_TIME}"
     assert Client.with_until(YOUNGEST_TIME) == f"until={YOUNGEST_TIME}"
-    for bad in (0, OLDEST_TIME - 1, YOUNGEST_TIME + 1):
+    for bad in (0, OLDEST_TIME - 1, YOUNGEST_TIME + 1, float("inf"), float("nan")):
         with pytest.raises(ValueError):
             Client.with_from(bad)
         with pytest.raises(ValueError):

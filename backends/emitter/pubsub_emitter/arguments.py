@@ -98,7 +98,10 @@ def unix_seconds(when: Seconds) -> int:
     if isinstance(when, datetime):
         aware = when if when.tzinfo is not None else when.replace(tzinfo=UTC)
         when = aware.timestamp()
-    seconds = int(when)
+    try:
+        seconds = int(when)
+    except OverflowError:
+        raise ValueError(f"{when} is no time") from None
     if not OLDEST_TIME <= seconds <= YOUNGEST_TIME:
         raise ValueError(
             f"{seconds} is not between 2018-01-01 and 2066-01-01, so brokers ignore it"

@@ -32,7 +32,7 @@ from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
-from pubsub_core.errors import ConnectError, NotConnected, PubSubError
+from pubsub_core.errors import ConnectError, NotConnected, PayloadTooLarge, PubSubError
 from pubsub_core.secrets import Secret
 from pubsub_mqtt.connection import Outgoing, Request, Session, SessionSettings, Subscribe, Will
 from pubsub_mqtt.driver import BlockingDriver
@@ -53,7 +53,7 @@ from .arguments import (
 from .errors import EmitterError, refusal
 from .handlers import Handler, Handlers, canonical
 from .message import EmitterMessage
-from .protocol import build_topic
+from .protocol import MAX_PACKET, build_topic
 from .reply import Reply
 
 __all__ = ["Client", "HistoryMessage", "Options", "Reply"]
@@ -66,6 +66,7 @@ _TIMEOUT: Final = 5.0
 _SPECIAL: Final = frozenset({"keygen", "keyban", "me", "presence", "link", "history", "error"})
 _REPLAY: Final = frozenset({"last", "from", "until"})
 _TOPICS_KEPT: Final = 1024
+_SURELY_FITS: Final = MAX_PACKET // 8
 _NO_FLAGS: Final = frozenset[str]()
 
 
@@ -405,6 +406,12 @@ class Client:
     ) -> Reply[None]:
         reply: Reply[None] = Reply(self, "a message to " + shown)
         payload = payload_bytes(message)
+        if len(topic) + len(payload) > _SURELY_FITS:
+            error = _too_large(topic, payload)
+            if error is not None:
+                logger.warning("%s was not sent: %s", reply.what, error)
+                reply.fail(error)
+                return reply
         try:
             self._required().publish(
                 topic,
@@ -674,6 +681,9 @@ class Client:
         topic = f"emitter/{name}/"
         pending = _Pending(topic, reply, finish)
         payload = b"" if body is None else msgspec.json.encode(body)
+        if (error := _too_large(topic, payload)) is not None:
+            reply.fail(error)
+            return reply
 
         def done(out: Outgoing) -> None:
             with self._lock:
@@ -924,6 +934,17 @@ def _api(topic: str) -> str | None:
         return None
     name, _, rest = topic[8:].partition("/")
     return name if name in _SPECIAL and (not rest or rest.startswith("?")) else None
+
+
+def _too_large(topic: str, payload: bytes) -> PayloadTooLarge | None:
+    """Return an error for what no broker takes: it would close the connection over it.
+
+    The client would then send it again after every reconnect.
+    """
+    limit = MAX_PACKET - len(topic.encode()) - 4  # the topic's length, and a packet id
+    if len(payload) <= limit:
+        return None
+    return PayloadTooLarge(size=len(payload), limit=limit, backend="emitter")
 
 
 def _refusal(body: Mapping[str, Any], what: str) -> EmitterError:

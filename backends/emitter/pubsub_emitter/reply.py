@@ -61,6 +61,7 @@ class Reply(Generic[T]):
         Raises:
             EmitterError: The broker refused, or did not answer in time.
             NotConnected: The connection ended before the answer.
+            PayloadTooLarge: It is longer than any broker takes; nothing was sent.
             RuntimeError: Called by a handler, whose thread the answer would come through.
         """
         limit = self._client.timeout if timeout is None else timeout
