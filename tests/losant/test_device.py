@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import select
 import socket
 import subprocess
 import sys
@@ -462,6 +463,68 @@ def test_close_of_another_thread_ends_a_blocking_connect_in_any_phase(phase: str
             assert time.monotonic() - began < 1
             if peer is not None:
                 peer.close()
+
+
+@pytest.mark.parametrize("phase", ["dial", "connack", "session", "delay"])
+def test_a_close_just_before_the_loop_waits_is_not_missed(
+    phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the decision for how long to wait and the wait itself nobody polls yet."""
+    with (
+        scripted(connack=None if phase == "connack" else b"\x20\x02\x00\x00") as broker,
+        socket.create_server(("127.0.0.1", 0)) as silent,
+    ):
+        options: dict[str, Any] = {"reconnect_min": 30.0, "reconnect_max": 30.0}
+        if phase == "dial":
+            options |= {"transport": "websockets", "port": silent.getsockname()[1]}
+        device = make(broker, connect_timeout=30.0, **options)
+        poll = device._poll
+        closer = threading.Thread(target=device.close)
+
+        def late(*args: Any) -> bool:
+            reached = {
+                "dial": args[1] == select.POLLIN,
+                "connack": device._connection.connecting,
+                "session": device.is_connected(),
+                "delay": device._retry_at is not None,
+            }
+            if phase == "delay" and device.is_connected():
+                broker.cut()
+            elif reached[phase] and closer.ident is None:
+                closer.start()
+                closer.join(5)
+            return bool(poll(*args))
+
+        monkeypatch.setattr(device, "_poll", late)
+        with in_thread(device) as thread:
+            thread.join(10)
+            assert not thread.is_alive()
+            assert thread.failures == []  # type: ignore[attr-defined]
+
+
+def test_what_does_not_fit_the_socket_just_before_the_loop_waits_wakes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with scripted() as broker, connected(broker, keep_alive=30) as (device, _):
+        poll = device._poll
+        broker.reads = False
+
+        def fill() -> None:
+            while device.send_state({"text": "x" * 200_000}):
+                pass
+
+        def late(*args: Any) -> bool:
+            if not device.stats["dropped"]:
+                sender = threading.Thread(target=fill)
+                sender.start()
+                sender.join(5)
+            return bool(poll(*args))
+
+        monkeypatch.setattr(device, "_poll", late)
+        began = time.monotonic()
+        device.loop(10)
+        assert time.monotonic() - began < 8, "it waited for something else than room"
+        assert device._connection.wants_write
 
 
 @pytest.mark.parametrize("blocking", [False, True], ids=["loop", "blocking"])

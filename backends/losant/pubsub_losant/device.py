@@ -81,8 +81,7 @@ class Device(DeviceCore):
         self._lock = threading.RLock()  # the connection and every rule
         self._turns = threading.RLock()  # one thread at a time runs the loop
         self._bell: _Bell | None = None
-        self._polling = False
-        self._awaits_room = False  # and that until the socket takes more
+        self._awaits_room = False  # a turn waits until the socket takes more
         self._busy = 0  # turns under way in the thread that holds `_turns`
         self._blocking = False
         self._running = False
@@ -301,7 +300,9 @@ class Device(DeviceCore):
             self._ring()
 
     def _ring(self) -> None:
-        if self._polling and self._bell is not None:
+        # Also for a turn that does not poll yet: it has decided what to wait for, and for how
+        # long, before this happened.
+        if self._busy and self._bell is not None:
             self._bell.ring()
 
     # --- the loop ------------------------------------------------------------------------
@@ -401,7 +402,6 @@ class Device(DeviceCore):
             bell = self._bell
             if bell is None:
                 return False
-            self._polling = True
             self._awaits_room = self._online and bool(mask & select.POLLOUT)
         poll.register(bell.reads, select.POLLIN)
         if descriptor is not None:
@@ -410,7 +410,7 @@ class Device(DeviceCore):
             found = poll.poll(max(timeout, 0.0) * 1000)
         finally:
             with self._lock:
-                self._polling = self._awaits_room = False
+                self._awaits_room = False
         ready = False
         for each, _ in found:
             if each == bell.reads:
