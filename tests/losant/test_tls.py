@@ -20,13 +20,14 @@ from tests.losant.support import (
     CONNECT,
     Events,
     ScriptedBroker,
+    connected,
     make,
     scripted,
     turn_until,
     wait_until,
 )
 from tests.losant.vectors import DEVICE
-from tests.servers import Authority, Certificate
+from tests.servers import Authority, Certificate, eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -177,6 +178,36 @@ def test_a_certificate_that_became_bad_ends_the_attempts_of_a_reconnect(
         device.loop(0.1)
         assert len(broker.accepted) == 2
         assert len(broker.of(CONNECT)) == 1
+
+
+def test_a_handshake_that_fails_for_a_while_is_tried_again(authority: Authority) -> None:
+    """As behind a balancer whose broker restarts; nothing was wrong with the certificate."""
+    good = _server(authority.issue("good"))
+    with scripted(tls=good) as broker:
+        with connected(broker, cafile=authority.cafile) as (device, events):
+            broker.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # it has no certificate to show
+            broker.cut()
+            turn_until(device, lambda: len(broker.tls_errors) >= 2)
+            broker.tls = good
+            turn_until(device, lambda: "reconnect" in events.names)
+        assert events.names == ["connect", "disconnect", "reconnect", "close"]
+        broker.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with pytest.raises(LosantTLSError):
+            device.connect(blocking=False)
+
+
+async def test_asyncio_tries_a_failed_handshake_again_as_well(authority: Authority) -> None:
+    good = _server(authority.issue("good"))
+    with scripted(tls=good) as broker:
+        device = make(broker, AsyncDevice, cafile=authority.cafile)
+        events = Events().watch(device)
+        async with asyncio.timeout(10), device:
+            broker.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            broker.cut()
+            await eventually(lambda: len(broker.tls_errors) >= 2)
+            broker.tls = good
+            await eventually(lambda: "reconnect" in events.names)
+        assert "error" not in events.names
 
 
 def test_a_port_without_tls_is_refused_and_never_used_in_the_clear() -> None:

@@ -457,7 +457,10 @@ class DeviceCore:
                 hint="check host and port",
                 retryable=False,
             )
-        if isinstance(error, TLSProblem):
+        # Without a session before, TLS itself is set up wrongly. Later only a certificate is a
+        # reason to give up: a balancer in front of a broker that restarts sends alerts, too.
+        unverified = isinstance(error.__cause__, ssl.SSLCertVerificationError)
+        if isinstance(error, TLSProblem) and (unverified or not self._announced):
             return LosantTLSError(
                 str(error.args[0]), hint="check the host name, or name the right CA with cafile"
             )
