@@ -42,6 +42,7 @@ from .topics import (
     MAX_PAYLOAD,
     check_custom_topic,
     check_device_id,
+    check_publish_topic,
     command_topic,
     hello_topic,
     is_platform_topic,
@@ -49,7 +50,7 @@ from .topics import (
     state_topic,
 )
 
-__all__ = ["EVENTS", "DeviceCore", "Observer", "Observers", "Transport"]
+__all__ = ["EVENTS", "DeviceCore", "Observer", "Observers", "PeripheralCore", "Transport"]
 
 logger = logging.getLogger("pubsub_losant")
 
@@ -105,6 +106,30 @@ class Observers:
     def of(self, name: str) -> tuple[Observer, ...]:
         """Return a copy: an observer may remove itself while all are called."""
         return tuple(self._lists.get(name, ()))
+
+
+class PeripheralCore:
+    """A device behind a gateway, whoever waits for its socket."""
+
+    def __init__(self, device_id: str, observers: Observers) -> None:
+        self.device_id = device_id
+        self._observers = observers
+
+    @property
+    def id(self) -> str:
+        """The id of the device."""
+        return self.device_id
+
+    def add_event_observer(self, event_name: str, observer: Observer) -> None:
+        """See `Device.add_event_observer`."""
+        self._observers.add(event_name, observer)
+
+    def remove_event_observer(self, event_name: str, observer: Observer) -> None:
+        """See `Device.remove_event_observer`."""
+        self._observers.remove(event_name, observer)
+
+    def __repr__(self) -> str:
+        return f"<pubsub_losant.{type(self).__name__} {self.device_id}>"
 
 
 class DeviceCore:
@@ -670,6 +695,13 @@ class DeviceCore:
         return batch, passed
 
     # --- topics --------------------------------------------------------------------------
+
+    def _custom_payload(self, topic: str, payload: bytes | str, qos: int | None) -> bytes:
+        """Return what goes out for a message to a topic of the user's own; check all of it."""
+        if qos not in (None, 0, 1):
+            raise ValueError(f"the platform has QoS 0 and 1, not {qos}")
+        check_publish_topic(topic)
+        return self._checked(payload.encode() if isinstance(payload, str) else bytes(payload))
 
     def _hello_topic(self) -> str:
         return hello_topic(self._device_id)

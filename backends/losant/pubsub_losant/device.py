@@ -23,13 +23,12 @@ from pubsub_core.errors import ConnectError
 from pubsub_mqtt.connection import Session
 from pubsub_mqtt.transport import BufferedSocket
 
-from .core import DeviceCore, Observer, Observers
+from .core import DeviceCore, Observers, PeripheralCore
 from .errors import LosantError
 from .link import Wait, dial_steps, limit_unacknowledged
 from .times import TimeLike
 from .topics import (
     check_device_id,
-    check_publish_topic,
     command_topic,
     encode_hello,
     state_topic,
@@ -233,11 +232,8 @@ class Device(DeviceCore):
         Raises:
             ValueError: A topic of the platform, a wildcard, or more than 256 KiB.
         """
-        if qos not in (None, 0, 1):
-            raise ValueError(f"the platform has QoS 0 and 1, not {qos}")
-        check_publish_topic(topic)
-        data = payload.encode() if isinstance(payload, str) else bytes(payload)
-        return self._deliver(topic, self._checked(data), qos=qos)
+        data = self._custom_payload(topic, payload, qos)
+        return self._deliver(topic, data, qos=qos)
 
     def subscribe(self, topic: str) -> None:
         """Get what is published to a topic of your own, as ``message`` events.
@@ -575,7 +571,7 @@ def _wait_for(sock: BufferedSocket, mask: int, seconds: float) -> None:
     poll.poll(max(seconds, 0.0) * 1000)
 
 
-class Peripheral:
+class Peripheral(PeripheralCore):
     """A device without a connection of its own, behind a `Gateway`, which makes it.
 
     Observers get it as their first argument. It knows the events ``command``, and its
@@ -588,14 +584,8 @@ class Peripheral:
         observers: Observers,
         send: Callable[[str, list[tuple[Mapping[str, Any], TimeLike]], bool], bool],
     ) -> None:
-        self.device_id = device_id
-        self._observers = observers
+        super().__init__(device_id, observers)
         self._send = send
-
-    @property
-    def id(self) -> str:
-        """The id of the device."""
-        return self.device_id
 
     def send_state(self, state: Mapping[str, Any], time_like: TimeLike = None) -> bool:
         """Send one state of this device; see `Device.send_state`."""
@@ -604,17 +594,6 @@ class Peripheral:
     def send_states(self, states: Iterable[tuple[Mapping[str, Any], TimeLike]]) -> bool:
         """Send several states as one message; see `Device.send_states`."""
         return self._send(self.device_id, list(states), True)
-
-    def add_event_observer(self, event_name: str, observer: Observer) -> None:
-        """See `Device.add_event_observer`."""
-        self._observers.add(event_name, observer)
-
-    def remove_event_observer(self, event_name: str, observer: Observer) -> None:
-        """See `Device.remove_event_observer`."""
-        self._observers.remove(event_name, observer)
-
-    def __repr__(self) -> str:
-        return f"<pubsub_losant.Peripheral {self.device_id}>"
 
 
 class Gateway(Device):
