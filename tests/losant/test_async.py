@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
+from pubsub_core.errors import WrongLoop
 from pubsub_losant import (
     AsyncDevice,
     AsyncGateway,
@@ -414,3 +415,28 @@ async def test_connect_is_told_late_when_subscribe_gets_no_answer(
     async with opened(broker) as (_, events):
         assert events.names == ["connect"]
         assert time.monotonic() - began > 0.15
+
+
+async def test_a_device_of_one_event_loop_is_refused_in_another(broker: ScriptedBroker) -> None:
+    async with opened(broker, AsyncGateway) as (device, events):
+        calls: list[Callable[[], Any]] = [
+            device.connect, device.close, lambda: anext(device.commands()),
+            lambda: device.send_state({"a": 1}), lambda: device.publish("my/topic", b"x"),
+            lambda: device.subscribe("my/topic"), lambda: device.unsubscribe("my/topic"),
+            lambda: device.add_peripheral(ONE), lambda: device.remove_peripheral(ONE),
+        ]  # fmt: skip
+
+        async def elsewhere() -> None:
+            for call in calls:
+                with pytest.raises(WrongLoop, match="another event loop"):
+                    async with asyncio.timeout(5):
+                        await call()
+
+        before = len(broker.packets)
+        await asyncio.to_thread(asyncio.run, elsewhere())
+        assert len(broker.packets) == before
+        assert device.is_connected()
+        assert await device.send_state({"a": 1}) is True
+    assert events.names == ["connect", "close"]
+    async with asyncio.timeout(5):
+        await asyncio.to_thread(asyncio.run, device.close())  # nothing, once it is closed

@@ -18,16 +18,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 
-from pubsub_core.errors import ConnectError, NotConnected, PublishFailed
+from pubsub_core.errors import ConnectError, NotConnected, PublishFailed, WrongLoop
 from pubsub_mqtt.driver import AsyncioDriver
 
-from .core import DeviceCore, Observer, Observers
+from .core import DeviceCore, Observer, Observers, PeripheralCore
 from .errors import LosantConnectError, LosantError
 from .link import limit_unacknowledged
 from .times import TimeLike
 from .topics import (
     check_device_id,
-    check_publish_topic,
     command_topic,
     encode_hello,
     state_topic,
@@ -44,7 +43,8 @@ _DRAIN: Final = 1.0
 class _Feed(Generic[T]):
     """What arrived and nobody took yet; the oldest goes when it is full."""
 
-    def __init__(self, count_dropped: Callable[[], None]) -> None:
+    def __init__(self, count_dropped: Callable[[], None], check_loop: Callable[[], None]) -> None:
+        self._check_loop = check_loop
         self._items: deque[T] = deque()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._count_dropped = count_dropped
@@ -77,6 +77,7 @@ class _Feed(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
+        self._check_loop()
         # An item leaves only when it is returned, so a cancelled wait loses none.
         while not self._items:
             if self._error is not None:
@@ -90,13 +91,15 @@ class _Feed(Generic[T]):
 
 
 class AsyncDevice(DeviceCore):
-    """One device of the platform, for asyncio. All calls belong to one event loop.
+    """One device of the platform, for asyncio.
 
+    While it is connected all calls belong to one event loop: in another they raise `WrongLoop`.
     Observers are called in the loop; one that is a coroutine function becomes a task.
     """
 
     def _prepare(self) -> None:
         super()._prepare()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._driver: AsyncioDriver | None = None
         self._task: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -105,11 +108,21 @@ class AsyncDevice(DeviceCore):
         self._draining = False
         self._tasks: set[asyncio.Future[Any]] = set()
         self._commands: dict[str, _Feed[dict[str, Any]]] = {}
-        self._messages: _Feed[tuple[str, bytes]] = _Feed(self._count_dropped)
-        self._commands[self._device_id] = _Feed(self._count_dropped)
+        self._messages: _Feed[tuple[str, bytes]] = _Feed(self._count_dropped, self._check_loop)
+        self._commands[self._device_id] = _Feed(self._count_dropped, self._check_loop)
 
     def _count_dropped(self) -> None:
         self.stats["unread_dropped"] += 1
+
+    def _check_loop(self) -> None:
+        """Refuse the use from another event loop, which would be one from another thread."""
+        if self._active and asyncio.get_running_loop() is not self._loop:
+            raise WrongLoop(
+                f"device {self._device_id} is connected in another event loop",
+                hint="hand the call to that loop with asyncio.run_coroutine_threadsafe, or use "
+                "Device, which any thread may call",
+                backend="losant",
+            )
 
     # --- connection ----------------------------------------------------------------------
 
@@ -124,10 +137,12 @@ class AsyncDevice(DeviceCore):
             LosantAuthError: Credentials were refused.
             LosantTLSError: The broker's certificate was refused.
             LosantConnectError: The WebSocket was refused, or `close` came in between.
+            WrongLoop: It is connected in another event loop.
         """
+        self._check_loop()
         if self._active:
             return
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self._open()
         ready = self._ready = loop.create_future()
         try:
@@ -151,7 +166,11 @@ class AsyncDevice(DeviceCore):
 
         What is on its way at QoS 1 gets *drain* seconds to be acknowledged. Iterators of
         `commands` and `messages` end when they are empty.
+
+        Raises:
+            WrongLoop: It is connected in another event loop.
         """
+        self._check_loop()
         if not self._active:
             return
         ready = self._ready
@@ -366,11 +385,8 @@ class AsyncDevice(DeviceCore):
         Raises:
             ValueError: A topic of the platform, a wildcard, or more than 256 KiB.
         """
-        if qos not in (None, 0, 1):
-            raise ValueError(f"the platform has QoS 0 and 1, not {qos}")
-        check_publish_topic(topic)
-        data = payload.encode() if isinstance(payload, str) else bytes(payload)
-        return await self._deliver(topic, self._checked(data), qos=qos)
+        data = self._custom_payload(topic, payload, qos)
+        return await self._deliver(topic, data, qos=qos)
 
     async def subscribe(self, topic: str) -> None:
         """Get what is published to a topic of your own from `messages`, also after a reconnect.
@@ -382,12 +398,14 @@ class AsyncDevice(DeviceCore):
             ValueError: The platform has no such topic.
         """
         self._readable(topic)
+        self._check_loop()
         if topic not in self._custom:
             self._custom[topic] = None
             await self._subscribed(topic)
 
     async def unsubscribe(self, topic: str) -> None:
         """Stop getting it; nothing if it was not subscribed."""
+        self._check_loop()
         if topic in self._custom:
             del self._custom[topic]
             self._drop(topic)
@@ -412,6 +430,7 @@ class AsyncDevice(DeviceCore):
         """Send, keep or refuse; *texts* are the states in it, where it holds any."""
         if not self._active:
             return False
+        self._check_loop()
         if texts is not None and (self._backlog or not self._online):
             return self._keep(topic, texts)
         if not self._online:
@@ -459,7 +478,7 @@ def _cause(error: ConnectError) -> BaseException:
     return cause if isinstance(cause, OSError) else error
 
 
-class AsyncPeripheral:
+class AsyncPeripheral(PeripheralCore):
     """A device without a connection of its own, behind an `AsyncGateway`, which makes it."""
 
     def __init__(
@@ -469,15 +488,9 @@ class AsyncPeripheral:
         commands: AsyncIterator[dict[str, Any]],
         send: Callable[[str, list[tuple[Mapping[str, Any], TimeLike]], bool], Awaitable[bool]],
     ) -> None:
-        self.device_id = device_id
-        self._observers = observers
+        super().__init__(device_id, observers)
         self._commands = commands
         self._send = send
-
-    @property
-    def id(self) -> str:
-        """The id of the device."""
-        return self.device_id
 
     async def send_state(self, state: Mapping[str, Any], time_like: TimeLike = None) -> bool:
         """Send one state of this device; see `Device.send_state`."""
@@ -490,17 +503,6 @@ class AsyncPeripheral:
     def commands(self) -> AsyncIterator[dict[str, Any]]:
         """Iterate over the commands for this device; see `AsyncDevice.commands`."""
         return self._commands
-
-    def add_event_observer(self, event_name: str, observer: Observer) -> None:
-        """See `Device.add_event_observer`."""
-        self._observers.add(event_name, observer)
-
-    def remove_event_observer(self, event_name: str, observer: Observer) -> None:
-        """See `Device.remove_event_observer`."""
-        self._observers.remove(event_name, observer)
-
-    def __repr__(self) -> str:
-        return f"<pubsub_losant.AsyncPeripheral {self.device_id}>"
 
 
 class AsyncGateway(AsyncDevice):
@@ -522,11 +524,12 @@ class AsyncGateway(AsyncDevice):
         check_device_id(device_id)
         if device_id == self._device_id:
             raise ValueError("a gateway is not its own peripheral")
+        self._check_loop()
         found = self._peripherals.get(device_id)
         if found is not None:
             return found
         observers = Observers(strict=self._strict)
-        feed = self._commands[device_id] = _Feed(self._count_dropped)
+        feed = self._commands[device_id] = _Feed(self._count_dropped, self._check_loop)
         made = AsyncPeripheral(device_id, observers, feed, self._speak)
         self._peripherals[device_id] = made
         self._subjects[device_id] = (made, observers)
@@ -537,6 +540,7 @@ class AsyncGateway(AsyncDevice):
 
     async def remove_peripheral(self, device_id: str) -> None:
         """Receive its commands no more; nothing if it is not there."""
+        self._check_loop()
         if self._peripherals.pop(device_id, None) is None:
             return
         del self._subjects[device_id]
