@@ -694,6 +694,8 @@ def test_q11_a_reconnect_restores_subscriptions_links_and_presence(running: Runn
         client.subscribe(DEMO, "demo/a", options=[client.with_last(5)]).result()
         client.subscribe(EVERYTHING, "q/r").result()
         client.unsubscribe(EVERYTHING, "q/r").result()
+        client.link(EVERYTHING, "q/l", "l", True, {"ttl": 5}).result()
+        client.unsubscribe(EVERYTHING, "q/l").result()
         client.subscribe_with_group(EVERYTHING, "s", "g").result()
         client.link(DEMO, "demo/a", "a0", False, [client.with_ttl(60)]).result()
         client.presence(DEMO, "demo/p", changes=True).result()
@@ -702,6 +704,7 @@ def test_q11_a_reconnect_restores_subscriptions_links_and_presence(running: Runn
         client.publish_with_link("a0", "through the link", [client.with_at_least_once()]).result()
         client.publish(EVERYTHING, "s", "shared", [client.with_at_least_once()]).result()
         client.publish(EVERYTHING, "q/r", "no", [client.with_at_least_once()]).result()
+        client.publish_with_link("l", "no", [client.with_at_least_once()]).result()
         assert found == [("demo/a/", "through the link"), ("s/", "shared")]
         with linked(running, username="bob") as other:
             other.subscribe(DEMO, "demo/p").result()

@@ -545,6 +545,7 @@ class Client:
                 reply.fail(_refusal(body, reply.what))
             else:
                 self._subscriptions.pop(place, None)
+                self._unsubscribe_links(place)
                 for handler, claims in claimed:
                     self._messages.discard(handler, claims)
                 reply.resolve(None)
@@ -554,6 +555,13 @@ class Client:
         except PubSubError as exc:
             reply.fail(_without_key(exc, reply.what))
         return reply
+
+    def _unsubscribe_links(self, place: tuple[str, str]) -> None:
+        """Have the links to a channel restored without the subscription they came with."""
+        for name, body in list(self._links.items()):
+            channel = body["channel"].partition("?")[0]
+            if body["subscribe"] and (canonical(channel), "") == place:
+                self._links[name] = body | {"subscribe": False}
 
     # --- requests -----------------------------------------------------------------------
 
