@@ -59,25 +59,30 @@ class Raw:
         self.writer.transport.abort()
 
     async def next(self, within: float = WITHIN) -> Any:
-        """Return the next message."""
+        """Return the next message.
+
+        Raises:
+            ConnectionError: The server closed the connection.
+        """
         async with asyncio.timeout(within):
             while (message := self._decoder.next_message()) is None:
                 data = await self.reader.read(65536)
-                assert data, "the server closed the connection"
+                if not data:
+                    raise ConnectionResetError("the server closed the connection")
                 self._decoder.feed(data)
         return message
 
     async def take(self, count: int) -> list[Message]:
         return [await self.next() for _ in range(count)]
 
-    async def fence(self) -> None:
+    async def fence(self, within: float = WITHIN) -> None:
         """Return when everything sent before was acted upon."""
         self.send(encode_notification_request("fence", True))
         self.add("fence", "x")
-        while (await self.next()).feed != "fence":
+        while (await self.next(within)).feed != "fence":
             pass
         self.send(encode_subscription_request("fence", "x", False))
-        while (await self.next()).feed != "fence":
+        while (await self.next(within)).feed != "fence":
             pass
         self.send(encode_notification_request("fence", False))
 

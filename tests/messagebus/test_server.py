@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -24,6 +25,7 @@ from pubsub_messagebus.protocol import (
     ForwardedSubscriptionRequest,
     HandshakeForm,
     basic_handshake,
+    encode_multicast,
     encode_notification_request,
     encode_subscription_request,
     notice,
@@ -360,6 +362,53 @@ async def test_more_bursts_than_can_be_worked_off_at_once() -> None:
             await eventually(lambda: server.stats()["received"] >= 60 * 3000, within=20)
             await eventually(lambda: server.stats()["clients"] == 1)
             assert server.stats()["subscriptions"] == 0
+
+
+async def test_newcomers_do_not_wait_for_all_who_are_busy() -> None:
+    count, each = 60, 20_000
+    burst = encode_subscription_request("F", "T", True) * each
+    async with MessageBusServer() as server, contextlib.AsyncExitStack() as stack:
+        busy = [await stack.enter_async_context(Raw(server.port)) for _ in range(count)]
+        for client in busy:
+            client.send(burst)
+        await eventually(lambda: server.stats()["received"] > count * each / 10)
+        async with Raw(server.port) as newcomer:
+            await newcomer.fence(20)
+        assert server.stats()["received"] < count * each / 2
+        for client in busy:
+            client.reset()
+
+
+async def test_newcomers_are_turned_away_while_too_many_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pubsub_messagebus.server._CROWD", 3)
+    monkeypatch.setattr("pubsub_messagebus.server._ROUND", 0)  # one of those who wait
+    burst = encode_subscription_request("F", "T", True) * 15_000
+    async with MessageBusServer() as server, contextlib.AsyncExitStack() as stack:
+        busy = [await stack.enter_async_context(Raw(server.port)) for _ in range(10)]
+        for client in busy:
+            client.send(burst)
+        while not server.turns.full:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0)
+        async with Raw(server.port) as newcomer:
+            assert await newcomer.closed() == b""
+        assert server.stats()["turned_away"] == 1
+        for client in busy:
+            await client.fence(20)
+        async with Raw(server.port) as late:
+            await late.fence()
+        assert list(server.broker.subscribers("F", "T").values()) == [15_000] * 10
+
+
+async def test_what_came_with_a_login_waits_for_its_turns_like_any_burst(passwords: Path) -> None:
+    # More than one turn's work behind the handshake, and more of it than is read at once.
+    burst = encode_subscription_request("F", "T", True) * 60_000
+    async with MessageBusServer(password_file=str(passwords)) as server:
+        async with Raw(server.port) as client:
+            client.send(basic_handshake("tom", "tomsPassword"), burst)
+            await client.fence()
+            assert list(server.broker.subscribers("F", "T").values()) == [60_000]
 
 
 async def test_many_half_handshakes_do_not_keep_a_good_client_out(passwords: Path) -> None:

@@ -60,12 +60,11 @@ MAX_FAULTY = 1000
 """Peers whose faults are counted one by one; those of the others are counted together."""
 
 # How long one connection's burst may keep the others waiting, in seconds, and after how many
-# messages the clock is looked at. What fans out goes on a little: writing many messages to a
-# connection costs hardly more than writing one.
+# messages and deliveries the clock is looked at. Who fans out alone may go on a little: writing
+# many messages to a connection costs hardly more than writing one.
 _TURN = 0.005
-_LOOK_MESSAGES = 32
-_FANNED_OUT = 1000
-_TURN_EFFECTS = 20_000
+_LOOK = 64
+_FANNED_OUT = range(1000, 20_000)
 # While bursts wait: what has just arrived may take so long each, and then the bursts together.
 _SHORT_TURN = 0.0005
 _ROUND = 0.02
@@ -97,7 +96,7 @@ class ServerStats:
     """What the connections did; `Broker.stats` counts what was routed.
 
     Attributes:
-        turned_away: Connections closed at once, because too many wait to be read.
+        turned_away: Connections closed at once, because too many wait for their turn.
         refused: Connections closed for their credentials.
         timeouts: Connections closed because the handshake took too long.
         protocol_errors: Connections closed for what they sent.
@@ -136,6 +135,11 @@ class _Turns:
         self._bursts = collections.deque[_Connection]()
         self._endings = collections.deque[tuple[_Connection, bool]]()
         self._scheduled = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether bursts wait."""
+        return bool(self._bursts)
 
     @property
     def first(self) -> float:
@@ -404,22 +408,24 @@ class _Connection(asyncio.Protocol):
         deliver = server.deliver
         clock = self._loop.time
         until = clock() + turn
-        effects = 0
+        done, look = 0, _LOOK
         self._busy = False
         try:
-            while clock() < until or _FANNED_OUT < effects < _TURN_EFFECTS:
-                for _ in range(_LOOK_MESSAGES):
-                    message = decoder.next_message()
-                    if message is None:
+            while True:
+                message = decoder.next_message()
+                if message is None:
+                    return
+                result = received(self, message)
+                done += 1
+                if result:
+                    deliver(result)
+                    if self._doomed:
                         return
-                    result = received(self, message)
-                    if result:
-                        deliver(result)
-                        if self._doomed:
-                            return
-                        effects += len(result)
-                        if effects > _TURN_EFFECTS:
-                            break
+                    done += len(result)
+                if done >= look:
+                    look = done + _LOOK
+                    if clock() > until and (server.turns.waiting or done not in _FANNED_OUT):
+                        break
         except ProtocolError as error:
             server.count.protocol_errors += 1
             logger.warning("%s: protocol error: %s", self.peer, error)
