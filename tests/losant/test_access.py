@@ -89,6 +89,38 @@ def test_a_scope_is_the_ids_and_the_devices_with_one_of_the_tags() -> None:
     assert not any(rights.may_connect(name, nothing) for name in devices)
 
 
+def test_who_speaks_for_a_peripheral_is_its_gateway_with_a_key_for_both() -> None:
+    devices = {
+        "gate": DeviceSpec("gateway"),
+        "plain": DeviceSpec(),
+        "bound": DeviceSpec("peripheral", gateway_id="gate"),
+        "elsewhere": DeviceSpec("peripheral", gateway_id="plain"),
+        "floats": DeviceSpec("floating"),
+    }
+    everything = AccessKey("all", "s")
+    itself = AccessKey("itself", "s", device_ids=["gate", "plain"])
+    rights = Registry(devices, [everything, itself])
+
+    def reached(sender: str, key: AccessKey) -> list[str]:
+        return [to for to in devices if rights.may_publish(sender, key, f"losant/{to}/state")]
+
+    assert reached("gate", everything) == ["gate", "bound", "floats"]
+    assert reached("gate", itself) == ["gate"]
+    assert reached("plain", everything) == ["plain"]
+
+
+def test_a_filter_that_can_reach_a_forbidden_topic_is_refused() -> None:
+    key = AccessKey(
+        "k", "s", filter_type="blacklist", pub_topics=["a/hidden/#"], sub_topics=["a/hidden/#"]
+    )
+    for text in ("a/#", "a/+", "a/+/x", "a/hidden", "a/hidden/x"):
+        assert not key.may_subscribe(text)
+    for text in ("a/open/#", "b/#", "+/open"):
+        assert key.may_subscribe(text)
+    assert not key.may_publish("a/hidden/x")
+    assert key.may_publish("a/open")
+
+
 LEVELS = st.lists(st.sampled_from(["a", "b", "+"]), min_size=1, max_size=3)
 FILTERS = st.builds(
     lambda levels, end: "/".join(levels + ["#"] * end) or "#", LEVELS, st.booleans()

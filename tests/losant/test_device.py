@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import select
 import socket
 import subprocess
@@ -392,6 +394,55 @@ def test_a_broker_away_for_three_seconds_costs_three_dials_and_no_cpu(
             assert time.thread_time() - cpu < 0.15
             broker.start()
             turn_until(device, lambda: "reconnect" in events.names, within=6)
+
+
+def test_the_system_ends_a_link_whose_peer_takes_nothing_for_two_keep_alives() -> None:
+    with scripted() as broker, connected(broker) as (device, _):
+        with socket.socket(fileno=os.dup(device._connection.socket.fileno())) as same:
+            milliseconds = same.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert milliseconds == 30_000
+
+
+def test_short_sessions_are_tried_again_for_ever() -> None:
+    """The platform closes them over a forbidden topic, too: nobody need have taken the id."""
+    with scripted() as broker, connected(broker) as (device, events):
+        for count in range(1, 7):
+            broker.cut()
+            turn_until(device, lambda count=count: events.names.count("reconnect") == count)
+        assert "error" not in events.names
+
+
+def _resolve_to(patch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+    patch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+
+def test_each_address_of_a_name_has_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted() as broker, socket.socket() as silent, contextlib.ExitStack() as full:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        for _ in range(4):  # more than it keeps: the next get no answer at all
+            waiting = full.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(silent.getsockname())
+        _resolve_to(monkeypatch, silent.getsockname(), ("127.0.0.1", broker.port))
+        device = make(broker, connect_timeout=1.0)
+        device.connect(blocking=False)
+        turn_until(device, device.is_connected)
+        device.close()
+
+
+def test_of_several_addresses_the_first_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted() as broker, socket.socket() as refusing:
+        refusing.bind(("127.0.0.1", 0))  # nobody listens there
+        unusable = ("255.255.255.255", 1)  # TCP has no broadcast
+        _resolve_to(monkeypatch, refusing.getsockname(), unusable)
+        with pytest.raises(ConnectionRefusedError):
+            make(broker).connect()
+        _resolve_to(monkeypatch, unusable, refusing.getsockname())
+        with pytest.raises(OSError) as caught:
+            make(broker).connect()
+        assert not isinstance(caught.value, ConnectionRefusedError)
 
 
 @pytest.mark.slow

@@ -195,6 +195,20 @@ def test_dates_as_text(text: str, ms: int | None) -> None:
     assert (None if found is None else epoch_ms(found)) == ms
 
 
+def test_a_mail_date_without_a_zone_is_utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    with local_zone("Asia/Tokyo", monkeypatch):
+        assert resolve_time("Tue, 14 Nov 2023 22:13:20 -0000", 0) == 1_700_000_000_000
+        assert resolve_time("14 Nov 2023 22:13:20", 0) == 1_700_000_000_000
+
+
+def test_a_state_may_be_30_days_old_and_a_day_ahead() -> None:
+    day = 86_400_000
+    assert within_limits(NOW - 30 * day, NOW)
+    assert within_limits(NOW + day, NOW)
+    assert not within_limits(NOW - 30 * day - 1, NOW)
+    assert not within_limits(NOW + day + 1, NOW)
+
+
 def test_a_written_date_has_three_digits_and_is_utc() -> None:
     zone = dt.timezone(dt.timedelta(hours=2))
     assert format_date(dt.datetime(2016, 6, 1, 3, 0, 0, 999, zone)) == "2016-06-01T01:00:00.000Z"

@@ -249,6 +249,17 @@ async def test_several_clients_can_be_one_device_where_that_is_wanted() -> None:
         assert server.is_connected(A)
 
 
+async def test_a_will_needs_its_right_at_the_end_as_well(server: LosantServer) -> None:
+    will = WillMessage(state(PERIPHERAL), b'{"data":{"alive":false}}')
+    for allowed in (True, False):
+        async with Peer.connected(server, sign_in(GATEWAY, will=will)) as gateway:
+            if not allowed:
+                server.registry.devices[PERIPHERAL] = DeviceSpec("peripheral", gateway_id=A)
+            gateway.wire.close()
+            await server.wait_disconnected(GATEWAY)
+        assert len(server.states(PERIPHERAL)) == 1
+
+
 @pytest.mark.slow
 async def test_a_silent_device_is_dropped_and_its_will_published(server: LosantServer) -> None:
     will = WillMessage(state(), b'{"data":{"alive":false}}')
@@ -521,6 +532,17 @@ async def test_what_the_operator_gets_wrong_closes_its_connection(
         await operator.publish(topic, payload, qos=1)
         assert await operator.wire.closed() == []
     assert server.command_history(A) == []
+
+
+async def test_the_operator_is_let_in_from_this_machine_only(
+    server: LosantServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = urlsplit(server.operator_url)
+    sign = Connect("op", parts.username, str(parts.password).encode())
+    for address in ("203.0.113.7", "2001:db8::1", ""):
+        monkeypatch.setattr("pubsub_losant.broker._address", lambda client, it=address: it)
+        assert await refused(server, sign) == 5
+        assert "not on this machine" in server.rejections[-1].reason
 
 
 # --- throttle ---------------------------------------------------------------------------------
