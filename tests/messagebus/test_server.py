@@ -25,7 +25,6 @@ from pubsub_messagebus.protocol import (
     ForwardedSubscriptionRequest,
     HandshakeForm,
     basic_handshake,
-    encode_multicast,
     encode_notification_request,
     encode_subscription_request,
     notice,
@@ -389,7 +388,7 @@ async def test_newcomers_are_turned_away_while_too_many_wait(
         busy = [await stack.enter_async_context(Raw(server.port)) for _ in range(10)]
         for client in busy:
             client.send(burst)
-        while not server.turns.full:  # noqa: ASYNC110 - nobody tells
+        while not server.turns.full:
             await asyncio.sleep(0)
         async with Raw(server.port) as newcomer:
             assert await newcomer.closed() == b""
