@@ -1,12 +1,17 @@
-"""The whole contract on Emitter: the embedded broker, with both of its matching rules."""
+"""The whole contract on Emitter: the embedded broker with both of its matching rules, and a real
+broker that the environment names.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from pubsub_core import AuthenticationFailed, ConnectError, ServerRefused
 from pubsub_core.testing import Harness, NativeError, suite
 from pubsub_emitter.keys import License
+from tests.emitter.places import Place, real
 from tests.emitter.vectors import LICENSE, MASTER_KEY
 
 EXEMPT = {
@@ -15,6 +20,13 @@ EXEMPT = {
         "existing interest is told for exact topics only, changes for all; "
         "tests/emitter/test_backend.py has both"
     ),
+}
+
+KEYS_FROM_THE_BROKER = {
+    "publish_outcome_unknown_on_cut": (
+        "the first message waits for the broker to make its key, so it was not sent when the link "
+        "is cut, and the error says that; the class that makes keys itself has it"
+    )
 }
 
 KEEPALIVE = ({"keepalive": 1}, 1.0)
@@ -73,9 +85,12 @@ class TestEmitterMqtt(suite("emitter")):  # type: ignore[misc]  # the base is ma
         server_options={"license": LICENSE, "matcher": "mqtt"},
         restart=True,
         in_process=True,
+        unprivileged_identity=f"emitter+ws://guest@127.0.0.1:{{port}}?key={SUITE_KEY}",
+        unique=below_suite,
         keepalive=KEEPALIVE,
         client_modules=("paho",),
         exempt=EXEMPT
+        | KEYS_FROM_THE_BROKER
         | dict.fromkeys(
             (
                 "history_last_n_in_order",
@@ -89,11 +104,43 @@ class TestEmitterMqtt(suite("emitter")):  # type: ignore[misc]  # the base is ma
             ),
             "without the option store only messages with a ttl or retained are stored, and the "
             "suite publishes without; the other class has the option",
-        )
-        | {
-            "publish_outcome_unknown_on_cut": (
-                "the first message waits for the broker to make its key, so it was not sent when "
-                "the link is cut, and the error says that; the other class makes keys itself"
-            )
-        },
+        ),
     )
+
+
+REAL = real()
+
+if isinstance(REAL, Place):
+    PLACE = REAL
+    _URL = f"{PLACE.bus_url('{user}')}?store=3600"
+
+    @pytest.mark.slow
+    class TestEmitterReal(suite("emitter")):  # type: ignore[misc]  # the base is made at run time
+        """A broker that is there already, which may be the Go one; keys are the broker's."""
+
+        harness = Harness(
+            url=_URL.format(user="tester") + f"&master_key={PLACE.master}",
+            # Its key is made by the broker when the class begins.
+            unprivileged_identity=_URL.format(user="guest"),
+            unique=below_suite,
+            keepalive=KEEPALIVE,
+            client_modules=("paho",),
+            native_type="pubsub_emitter.backend:EmitterBackend",
+            native_errors=NATIVE_ERRORS,
+            exempt=EXEMPT | KEYS_FROM_THE_BROKER,
+            slow=3.0,
+        )
+
+        @classmethod
+        def setup_class(cls) -> None:
+            key = PLACE.made("suite/#/", "rwslp")
+            cls.harness = replace(
+                cls.harness, unprivileged_identity=f"{_URL.format(user='guest')}&key={key}"
+            )
+            super().setup_class()
+
+else:
+
+    def test_a_real_server_is_asked_for_by_the_environment() -> None:
+        assert isinstance(REAL, str)
+        pytest.skip(REAL)

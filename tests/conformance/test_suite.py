@@ -20,7 +20,7 @@ from pubsub_core.plugins import Registry, use_registry
 from pubsub_core.testing import Harness, Mode, Suite, suite
 from pubsub_core.testing.case import VARIABLE, mode
 from pubsub_core.testing.contract import CASES
-from tests.conformance import test_losant, test_memory, test_messagebus, test_mqtt
+from tests.conformance import test_emitter, test_losant, test_memory, test_messagebus, test_mqtt
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +31,8 @@ LISTED: dict[str, type[Suite]] = {
     "MQTT 3.1.1 on amqtt": test_mqtt.TestAmqtt,
     "messagebus": test_messagebus.TestMessageBus,
     "Losant": test_losant.TestLosant,
+    "Emitter": test_emitter.TestEmitter,
+    "Emitter with MQTT's rule": test_emitter.TestEmitterMqtt,
 }
 
 

@@ -15,6 +15,16 @@ from pubsub_mqtt.endpoint import EndpointServer
 __all__ = ["Place", "Running", "real"]
 
 
+_BUS_SCHEMES = {
+    "tcp": "emitter",
+    "mqtt": "emitter",
+    "ssl": "emitters",
+    "mqtts": "emitters",
+    "ws": "emitter+ws",
+    "wss": "emitter+wss",
+}
+
+
 class Running:
     """A server in a loop of its own thread, for a client that blocks."""
 
@@ -65,6 +75,17 @@ class Place:
     def at(self, name: str) -> str:
         """Return a channel of this test."""
         return f"{self.root}/{name}"
+
+    @property
+    def prompt(self) -> bool:
+        """Whether bans, and that they are lifted, hold at once."""
+        return self.patience < 60
+
+    def bus_url(self, user: str) -> str:
+        """Return the URL for a bus whose user has that name."""
+        parts = urlsplit(self.url)
+        scheme = _BUS_SCHEMES.get(parts.scheme, parts.scheme)
+        return f"{scheme}://{user}@{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     @property
     def key(self) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, cast
 
 import pytest
 
@@ -33,6 +34,7 @@ from pubsub_emitter import EmitterError, EmitterServer, License
 from pubsub_emitter.backend import EmitterBackend
 from pubsub_emitter.journal import Journal
 from pubsub_mqtt.server import MosquittoServer, find_mosquitto
+from tests.emitter.places import Place, real
 from tests.emitter.vectors import LICENSE, MASTER_KEY
 from tests.servers import Authority, eventually
 
@@ -52,11 +54,75 @@ async def mqtt_server() -> AsyncIterator[EmitterServer]:
         yield running
 
 
-def bus_of(server: EmitterServer, *, key: str | None = None, **options: Any) -> Bus:
+class Embedded(Place):
+    """A broker in the loop of the test, which must not wait for it to make keys."""
+
+    def made(self, channel: str, permissions: str) -> str:
+        return OURS.make_key(channel, permissions)
+
+
+@contextlib.asynccontextmanager
+async def somewhere(which: str) -> AsyncIterator[Place]:
+    """The embedded broker with that matching rule, or the real one of the environment."""
+    if which == "real":
+        found = real()
+        assert isinstance(found, Place)
+        yield found
+        return
+    async with EmitterServer(license=LICENSE, matcher=cast("Any", which)) as server:
+        yield Embedded(server.url, MASTER_KEY)
+
+
+REAL = ["real"] if isinstance(real(), Place) else []
+
+
+@pytest.fixture(params=["emitter", *REAL])
+async def place(request: pytest.FixtureRequest) -> AsyncIterator[Place]:
+    """Brokers, with either rule."""
+    async with somewhere(request.param) as found:
+        yield found
+
+
+@pytest.fixture(params=["emitter", "mqtt", *REAL])
+async def each_rule(request: pytest.FixtureRequest) -> AsyncIterator[Place]:
+    """Brokers, once with each rule."""
+    async with somewhere(request.param) as found:
+        yield found
+
+
+def bus_of(where: EmitterServer | Place, *, key: str | None = None, **options: Any) -> Bus:
     """Return a bus that may do everything with one key, unless other keys are given."""
+    url = (
+        where.bus_url("me") if isinstance(where, Place) else f"emitter://me@127.0.0.1:{where.port}"
+    )
     if key is None and not {"keys", "master_key", "license"} & set(options):
-        key = OURS.make_key("#/", "rwslp")
-    return connect(f"emitter://me@127.0.0.1:{server.port}", key=key, **options)
+        key = where.wide if isinstance(where, Place) else OURS.make_key("#/", "rwslp")
+    return connect(url, key=key, **options)
+
+
+async def refused_soon(place: Place, call: Callable[[], Awaitable[object]]) -> None:
+    """Return once *call* is refused: the Go broker looks at its bans once a minute."""
+    deadline = time.monotonic() + place.patience
+    while time.monotonic() < deadline:
+        try:
+            await call()
+        except NotAuthorized:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("never refused")
+
+
+def lose_session(bus: Bus) -> None:
+    backend = bus.native(EmitterBackend)
+    backend.driver._lost(ConnectError("the test cut the session"))  # pyright: ignore[reportPrivateUsage]
+    backend.driver.abort()
+
+
+def test_a_real_server_is_one_of_the_places() -> None:
+    found = real()
+    if isinstance(found, str):
+        pytest.skip(found)
+    assert REAL == ["real"]
 
 
 async def within(work: Any, seconds: float = 5) -> Any:
@@ -149,50 +215,55 @@ async def test_a_plain_mqtt_broker_is_told_from_emitter() -> None:
 # --- keys and refusals -----------------------------------------------------------------------
 
 
-async def test_each_topic_is_published_to_with_its_own_key(server: EmitterServer) -> None:
+async def test_each_topic_is_published_to_with_its_own_key(place: Place) -> None:
+    at = place.at
     keys = {
-        "a/#": {"write": server.make_key("a/#/", "w"), "read": server.make_key("a/#/", "r")},
-        "a/private": server.make_key("a/private/", "rw"),
+        at("a/#"): {"write": place.made(at("a/#/"), "w"), "read": place.made(at("a/#/"), "r")},
+        at("a/private"): place.made(at("a/private/"), "rw"),
     }
-    async with bus_of(server, keys=keys) as bus:
-        async with bus.subscribe("a/+") as inbox:
-            assert (await bus.publish("a/x", b"1")).confirmed_by is ConfirmedBy.BROKER
-            await bus.publish("a/private", b"2")
+    async with bus_of(place, keys=keys) as bus:
+        async with bus.subscribe(at("a/+")) as inbox:
+            assert (await bus.publish(at("a/x"), b"1")).confirmed_by is ConfirmedBy.BROKER
+            await bus.publish(at("a/private"), b"2")
             assert [(await inbox.get(5)).payload for _ in range(2)] == [b"1", b"2"]
-        with pytest.raises(NotAuthorized, match="no key is given to publish 'b'") as caught:
-            await bus.publish("b", b"x")
+        with pytest.raises(
+            NotAuthorized, match=f"no key is given to publish '{at('b')}'"
+        ) as caught:
+            await bus.publish(at("b"), b"x")
         assert isinstance(caught.value, PublishFailed)
         assert caught.value.outcome is Outcome.NOT_SENT
         with pytest.raises(NotAuthorized, match="no key is given to subscribe"):
-            await bus.subscribe("#")
+            await bus.subscribe(at("#"))
         with pytest.raises(NotAuthorized, match="see who is there"):
-            await bus.members("a/x")
+            await bus.members(at("a/x"))
 
 
-async def test_what_no_key_allows_is_not_claimed(server: EmitterServer) -> None:
-    keys = {"a/#": {"write": server.make_key("a/#/", "w"), "read": server.make_key("a/#/", "r")}}
-    async with bus_of(server, keys=keys) as bus:
+async def test_what_no_key_allows_is_not_claimed(place: Place) -> None:
+    at = place.at
+    keys = {at("a/#"): {"write": place.made(at("a/#/"), "w"), "read": place.made(at("a/#/"), "r")}}
+    async with bus_of(place, keys=keys) as bus:
         for cap in (Cap.HISTORY, Cap.REPLAY, Cap.RETAINED, Cap.PRESENCE, Cap.NOTIFICATIONS):
             assert not bus.supports(cap)
             assert "there is no key" in bus.supports(cap).why
         with pytest.raises(NotSupported, match="history"):
-            bus.history("a/b")
+            bus.history(at("a/b"))
     # Here the license tells that the key cannot load, although nobody said so.
-    async with bus_of(server, key=server.make_key("#/", "rwsp"), license=None) as bus:
+    async with bus_of(place, key=place.made(at("#/"), "rwsp"), license=None) as bus:
         assert bus.supports(Cap.HISTORY)
         with pytest.raises(NotAuthorized):
-            await stored(bus, "a/b")
+            await stored(bus, at("a/b"))
 
 
-async def test_a_refusal_reaches_the_publish_that_it_is_about(server: EmitterServer) -> None:
-    key = server.make_key("good/#/", "rw")
-    async with bus_of(server, key=key) as bus:
-        topics = [f"{'good' if number % 3 else 'bad'}/{number}" for number in range(60)]
+async def test_a_refusal_reaches_the_publish_that_it_is_about(place: Place) -> None:
+    at = place.at
+    key = place.made(at("good/#/"), "rw")
+    async with bus_of(place, key=key) as bus:
+        topics = [at(f"{'good' if number % 3 else 'bad'}/{number}") for number in range(60)]
         results = await within(
             asyncio.gather(*(bus.publish(topic, b"x") for topic in topics), return_exceptions=True)
         )
         for topic, result in zip(topics, results, strict=True):
-            if topic.startswith("good"):
+            if topic.startswith(at("good")):
                 assert not isinstance(result, BaseException)
             else:
                 assert isinstance(result, NotAuthorized)
@@ -201,49 +272,51 @@ async def test_a_refusal_reaches_the_publish_that_it_is_about(server: EmitterSer
                 assert result.topic == topic
                 assert result.reason == 401
         with pytest.raises(NotAuthorized) as caught:
-            await bus.subscribe("bad/x")
+            await bus.subscribe(at("bad/x"))
         assert isinstance(caught.value, SubscribeFailed)
-        assert caught.value.topic == "bad/x"
+        assert caught.value.topic == at("bad/x")
         with pytest.raises(NotAuthorized):
-            await stored(bus, "good/x")
+            await stored(bus, at("good/x"))
         with pytest.raises(NotAuthorized):
-            await bus.members("good/x")
+            await bus.members(at("good/x"))
 
 
-async def test_a_refusal_without_confirmation_is_told(server: EmitterServer) -> None:
+async def test_a_refusal_without_confirmation_is_told(place: Place) -> None:
+    at = place.at
     told: list[Notice] = []
-    async with bus_of(server, key=server.make_key("good/", "w")) as bus:
+    async with bus_of(place, key=place.made(at("good/"), "w")) as bus:
         task = notices(bus, told)
-        receipt = await bus.publish("bad", b"x", qos=0)
+        receipt = await bus.publish(at("bad"), b"x", qos=0)
         assert receipt.confirmed_by is ConfirmedBy.TRANSPORT
         await eventually(lambda: bool(told))
         assert told[0].kind == "publish_refused"
         assert "not authorized" in told[0].text
         with pytest.raises(NotSupported, match="quality of service 2"):
-            await bus.publish("good", b"x", qos=2)
+            await bus.publish(at("good"), b"x", qos=2)
     task.cancel()
 
 
-async def test_a_key_that_is_banned_is_an_event(server: EmitterServer) -> None:
-    key = server.make_key("a/#/", "rw")
+async def test_a_key_that_is_banned_is_an_event(place: Place) -> None:
+    at = place.at
+    key = place.made(at("a/#/"), "rw")
     told: list[Notice] = []
-    async with bus_of(server, key=key, master_key=MASTER_KEY) as bus:
+    async with bus_of(place, key=key, master_key=place.master) as bus:
         task = notices(bus, told)
-        await bus.publish("a/b", b"x")
+        await bus.publish(at("a/b"), b"x")
         await bus.native(EmitterBackend).keyban(key)
+        await refused_soon(place, lambda: bus.publish(at("a/b"), b"x"))
         with pytest.raises(NotAuthorized):
-            await bus.publish("a/b", b"x")
+            await bus.subscribe(at("a/c"))
         with pytest.raises(NotAuthorized):
-            await bus.subscribe("a/c")
-        with pytest.raises(NotAuthorized):
-            await bus.publish("b", b"x")
+            await bus.publish(at("b"), b"x")
         await eventually(lambda: bool(told))
         event = told[0]
         assert isinstance(event, KeyRefused)
-        assert (event.kind, event.topic, event.operation) == ("key_refused", "a/b", "publish")
+        assert (event.kind, event.topic, event.operation) == ("key_refused", at("a/b"), "publish")
         assert len(told) == 1, "only what worked before is told, and once"
         await bus.native(EmitterBackend).keyban(key, banned=False)
-        await bus.publish("a/b", b"x")
+        if place.prompt:
+            await bus.publish(at("a/b"), b"x")
     task.cancel()
 
 
@@ -264,8 +337,9 @@ async def test_a_key_that_has_expired_is_named_so_where_that_is_known(
     task.cancel()
 
 
-async def test_narrow_keys_are_made_by_the_broker_once(server: EmitterServer) -> None:
-    async with bus_of(server, master_key=MASTER_KEY, key_ttl=600) as bus:
+async def test_narrow_keys_are_made_by_the_broker_once(place: Place) -> None:
+    at = place.at
+    async with bus_of(place, master_key=place.master, key_ttl=600) as bus:
         backend = bus.native(EmitterBackend)
         made: list[tuple[str, str, int]] = []
         keygen = backend.keygen
@@ -275,26 +349,27 @@ async def test_narrow_keys_are_made_by_the_broker_once(server: EmitterServer) ->
             return await keygen(target, permissions, ttl=ttl)
 
         backend.keygen = counting  # type: ignore[method-assign,assignment]  # it counts
-        async with bus.subscribe("a/b") as inbox:
+        async with bus.subscribe(at("a/b")) as inbox:
             for number in range(10):
-                await bus.publish("a/b", b"%d" % number)
+                await bus.publish(at("a/b"), b"%d" % number)
             assert [(await inbox.get(5)).payload for _ in range(10)] == [
                 b"%d" % number for number in range(10)
             ]
-        assert made == [("a/b/", "rl", 600), ("a/b/", "ws", 600)]
+        assert made == [(at("a/b/"), "rl", 600), (at("a/b/"), "ws", 600)]
     with pytest.raises(NotAuthorized, match="no key could be made"):
-        async with bus_of(server, master_key=server.make_key("#/", "rw")) as bus:
-            await bus.publish("a/b", b"x")
+        async with bus_of(place, master_key=place.made("#/", "rw")) as bus:
+            await bus.publish(at("a/b"), b"x")
 
 
-async def test_order_is_kept_while_a_key_is_made(server: EmitterServer) -> None:
+async def test_order_is_kept_while_a_key_is_made(place: Place) -> None:
+    at = place.at
     async with (
-        bus_of(server, master_key=MASTER_KEY) as bus,
-        bus_of(server) as other,
-        other.subscribe("a/#") as inbox,
+        bus_of(place, master_key=place.master) as bus,
+        bus_of(place) as other,
+        other.subscribe(at("a/#")) as inbox,
     ):
-        await bus.publish("a/known", b"-1")
-        topics = ["a/new", "a/known", "a/other"]
+        await bus.publish(at("a/known"), b"-1")
+        topics = [at("a/new"), at("a/known"), at("a/other")]
         await within(asyncio.gather(*(bus.publish(topics[n % 3], b"%d" % n) for n in range(60))))
         got = [int((await inbox.get(5)).payload) for _ in range(61)]
         assert got == list(range(-1, 60))
@@ -392,24 +467,33 @@ async def test_keys_appear_nowhere() -> None:
 # --- matching --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["emitter", "mqtt"])
 @pytest.mark.parametrize("how", ["one key", "master key", "told"])
-async def test_filters_mean_the_same_under_both_rules(rule: Any, how: str) -> None:
-    async with EmitterServer(license=LICENSE, matcher=rule) as server:
-        options: dict[str, Any] = {
+@pytest.mark.parametrize("rule", ["emitter", "mqtt", *REAL])
+async def test_filters_mean_the_same_under_both_rules(rule: str, how: str) -> None:
+    async with somewhere(rule) as place:
+        at = place.at
+        async with bus_of(place, master_key=place.master) as bus:
+            await bus.subscribe(at("x/#"))
+            found = bus.native(EmitterBackend).matcher
+            assert rule in (found, "real")
+        ways: dict[str, dict[str, Any]] = {
             "one key": {},
-            "master key": {"master_key": MASTER_KEY},
-            "told": {"matcher": rule},
-        }[how]
-        async with bus_of(server, **options) as bus:
+            "master key": {"master_key": place.master},
+            "told": {"matcher": found},
+        }
+        async with bus_of(place, **ways[how]) as bus:
             filters = ["a", "a/+", "a/#", "a/+/#", "+/b", "#"]
-            inboxes = {each: await bus.subscribe(each) for each in filters}
-            assert bus.native(EmitterBackend).matcher == ("auto" if how == "one key" else rule)
+            # Others may use a real broker at the same time.
+            inboxes = {
+                each: await bus.subscribe(each if each == "#" and rule != "real" else at(each))
+                for each in filters
+            }
+            assert bus.native(EmitterBackend).matcher == ("auto" if how == "one key" else found)
             topics = ["a", "a/b", "a/b/c", "x/b", "a/b/c/d", "y"]
             for topic in topics:
-                await bus.publish(topic, topic.encode())
+                await bus.publish(at(topic), topic.encode())
             for each in filters:
-                await bus.publish({"a": "a", "+/b": "z/b"}.get(each, "a/z"), b"end")
+                await bus.publish(at({"a": "a", "+/b": "z/b"}.get(each, "a/z")), b"end")
             wanted = {
                 "a": ["a"],
                 "a/+": ["a/b"],
@@ -425,46 +509,49 @@ async def test_filters_mean_the_same_under_both_rules(rule: Any, how: str) -> No
                 assert got == wanted[each], each
 
 
-async def test_filters_that_share_a_channel_live_and_die_apart(server: EmitterServer) -> None:
-    async with bus_of(server) as bus:
-        exact, below = await bus.subscribe("a"), await bus.subscribe("a/#")
+async def test_filters_that_share_a_channel_live_and_die_apart(place: Place) -> None:
+    at = place.at
+    async with bus_of(place) as bus:
+        exact, below = await bus.subscribe(at("a")), await bus.subscribe(at("a/#"))
         await within(below.close())
-        await bus.publish("a", b"1")
+        await bus.publish(at("a"), b"1")
         assert (await exact.get(5)).payload == b"1"
-        again = await bus.subscribe("a/#")
+        again = await bus.subscribe(at("a/#"))
         await within(exact.close())
-        await bus.publish("a/b", b"2")
+        await bus.publish(at("a/b"), b"2")
         assert (await again.get(5)).payload == b"2"
         await within(again.close())
         received = bus.stats.received
-        await bus.publish("a", b"3")
-        await bus.publish("a/b", b"3")
+        await bus.publish(at("a"), b"3")
+        await bus.publish(at("a/b"), b"3")
         assert bus.stats.received == received, "the broker still sends what nobody wants"
 
 
-async def test_a_group_and_a_plain_subscription_must_not_meet(server: EmitterServer) -> None:
-    async with bus_of(server) as bus:
-        await bus.subscribe("a/b", group="workers")
+async def test_a_group_and_a_plain_subscription_must_not_meet(place: Place) -> None:
+    at = place.at
+    async with bus_of(place) as bus:
+        await bus.subscribe(at("a/b"), group="workers")
         with pytest.raises(SubscribeFailed, match="told apart"):
-            await bus.subscribe("a/#")
-        await bus.subscribe("b")
+            await bus.subscribe(at("a/#"))
+        await bus.subscribe(at("b"))
     # With the broker's own rule an exact subscription gets what is below it, too.
-    async with bus_of(server) as bus:
-        await bus.subscribe("a")
+    async with bus_of(place) as bus:
+        await bus.subscribe(at("a"))
         with pytest.raises(SubscribeFailed, match="told apart"):
-            await bus.subscribe("a/b", group="workers")
+            await bus.subscribe(at("a/b"), group="workers")
 
 
-async def test_what_is_not_wanted_back_does_not_come(server: EmitterServer) -> None:
+async def test_what_is_not_wanted_back_does_not_come(place: Place) -> None:
+    at = place.at
     async with (
-        bus_of(server, echo=False) as bus,
-        bus_of(server) as other,
-        bus.subscribe("a") as inbox,
-        other.subscribe("a") as theirs,
+        bus_of(place, echo=False) as bus,
+        bus_of(place) as other,
+        bus.subscribe(at("a")) as inbox,
+        other.subscribe(at("a")) as theirs,
     ):
-        await bus.publish("a", b"mine")
+        await bus.publish(at("a"), b"mine")
         assert (await theirs.get(5)).payload == b"mine"
-        await other.publish("a", b"theirs")
+        await other.publish(at("a"), b"theirs")
         assert (await inbox.get(5)).payload == b"theirs"
 
 
@@ -482,31 +569,32 @@ async def test_a_will_is_published_with_its_key(server: EmitterServer) -> None:
 # --- what is stored --------------------------------------------------------------------------
 
 
-async def test_only_what_has_a_ttl_is_stored_unless_told_otherwise(server: EmitterServer) -> None:
-    async with bus_of(server) as bus:
-        await bus.publish("a", b"passing")
-        await bus.publish("a", b"kept", ttl=60)
-        assert await stored(bus, "a") == [b"kept"]
+async def test_only_what_has_a_ttl_is_stored_unless_told_otherwise(place: Place) -> None:
+    at = place.at
+    async with bus_of(place) as bus:
+        await bus.publish(at("a"), b"passing")
+        await bus.publish(at("a"), b"kept", ttl=60)
+        assert await stored(bus, at("a")) == [b"kept"]
         assert not bus.native(EmitterBackend).keeps_history
-    async with bus_of(server, store=60) as bus:
-        await bus.publish("b", b"kept")
-        assert await stored(bus, "b") == [b"kept"]
+    async with bus_of(place, store=60) as bus:
+        await bus.publish(at("b"), b"kept")
+        assert await stored(bus, at("b")) == [b"kept"]
         assert bus.native(EmitterBackend).keeps_history
 
 
-@pytest.mark.parametrize("rule", ["emitter", "mqtt"])
-async def test_history_means_its_filter(rule: Any) -> None:
-    async with EmitterServer(license=LICENSE, matcher=rule) as server, bus_of(server) as bus:
+async def test_history_means_its_filter(each_rule: Place) -> None:
+    at = each_rule.at
+    async with bus_of(each_rule) as bus:
         for topic in ("a", "a/b", "a/b/c", "a/d", "b"):
-            await bus.publish(topic, topic.encode(), ttl=60)
-        assert await stored(bus, "a") == [b"a"]
-        assert await stored(bus, "a/+") == [b"a/b", b"a/d"]
-        assert await stored(bus, "a/#") == [b"a", b"a/b", b"a/b/c", b"a/d"]
-        assert await stored(bus, "a/+/#") == [b"a/b", b"a/b/c", b"a/d"]
-        assert await stored(bus, "a/#", last=2) == [b"a/b/c", b"a/d"]
-        assert await stored(bus, "a", last=1) == [b"a"], "newer ones below do not count"
-        assert await stored(bus, "a", last=0) == []
-        assert await stored(bus, "a/#", until=time.time() - 3600) == []
+            await bus.publish(at(topic), topic.encode(), ttl=60)
+        assert await stored(bus, at("a")) == [b"a"]
+        assert await stored(bus, at("a/+")) == [b"a/b", b"a/d"]
+        assert await stored(bus, at("a/#")) == [b"a", b"a/b", b"a/b/c", b"a/d"]
+        assert await stored(bus, at("a/+/#")) == [b"a/b", b"a/b/c", b"a/d"]
+        assert await stored(bus, at("a/#"), last=2) == [b"a/b/c", b"a/d"]
+        assert await stored(bus, at("a"), last=1) == [b"a"], "newer ones below do not count"
+        assert await stored(bus, at("a"), last=0) == []
+        assert await stored(bus, at("a/#"), until=time.time() - 3600) == []
         for wanted in ("#", "+/b"):
             with pytest.raises(InvalidFilter, match="first level"):
                 await stored(bus, wanted)
@@ -514,43 +602,55 @@ async def test_history_means_its_filter(rule: Any) -> None:
                 await bus.subscribe(wanted, replay=5)
 
 
-async def test_history_of_long_messages_is_complete(server: EmitterServer) -> None:
+async def test_history_of_long_messages_is_complete(place: Place) -> None:
     """Only two or three of them fit into one answer of the broker."""
-    async with bus_of(server) as bus:
+    at = place.at
+    async with bus_of(place) as bus:
         payloads = [bytes([number]) * 20_000 for number in range(20)]
         for payload in payloads:
-            await bus.publish("a", payload, ttl=60)
-        assert await stored(bus, "a") == payloads
-        assert await stored(bus, "a", last=5) == payloads[-5:]
+            await bus.publish(at("a"), payload, ttl=60)
+        assert await stored(bus, at("a")) == payloads
+        assert await stored(bus, at("a"), last=5) == payloads[-5:]
         longest = bytes(47_000)
-        await bus.publish("a", longest, ttl=60)
-        assert await stored(bus, "a", last=1) == [longest]
+        await bus.publish(at("a"), longest, ttl=60)
+        assert await stored(bus, at("a"), last=1) == [longest]
         with pytest.raises(PayloadTooLarge):
-            await bus.publish("a", bytes(47_001), ttl=60)
-        await bus.publish("a", bytes(64_000))
+            await bus.publish(at("a"), bytes(47_001), ttl=60)
+        await bus.publish(at("a"), bytes(64_000))
 
 
-async def test_the_newest_stored_message_counts_as_retained(server: EmitterServer) -> None:
-    async with bus_of(server) as bus, bus_of(server) as late:
-        assert await bus.last("a/b") is None
-        await bus.publish("a/b", b"one", retain=True)
-        await bus.publish("a/b", b"two", retain=True)
-        await bus.publish("a/b/c", b"below", retain=True)
-        last = await bus.last("a/b")
+async def test_the_newest_stored_message_counts_as_retained(place: Place) -> None:
+    at = place.at
+    async with bus_of(place) as bus, bus_of(place) as late:
+        assert await bus.last(at("a/b")) is None
+        await bus.publish(at("a/b"), b"one", retain=True)
+        await bus.publish(at("a/b"), b"two", retain=True)
+        await bus.publish(at("a/b/c"), b"below", retain=True)
+        last = await bus.last(at("a/b"))
         assert last is not None
-        assert (last.payload, last.origin, last.topic) == (b"two", Origin.RETAINED, "a/b")
-        exact, below = await late.subscribe("a/b"), await late.subscribe("a/#")
+        assert (last.payload, last.origin, last.topic) == (b"two", Origin.RETAINED, at("a/b"))
+        exact, below = await late.subscribe(at("a/b")), await late.subscribe(at("a/#"))
         assert (await exact.get(5)).payload == b"two"
         assert sorted([(await below.get(5)).payload for _ in range(2)]) == [b"below", b"two"]
-        await bus.clear("a/b")
-        assert await bus.last("a/b") is None
-        everything = await late.subscribe("#")
-        await bus.publish("a/b", b"live")
+        await bus.clear(at("a/b"))
+        assert await bus.last(at("a/b")) is None
+        everything = await late.subscribe(at("#"))
+        await bus.publish(at("a/b"), b"live")
+        for wanted in ((b"below", Origin.RETAINED), (b"live", Origin.LIVE)):
+            message = await everything.get(5)
+            assert (message.payload, message.origin) == wanted
+    async with bus_of(place, store=60) as bus:
+        with pytest.raises(NotSupported, match="every message is stored"):
+            await bus.last(at("a/b"))
+
+
+async def test_nothing_stored_comes_where_no_first_level_is_named(server: EmitterServer) -> None:
+    async with bus_of(server) as bus:
+        await bus.publish("a", b"stored", retain=True)
+        everything = await bus.subscribe("#")
+        await bus.publish("a", b"live")
         message = await everything.get(5)
         assert (message.payload, message.origin) == (b"live", Origin.LIVE)
-    async with bus_of(server, store=60) as bus:
-        with pytest.raises(NotSupported, match="every message is stored"):
-            await bus.last("a/b")
 
 
 async def test_a_broker_without_history_can_be_subscribed_to(server: EmitterServer) -> None:
@@ -570,38 +670,41 @@ async def test_a_broker_without_history_can_be_subscribed_to(server: EmitterServ
                 await stored(bus, "a")
 
 
-async def test_a_hole_is_filled_where_its_history_can_be_had() -> None:
+async def test_a_hole_is_filled_where_its_history_can_be_had(place: Place) -> None:
     """One filter's history that is refused takes nothing from the others, nor the session."""
-    async with EmitterServer(license=LICENSE) as server:
-        keys = {"a/#": server.make_key("a/#/", "rwsl"), "b/#": server.make_key("b/#/", "rws")}
-        async with (
-            bus_of(server, keys=keys, store=600, **SOON) as bus,
-            bus_of(server, store=600, **SOON) as other,
-        ):
-            full = await bus.subscribe("a/#", gaps=True)
-            none = await bus.subscribe("b", gaps=True)
-            for topic in ("a/x", "b"):
-                await other.publish(topic, b"before")
-            assert (await full.get(5)).payload == b"before"
-            assert (await none.get(5)).payload == b"before"
-            backend = bus.native(EmitterBackend)
-            backend.driver._lost(ConnectError("the test cut the session"))  # pyright: ignore[reportPrivateUsage]
-            backend.driver.abort()
-            for number in range(3):
-                await other.publish("a/x", b"same")
-                await other.publish("b", b"%d" % number)
-            await eventually(lambda: bus.stats.sessions == 2 and bus.status is Status.ONLINE)
-            for topic in ("a/x", "b"):
-                await other.publish(topic, b"after")
-            gap: Any = await full.get(5)
-            assert isinstance(gap, Gap)
-            assert gap.recovered
-            got = [(await full.get(5)).payload for _ in range(4)]
-            assert got == [b"same", b"same", b"same", b"after"]
-            lost: Any = await none.get(5)
-            assert isinstance(lost, Gap)
-            assert not lost.recovered
-            assert (await none.get(5)).payload == b"after"
+    at = place.at
+    keys = {
+        at("a/#"): place.made(at("a/#/"), "rwsl"),
+        at("b/#"): place.made(at("b/#/"), "rws"),
+    }
+    async with (
+        bus_of(place, keys=keys, store=600, **SOON) as bus,
+        bus_of(place, store=600) as other,
+    ):
+        full = await bus.subscribe(at("a/#"), gaps=True)
+        none = await bus.subscribe(at("b"), gaps=True)
+        for topic in ("a/x", "b"):
+            await other.publish(at(topic), b"before")
+        assert (await full.get(5)).payload == b"before"
+        assert (await none.get(5)).payload == b"before"
+        lose_session(bus)
+        for number in range(3):
+            await other.publish(at("a/x"), b"same")
+            await other.publish(at("b"), b"%d" % number)
+        await eventually(lambda: bus.stats.sessions == 2 and bus.status is Status.ONLINE)
+        for topic in ("a/x", "b"):
+            await other.publish(at(topic), b"after")
+        gap: Any = await full.get(5)
+        assert isinstance(gap, Gap)
+        assert gap.recovered
+        got = [(await full.get(5)).payload for _ in range(4)]
+        assert got == [b"same", b"same", b"same", b"after"]
+        lost: Any = await none.get(5)
+        assert isinstance(lost, Gap)
+        assert not lost.recovered
+        # It was back before or after what was published meanwhile.
+        while (message := await none.get(5)).payload != b"after":
+            assert message.payload in (b"0", b"1", b"2")
 
 
 def frames(*payloads: bytes, topic: str = "a", at: float = 100.0) -> list[InFrame]:
@@ -650,25 +753,27 @@ def test_what_came_long_before_is_not_taken_for_what_is_stored() -> None:
 # --- interest --------------------------------------------------------------------------------
 
 
-async def test_who_still_gets_messages_another_way_has_not_left(server: EmitterServer) -> None:
-    async with bus_of(server) as bus, bus_of(server) as other:
-        async with bus.presence("a/b") as room:
-            exact = await other.subscribe("a/b")
-            above = await other.subscribe("a/#")
+async def test_who_still_gets_messages_another_way_has_not_left(place: Place) -> None:
+    at = place.at
+    async with bus_of(place) as bus, bus_of(place) as other:
+        async with bus.presence(at("a/b")) as room:
+            exact = await other.subscribe(at("a/b"))
+            above = await other.subscribe(at("a/#"))
             assert (await room.get(5)).kind is InterestKind.JOINED
             await within(exact.close())
-            third = await other.subscribe("a/b")
+            third = await other.subscribe(at("a/b"))
             await within(third.close())
-            assert [member.name for member in await bus.members("a/b")] == ["me"]
+            assert [member.name for member in await bus.members(at("a/b"))] == ["me"]
             assert room.count == 1
             await within(above.close())
-            assert list(await bus.members("a/b")) == []
+            assert list(await bus.members(at("a/b"))) == []
 
 
-async def test_a_member_that_leaves_unnoticed_is_missed_in_time(server: EmitterServer) -> None:
-    async with bus_of(server, presence_refresh=0.02) as bus, bus_of(server) as other:
-        above = await other.subscribe("a/#")
-        async with bus.presence("a/b") as room:
+async def test_a_member_that_leaves_unnoticed_is_missed_in_time(place: Place) -> None:
+    at = place.at
+    async with bus_of(place, presence_refresh=0.02) as bus, bus_of(place) as other:
+        above = await other.subscribe(at("a/#"))
+        async with bus.presence(at("a/b")) as room:
             assert room.count == 1
             await within(above.close())
             event = await room.get(5)
@@ -677,22 +782,21 @@ async def test_a_member_that_leaves_unnoticed_is_missed_in_time(server: EmitterS
 
 
 async def test_more_members_than_can_be_listed_are_not_taken_for_none(
-    server: EmitterServer,
+    place: Place,
 ) -> None:
     """The broker leaves an answer out that is longer than a packet."""
-    key = OURS.make_key("#/", "rwslp")
-    url = f"emitter://127.0.0.1:{server.port}"
+    at = place.at
     async with (
-        bus_of(server, presence_refresh=0.02) as bus,
-        connect(url, key=key, username="n" * 40_000) as first,
-        connect(url, key=key, username="m" * 40_000) as second,
+        bus_of(place, presence_refresh=0.02) as bus,
+        bus_of(place, username="n" * 40_000) as first,
+        bus_of(place, username="m" * 40_000) as second,
     ):
-        await first.subscribe("a")
-        async with bus.presence("a") as room:
+        await first.subscribe(at("a"))
+        async with bus.presence(at("a")) as room:
             assert room.count == 1
-            inbox = await second.subscribe("a")
+            inbox = await second.subscribe(at("a"))
             assert (await room.get(5)).kind is InterestKind.JOINED
-            for look in (bus.members("a"), bus.presence("a").__aenter__()):
+            for look in (bus.members(at("a")), bus.presence(at("a")).__aenter__()):
                 with pytest.raises(EmitterError, match="more than one packet can list"):
                     await within(look)
             await first.close()
@@ -704,8 +808,9 @@ async def test_more_members_than_can_be_listed_are_not_taken_for_none(
             assert (await room.get(5)).kind is InterestKind.LEFT
 
 
-async def test_a_watch_that_comes_to_nothing_leaves_nothing(server: EmitterServer) -> None:
-    async with bus_of(server) as bus, bus_of(server) as other:
+async def test_a_watch_that_comes_to_nothing_leaves_nothing(place: Place) -> None:
+    at = place.at
+    async with bus_of(place) as bus, bus_of(place) as other:
         backend = bus.native(EmitterBackend)
         asked = backend.request
         events: list[str] = []
@@ -714,7 +819,7 @@ async def test_a_watch_that_comes_to_nothing_leaves_nothing(server: EmitterServe
         )
         # Each is given up when its request has been sent, or a moment before or after that.
         for steps in range(12):
-            for view in (bus.presence("a"), bus.notifications("a/#")):
+            for view in (bus.presence(at("a")), bus.notifications(at("a/#"))):
                 entering = asyncio.ensure_future(view.__aenter__())
                 for _ in range(steps):
                     await asyncio.sleep(0)
@@ -723,28 +828,24 @@ async def test_a_watch_that_comes_to_nothing_leaves_nothing(server: EmitterServe
                 if not isinstance(result, BaseException):
                     await within(view.close())
         await within(asked("me", {}))
-        sub = await other.subscribe("a")
+        sub = await other.subscribe(at("a"))
         await within(sub.close())
         await within(asked("me", {}))
         assert events == []
 
 
-@pytest.mark.parametrize("rule", ["emitter", "mqtt"])
-async def test_notifications_tell_changes_and_what_is_known_of_before(rule: Any) -> None:
-    async with (
-        EmitterServer(license=LICENSE, matcher=rule) as server,
-        bus_of(server) as bus,
-        bus_of(server) as other,
-    ):
-        await other.subscribe("a/b")
-        async with bus.notifications("a/b") as exact, bus.notifications("a/#") as below:
+async def test_notifications_tell_changes_and_what_is_known_of_before(each_rule: Place) -> None:
+    at = each_rule.at
+    async with bus_of(each_rule) as bus, bus_of(each_rule) as other:
+        await other.subscribe(at("a/b"))
+        async with bus.notifications(at("a/b")) as exact, bus.notifications(at("a/#")) as below:
             event = await exact.get(5)
-            assert (event.kind, event.topic) == (InterestKind.JOINED, "a/b")
+            assert (event.kind, event.topic) == (InterestKind.JOINED, at("a/b"))
             assert (await exact.get(5)).kind is InterestKind.SYNCED
             assert (await below.get(5)).kind is InterestKind.SYNCED
-            deeper = await other.subscribe("a/c/d")
+            deeper = await other.subscribe(at("a/c/d"))
             event = await below.get(5)
-            assert (event.kind, event.topic) == (InterestKind.JOINED, "a/c/d")
+            assert (event.kind, event.topic) == (InterestKind.JOINED, at("a/c/d"))
             await within(deeper.close())
             assert (await below.get(5)).kind is InterestKind.LEFT
 
@@ -752,30 +853,28 @@ async def test_notifications_tell_changes_and_what_is_known_of_before(rule: Any)
 # --- the broker's own requests ---------------------------------------------------------------
 
 
-async def test_links_are_there_again_after_a_reconnect(server: EmitterServer) -> None:
+async def test_links_are_there_again_after_a_reconnect(place: Place) -> None:
+    at = place.at
     async with (
-        bus_of(server, master_key=MASTER_KEY, **SOON) as bus,
-        bus_of(server, **SOON) as other,
-        other.subscribe("a/b") as inbox,
+        bus_of(place, master_key=place.master, **SOON) as bus,
+        bus_of(place) as other,
+        other.subscribe(at("a/b")) as inbox,
     ):
         backend = bus.native(EmitterBackend)
-        await backend.link("x", "a/b", ttl=60, echo=False)
+        await backend.link("x", at("a/b"), ttl=60, echo=False)
         receipt = await backend.publish_link("x", b"1")
-        assert (receipt.topic, receipt.confirmed_by) == ("a/b", ConfirmedBy.BROKER)
+        assert (receipt.topic, receipt.confirmed_by) == (at("a/b"), ConfirmedBy.BROKER)
         assert (await inbox.get(5)).payload == b"1"
-        assert (await backend.me())["links"] == {"x": "a/b/?ttl=60&me=0"}
-        await server.stop()
-        await server.start()
-        for each in (bus, other):
-            await eventually(lambda each=each: each.stats.sessions == 2)  # type: ignore[misc]
-            await eventually(lambda each=each: each.status is Status.ONLINE)  # type: ignore[misc]
+        assert (await backend.me())["links"] == {"x": f"{at('a/b')}/?ttl=60&me=0"}
+        lose_session(bus)
+        await eventually(lambda: bus.stats.sessions == 2 and bus.status is Status.ONLINE)
         await backend.publish_link("x", b"2")
         assert (await inbox.get(5)).payload == b"2"
-        assert await stored(other, "a/b") == [b"2"]
+        assert await stored(other, at("a/b")) == [b"1", b"2"]
         with pytest.raises(PublishFailed, match="400"):
             await backend.publish_link("zz", b"3")
         with pytest.raises(ValueError, match="link name"):
-            await backend.link("too-long", "a/b")
+            await backend.link("too-long", at("a/b"))
 
 
 async def test_what_became_of_a_message_through_a_link_is_said(server: EmitterServer) -> None:
@@ -795,19 +894,23 @@ async def test_what_became_of_a_message_through_a_link_is_said(server: EmitterSe
                 await backend.publish_link("x", b"2")
 
 
-async def test_requests_of_the_broker_and_their_refusals(server: EmitterServer) -> None:
-    async with bus_of(server, master_key=MASTER_KEY) as bus:
+async def test_requests_of_the_broker_and_their_refusals(place: Place) -> None:
+    at = place.at
+    async with bus_of(place, master_key=place.master) as bus:
         backend = bus.native(EmitterBackend)
-        key = await backend.keygen("x/#/", "rw", ttl=60)
-        assert OURS.decrypt(key).allows("x/y/")
+        key = await backend.keygen(at("x/#/"), "rw", ttl=60)
+        async with bus_of(place, key=key) as narrow:
+            await narrow.publish(at("x/y"), b"x")
+            with pytest.raises(NotAuthorized):
+                await narrow.publish(at("y"), b"x")
         with pytest.raises(EmitterError, match="should end with"):
-            await backend.keygen("x", "rw")
+            await backend.keygen(at("x"), "rw")
         with pytest.raises(EmitterError, match="does not exist"):
             await backend.request("nothing", {})
         assert backend.client_id == (await backend.me())["id"]
-        async with bus.subscribe("a"):
-            assert [member.id for member in await bus.members("a")] == [backend.client_id]
-    async with bus_of(server) as bus:
+        async with bus.subscribe(at("a")):
+            assert [member.id for member in await bus.members(at("a"))] == [backend.client_id]
+    async with bus_of(place) as bus:
         with pytest.raises(EmitterError, match="no master key"):
             await bus.native(EmitterBackend).keygen("x/", "r")
 
@@ -835,8 +938,9 @@ async def test_what_looks_like_an_answer_harms_nothing(server: EmitterServer) ->
 # --- giving up -------------------------------------------------------------------------------
 
 
-async def test_who_gives_up_leaves_nothing_at_the_broker(server: EmitterServer) -> None:
-    async with bus_of(server, master_key=MASTER_KEY) as bus, bus_of(server) as other:
+async def test_who_gives_up_leaves_nothing_at_the_broker(place: Place) -> None:
+    at = place.at
+    async with bus_of(place, master_key=place.master) as bus, bus_of(place) as other:
         backend = bus.native(EmitterBackend)
         gate = asyncio.Event()
         keygen = backend.keygen
@@ -845,12 +949,12 @@ async def test_who_gives_up_leaves_nothing_at_the_broker(server: EmitterServer) 
             await gate.wait()
             return await keygen(target, permissions, ttl=ttl)
 
-        inbox = await other.subscribe("a/x")
-        async with bus.presence("b") as room:
+        inbox = await other.subscribe(at("a/x"))
+        async with bus.presence(at("b")) as room:
             backend.keygen = slow  # type: ignore[method-assign,assignment]  # it waits
-            given_up = asyncio.create_task(bus.publish("a/x", b"given up"))
-            kept = asyncio.create_task(bus.publish("a/x", b"kept"))
-            subscribing = asyncio.ensure_future(bus.subscribe("b").__aenter__())
+            given_up = asyncio.create_task(bus.publish(at("a/x"), b"given up"))
+            kept = asyncio.create_task(bus.publish(at("a/x"), b"kept"))
+            subscribing = asyncio.ensure_future(bus.subscribe(at("b")).__aenter__())
             for _ in range(5):
                 await asyncio.sleep(0)
             given_up.cancel()
@@ -860,7 +964,7 @@ async def test_who_gives_up_leaves_nothing_at_the_broker(server: EmitterServer) 
             await within(kept)
             assert (await inbox.get(5)).payload == b"kept"
             assert room.count == 0
-            assert list(await other.members("b")) == []
+            assert list(await other.members(at("b"))) == []
 
 
 async def test_what_waits_for_a_key_fails_with_the_session(server: EmitterServer) -> None:
