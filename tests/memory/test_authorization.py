@@ -238,8 +238,9 @@ async def test_what_is_stored_is_shown_as_far_as_the_rights_go() -> None:
             assert await parts_of(messages) == [b"open", b"one"]
 
 
-async def test_a_share_group_gives_each_member_what_it_may_see() -> None:
-    held: dict[str, set[int] | None] = {"tom": {1}, "dick": {1, 2}, "harry": None}
+@pytest.mark.parametrize("more", ["tom", "dick"])
+async def test_a_share_group_gives_each_member_what_it_may_see(more: str) -> None:
+    held: dict[str, set[int] | None] = {"tom": {1}, "dick": {1}, "harry": None, more: {1, 2}}
     async with (
         warden(lambda request: held[request.user]) as (bus, authorizer, asked),
         bus_of("tom") as tom,
@@ -253,7 +254,8 @@ async def test_a_share_group_gives_each_member_what_it_may_see() -> None:
         await bus.publish("AUTH/T", parts=PARTS)
         await eventually(lambda: toms.stats.received + dicks.stats.received == 1)
         first, second = (toms, dicks) if toms.stats.received else (dicks, toms)
-        expected = {toms: [b"open", b"one"], dicks: [b"open", b"one", b"both"]}
+        expected = {toms: [b"open", b"one"], dicks: [b"open", b"one"]}
+        expected[toms if more == "tom" else dicks].append(b"both")
         # Given back, it goes to the other one, who may see less or more of it.
         message = await first.get(5)
         assert [part.data for part in message.parts] == expected[first]
@@ -289,10 +291,10 @@ async def test_others_see_a_subscriber_from_its_first_right_to_its_last() -> Non
     release = asyncio.Event()
     asked: list[AuthorizationRequest] = []
 
-    async def answer(request: AuthorizationRequest) -> set[int]:
+    async def answer(request: AuthorizationRequest) -> set[int] | None:
         asked.append(request)
         await release.wait()
-        return {1}
+        return {1} if request.topic == "AUTH/T" else None
 
     async with (
         bus_of("warden") as bus,
@@ -300,6 +302,7 @@ async def test_others_see_a_subscriber_from_its_first_right_to_its_last() -> Non
         bus.notifications("AUTH/#") as changes,
         bus.presence("AUTH/T") as presence,
         bus_of("tom") as tom,
+        notices(tom) as told,
     ):
         async with asyncio.timeout(5):
             assert (await anext(changes)).kind is InterestKind.SYNCED
@@ -315,14 +318,19 @@ async def test_others_see_a_subscriber_from_its_first_right_to_its_last() -> Non
             await bus.send_to(asked[0].member, "AUTH/T", parts=PARTS)
             assert await parts_of(messages) == [b"open", b"one"]
             await bus.entitle(asked[0], {1, 2})
-            await bus.entitle(asked[0], None)
+            for _ in range(2):
+                await bus.entitle(asked[0], None)
             assert (await anext(changes)).kind is InterestKind.LEFT
             await eventually(lambda: presence.count == 0)
             await bus.entitle(asked[0], {2})
             assert (await anext(changes)).kind is InterestKind.JOINED
+            # The second refusal said nothing new; what is asked for next would come behind it.
+            await tom.subscribe("AUTH/U")
+            await eventually(lambda: len(told) > 1)
+            assert told == [("not_entitled", "AUTH/T"), ("not_entitled", "AUTH/U")]
         async with asyncio.timeout(5):
             assert (await anext(changes)).kind is InterestKind.LEFT
-        assert authorizer.stats.asked == 1
+        assert authorizer.stats.asked == 2
 
 
 async def test_topics_that_are_guarded_later_are_hidden_from_who_is_there(space: Space) -> None:
@@ -353,6 +361,40 @@ async def test_who_unsubscribes_is_not_asked_about_any_more() -> None:
         async with tom.subscribe("AUTH/U"), warden() as (_, authorizer, asked):
             await eventually(answered(authorizer))
             assert [request.topic for request in asked] == ["AUTH/U"]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+async def test_what_is_asked_once_is_not_asked_again_in_that_session(persistent: bool) -> None:
+    release = asyncio.Event()
+
+    async def answer(request: AuthorizationRequest) -> set[int]:
+        await release.wait()
+        return {1}
+
+    async with bus_of("warden", persistent=persistent) as bus, bus_of("tom") as tom:
+        async with bus.authorize("AUTH/#", answer) as authorizer, tom.subscribe("AUTH/T") as seen:
+            await eventually(lambda: authorizer.stats.asked == 1)
+            async with bus.authorize("AUTH/T", answer) as second, tom.subscribe("AUTH/U"):
+                await eventually(lambda: authorizer.stats.asked == 2)
+                assert second.stats.asked == 0
+            # A lost session leaves its questions to the next one.
+            bus.native(MemoryBackend).cut(ConnectionResetError("cut"))
+            await eventually(lambda: authorizer.stats.asked == 3)
+            release.set()
+            await eventually(lambda: authorizer.stats.granted)
+            await tom.publish("AUTH/T", parts=PARTS)
+            assert await parts_of(seen) == [b"open", b"one"]
+
+
+async def test_rights_end_with_the_session_they_were_given_in() -> None:
+    async with warden() as (bus, authorizer, asked), bus_of("tom") as tom:
+        async with tom.subscribe("AUTH/T") as messages:
+            await eventually(answered(authorizer))
+            tom.native(MemoryBackend).cut(ConnectionResetError("cut"))
+            await eventually(answered(authorizer, 2))
+            assert [request.topic for request in asked] == ["AUTH/T", "AUTH/T"]
+            await bus.publish("AUTH/T", parts=PARTS)
+            assert await parts_of(messages) == [b"open", b"one"]
 
 
 async def test_what_a_closed_authorizer_left_is_asked_again() -> None:
