@@ -322,6 +322,29 @@ async def test_a_full_store_refuses_and_makes_room_when_messages_expire() -> Non
     assert storage.query(2, "a/", last=9) == []
 
 
+async def test_stored_channels_are_found_by_their_segments_whatever_these_are() -> None:
+    storage = MemoryStorage()
+    await storage.open()
+    for name in ("d/a.b/c/", "d/axb/c/", "d/[\\^$`_]:-/c/", "d/a.b/", "d/a.b/cc/e/"):
+        storage.store(1, name, name.encode(), 10)
+    for wanted, count in (
+        ("d/", 5),
+        ("d/a.b/", 3),
+        ("d/a.b/+/", 2),
+        ("d/a.b/c/", 1),
+        ("d/a.b/#/e/", 1),
+        ("d/[\\^$`_]:-/+/", 1),
+        ("d/+/c/", 3),
+        ("d/+/+/+/", 1),
+        ("d/a/", 0),
+        ("d/*/", 0),
+        ("+/", 0),
+    ):
+        assert len(storage.query(1, wanted, last=9)) == count, wanted
+    assert storage.query(1, "d/", last=0) == []
+    assert [each.channel for each in storage.query(1, "d/", last=2)] == ["d/a.b/", "d/a.b/cc/e/"]
+
+
 async def test_a_full_store_is_a_500_and_the_message_is_delivered_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

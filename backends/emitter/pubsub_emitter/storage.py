@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import operator
+import re
 import secrets
 import sqlite3
 import time
@@ -32,6 +34,7 @@ __all__ = ["FileStorage", "MemoryStorage", "Storage", "StorageFull", "Stored"]
 _MAX_BYTES: Final = 256 * 1_048_576
 _OVERHEAD: Final = 300
 _SWEEP: Final = 2048
+_ONE: Final = "[^/]+"  # any one segment
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS messages (
@@ -160,17 +163,18 @@ class Storage(abc.ABC):
         if first in ("+", "#", "*", SHARE) or "*" in segments:
             return []
         now = self._clock()
+        covers = _covering(segments)
         found: list[Stored] = []
         size = 0
+        if last <= 0:
+            return found
         for message in reversed(self._messages.get((contract, first), ())):
-            if len(found) >= last:
-                break
             if (
-                message.expires <= now
+                not covers(message.channel)
+                or message.expires <= now
                 or (until is not None and message.time > until)
                 or (since is not None and message.time < since)
                 or (before is not None and (message.time, message.counter) >= before.age)
-                or not _covers(segments, message.channel)
             ):
                 continue
             size += 20 + 4 * message.channel.count("/") + len(message.channel)
@@ -178,6 +182,8 @@ class Storage(abc.ABC):
             if size > MAX_PACKET:
                 break
             found.append(message)
+            if len(found) >= last:
+                break
         found.reverse()
         return found
 
@@ -342,10 +348,12 @@ def _size(channel: str, payload: bytes) -> int:
     return len(channel) + len(payload) + _OVERHEAD
 
 
-def _covers(segments: Sequence[str], channel: str) -> bool:
-    """Whether the filter matches a stored channel or one above it."""
-    parts = channel[:-1].split("/")
-    return len(segments) <= len(parts) and all(
-        wanted in ("+", "#") or wanted == part
-        for wanted, part in zip(segments, parts, strict=False)
-    )
+def _covering(segments: Sequence[str]) -> Callable[[str], object]:
+    """Return what tells whether the filter matches a stored channel or one above it.
+
+    It is asked for every message that is stored, so it is nothing that runs in Python.
+    """
+    if "+" not in segments and "#" not in segments:
+        return operator.methodcaller("startswith", "/".join(segments) + "/")
+    words = (_ONE if segment in {"+", "#"} else re.escape(segment) for segment in segments)
+    return re.compile("/".join(words) + "/").match
