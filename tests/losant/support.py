@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import (
     AcceptConnection,
@@ -316,6 +317,13 @@ def make(broker: ScriptedBroker, kind: type[Any] = Device, **options: Any) -> An
         "reconnect_max": 0.05,
     }
     return kind(DEVICE, "AK", "SEC", **{**usual, **options})
+
+
+def limits_within(patch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let the limits of devices that are made from now on count for so long only."""
+    patch.setattr("pubsub_losant.rules.RATE", (300, seconds))
+    patch.setattr("pubsub_losant.rules.RATE_PER_TOPIC", (30, seconds))
+    patch.setattr("pubsub_losant.rules.MARGIN", 0.0)
 
 
 @dataclass

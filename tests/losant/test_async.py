@@ -28,6 +28,7 @@ from tests.losant.support import (
     Events,
     ScriptedBroker,
     command,
+    limits_within,
     make,
     publish,
     scripted,
@@ -269,6 +270,20 @@ async def test_at_qos_1_a_state_that_close_overtook_was_not_sent(broker: Scripte
         assert await sending is False
 
 
+async def test_at_qos_1_a_state_that_a_refusal_overtook_was_not_sent(
+    broker: ScriptedBroker,
+) -> None:
+    broker.puback = False
+    async with opened(broker, qos=1) as (device, events):
+        sending = asyncio.create_task(device.send_state({"a": 1}))
+        await eventually(lambda: broker.of(PUBLISH))
+        broker.connack = b"\x20\x02\x00\x05"
+        broker.cut()
+        async with asyncio.timeout(5):
+            assert await sending is False
+        assert isinstance(events.of("error")[0][0], LosantAuthError)
+
+
 async def test_states_are_kept_while_offline(broker: ScriptedBroker) -> None:
     async with opened(broker, buffer_offline=150) as (device, events):
         broker.connack = b"\x20\x02\x00\x03"
@@ -287,8 +302,7 @@ async def test_the_guard_drops_or_waits(
 ) -> None:
     async with opened(broker, rate_guard="drop") as (device, _):
         assert [await device.send_state({"n": n}) for n in range(31)] == [True] * 30 + [False]
-    monkeypatch.setattr("pubsub_losant.rules._SECONDS", 0.3)
-    monkeypatch.setattr("pubsub_losant.rules._MARGIN", 0.0)
+    limits_within(monkeypatch, 0.3)
     async with opened(broker, rate_guard="wait") as (device, _):
         began = time.monotonic()
         assert all([await device.send_state({"n": n}) for n in range(31)])

@@ -16,6 +16,7 @@ from tests.losant.support import (
     Packet,
     ScriptedBroker,
     connected,
+    limits_within,
     make,
     scripted,
     turn_until,
@@ -73,6 +74,17 @@ def test_the_connection_has_a_limit_of_its_own() -> None:
     assert not throttle.suspected(15.1)
 
 
+def test_a_topic_in_use_is_not_forgotten_for_many_others() -> None:
+    throttle = Throttle()
+    for n in range(4096):
+        throttle.note(f"device {n}", float(n))
+    for n in range(30):
+        throttle.note("device 0", 5000.0 + n / 10)
+    throttle.note("one more", 5003.0)
+    assert throttle.delay("device 0", 5003.0) > 0
+    assert len(throttle._topics) == 4096
+
+
 def test_the_31st_state_within_15_seconds_is_dropped_and_told() -> None:
     with scripted() as broker, connected(broker, rate_guard="drop") as (device, _):
         told = Events().watch(device, "throttled")
@@ -86,8 +98,7 @@ def test_the_31st_state_within_15_seconds_is_dropped_and_told() -> None:
 
 
 def test_the_guard_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pubsub_losant.rules._SECONDS", 0.3)
-    monkeypatch.setattr("pubsub_losant.rules._MARGIN", 0.0)
+    limits_within(monkeypatch, 0.3)
     with scripted() as broker, connected(broker, rate_guard="wait") as (device, _):
         began = time.monotonic()
         assert all(device.send_state({"n": n}) for n in range(61))
@@ -98,8 +109,7 @@ def test_the_guard_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_close_ends_what_waits_for_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pubsub_losant.rules._SECONDS", 0.3)
-    monkeypatch.setattr("pubsub_losant.rules._MARGIN", 0.0)
+    limits_within(monkeypatch, 0.3)
     with scripted() as broker, connected(broker, rate_guard="wait") as (device, _):
         results: list[bool] = []
         for n in range(30):
@@ -215,8 +225,7 @@ def test_a_state_that_fits_in_no_array_is_sent_by_itself_and_once() -> None:
 
 
 def test_the_buffer_keeps_to_the_limits_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pubsub_losant.rules._SECONDS", 0.4)
-    monkeypatch.setattr("pubsub_losant.rules._MARGIN", 0.0)
+    limits_within(monkeypatch, 0.4)
     with scripted() as broker:
         with connected(broker, buffer_offline=150, rate_guard="drop") as (device, events):
             for n in range(29):

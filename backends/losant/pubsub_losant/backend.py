@@ -48,8 +48,7 @@ from pubsub_mqtt.transport import PeerClosed
 from .errors import LosantThrottled
 from .options import LosantOptions, Transport, bad_option
 from .payloads import BadState, Received, read_command, read_states, write_states, write_will
-from .plugin import RATE, RATE_PER_TOPIC
-from .rules import BAN, Throttle
+from .rules import BAN, MARGIN, RATE, RATE_PER_TOPIC, Throttle
 from .topics import (
     MAX_PAYLOAD,
     check_device_id,
@@ -73,9 +72,6 @@ _BELOW: Final = {
 _KEPT: Final = 4096
 _BLAME: Final = 2.0
 """Seconds within which a publish is held to be the reason that the connection ended."""
-
-_MARGIN: Final = 0.5
-"""Seconds; the network can bring messages closer together than they were sent."""
 
 _LONGEST_BAN: Final = 3600.0
 _GOOD_CONDUCT: Final = 900.0
@@ -330,8 +326,8 @@ class LosantBackend(ConnectionBackend):
             return replace(declared, rate=None, rate_per_topic=None)
         return replace(
             declared,
-            rate=(RATE[0], RATE[1] + _MARGIN),
-            rate_per_topic=(RATE_PER_TOPIC[0], RATE_PER_TOPIC[1] + _MARGIN),
+            rate=(RATE[0], RATE[1] + MARGIN),
+            rate_per_topic=(RATE_PER_TOPIC[0], RATE_PER_TOPIC[1] + MARGIN),
         )
 
     # --- publishing -------------------------------------------------------------------

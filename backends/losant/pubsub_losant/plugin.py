@@ -5,8 +5,6 @@ What the platform does not document is declared as missing, or said in a note.
 
 from __future__ import annotations
 
-from typing import Final
-
 from pubsub_core.capabilities import (
     Cap,
     ConfirmedBy,
@@ -23,15 +21,10 @@ from pubsub_core.hookspecs import hookimpl
 from pubsub_core.interfaces import BackendInfo
 
 from .options import LosantOptions
+from .rules import RATE, RATE_PER_TOPIC
 from .topics import MAX_PAYLOAD
 
-__all__ = ["INFO", "RATE", "RATE_PER_TOPIC", "pubsub_backends"]
-
-RATE: Final = (300, 15.0)
-"""Messages and seconds of one connection."""
-
-RATE_PER_TOPIC: Final = (30, 15.0)
-"""Messages and seconds of one topic."""
+__all__ = ["INFO", "pubsub_backends"]
 
 _CLEAN = "the platform has clean sessions only"
 _PLAIN = "a message is its payload"

@@ -7,11 +7,13 @@ per connection; who exceeds them is disconnected and banned for 30 seconds and m
 from __future__ import annotations
 
 import random
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Literal, TypeAlias
 
-__all__ = ["BAN", "Backoff", "RateGuard", "Throttle"]
+from pubsub_core.rate import Window
+
+__all__ = ["BAN", "MARGIN", "RATE", "RATE_PER_TOPIC", "Backoff", "RateGuard", "Throttle"]
 
 RateGuard: TypeAlias = Literal["drop", "wait", "off"]
 """What happens to a state that would exceed the platform's limits."""
@@ -22,11 +24,14 @@ BAN: Final = 30.0
 _STABLE: Final = 60.0
 _SPREAD: Final = (0.8, 1.2)
 
-_PER_TOPIC: Final = 30
-_PER_CONNECTION: Final = 300
-_SECONDS: Final = 15.0
-_MARGIN: Final = 0.5
-"""The network can bring messages closer together than they were sent."""
+RATE: Final = (300, 15.0)
+"""Messages and seconds of one connection."""
+
+RATE_PER_TOPIC: Final = (30, 15.0)
+"""Messages and seconds of one topic."""
+
+MARGIN: Final = 0.5
+"""Seconds; the network can bring messages closer together than they were sent."""
 
 _MOST_TOPICS: Final = 4096
 
@@ -60,49 +65,37 @@ class Backoff:
         return delay * self._spread()
 
 
-class _Window:
-    """The last so many moments at which something was sent, and how long they count."""
-
-    __slots__ = ("_times", "note")
-
-    def __init__(self, count: int) -> None:
-        self._times: deque[float] = deque(maxlen=count)
-        self.note = self._times.append
-
-    def delay(self, now: float, seconds: float) -> float:
-        times = self._times
-        if len(times) < (times.maxlen or 0):
-            return 0.0
-        return max(times[0] + seconds - now, 0.0)
-
-
 class Throttle:
     """Counts what is sent, and says when the next message may go."""
 
     def __init__(self) -> None:
-        self._all = _Window(_PER_CONNECTION)
-        self._topics: OrderedDict[str, _Window] = OrderedDict()
+        self._all = _window(RATE)
+        self._topics: OrderedDict[str, Window] = OrderedDict()
 
     def delay(self, topic: str, now: float) -> float:
         """Return the seconds after which *topic* may be published to; 0 for now."""
         window = self._topics.get(topic)
-        least = self._all.delay(now, _SECONDS + _MARGIN)
-        if window is None:
-            return least
-        return max(least, window.delay(now, _SECONDS + _MARGIN))
+        least = self._all.delay(now)
+        return least if window is None else max(least, window.delay(now))
 
     def note(self, topic: str, at: float) -> None:
         """Remember one message that is or will be sent at that moment."""
         self._all.note(at)
         window = self._topics.get(topic)
         if window is None:
-            window = self._topics[topic] = _Window(_PER_TOPIC)
+            window = self._topics[topic] = _window(RATE_PER_TOPIC)
             if len(self._topics) > _MOST_TOPICS:
                 self._topics.popitem(last=False)
+        else:
+            self._topics.move_to_end(topic)  # whoever is forgotten was not used for longest
         window.note(at)
 
     def suspected(self, now: float) -> bool:
         """Whether so much was sent lately that a lost connection may be a punishment."""
-        if self._all.delay(now, _SECONDS) > 0:
-            return True
-        return any(window.delay(now, _SECONDS) > 0 for window in self._topics.values())
+        now += MARGIN  # which the platform does not know
+        return any(window.delay(now) > 0 for window in (self._all, *self._topics.values()))
+
+
+def _window(rate: tuple[int, float]) -> Window:
+    count, seconds = rate
+    return Window(count, seconds + MARGIN)
