@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -409,6 +411,15 @@ async def test_a_gateway_speaks_for_its_peripherals(broker: ScriptedBroker) -> N
         with pytest.raises(ValueError, match="own peripheral"):
             await gateway.add_peripheral(DEVICE)
     assert told.names == ["command", "reconnect"]
+
+
+async def test_the_system_ends_a_link_whose_peer_takes_nothing_for_two_keep_alives(
+    broker: ScriptedBroker,
+) -> None:
+    async with opened(broker) as (device, _):
+        with socket.socket(fileno=os.dup(device._connection.socket.fileno())) as same:
+            milliseconds = same.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert milliseconds == 30_000
 
 
 @pytest.mark.slow
