@@ -527,6 +527,23 @@ async def test_filters_that_share_a_channel_live_and_die_apart(place: Place) -> 
         assert bus.stats.received == received, "the broker still sends what nobody wants"
 
 
+async def test_nothing_is_kept_of_subscriptions_that_have_gone(place: Place) -> None:
+    async with bus_of(place, matcher="emitter") as bus:
+        inboxes = [await bus.subscribe(place.at(f"a/{number}/#")) for number in range(20)]
+        inboxes += [await bus.subscribe(place.at(f"b/{n}"), group="workers") for n in range(5)]
+        backend = bus.native(EmitterBackend)
+        sizes = {name: len(getattr(backend, name)) for name in ("_current", "_groups", "_held")}
+        assert sizes == {"_current": 25, "_groups": 2, "_held": 25}
+        with pytest.raises(SubscribeFailed, match="told apart"):
+            await bus.subscribe(place.at("b/3/c"))
+        await within(asyncio.gather(*(inbox.close() for inbox in inboxes)))
+        for name in ("_current", "_groups", "_held", "_holders", "_turns"):
+            assert not len(getattr(backend, name)), name
+        async with bus.subscribe(place.at("b/3/c")) as inbox:
+            await bus.publish(place.at("b/3/c"), b"x")
+            assert (await inbox.get(5)).payload == b"x"
+
+
 async def test_a_group_and_a_plain_subscription_must_not_meet(place: Place) -> None:
     at = place.at
     async with bus_of(place) as bus:

@@ -99,7 +99,9 @@ class EmitterBackend(EmitterSession):
         self._queued: deque[tuple[OutFrame, asyncio.Future[tuple[Outgoing, RingKey]]]] = deque()
         self._serving: asyncio.Task[None] | None = None
         self._current: dict[int, WireSub] = {}
+        self._groups: dict[str | None, dict[int, WireSub]] = {}
         self._holders: dict[str, set[int]] = {}
+        self._held: dict[int, list[str]] = {}
         self._turns = Turns()
         self._learning = asyncio.Lock()
         self._learned = False
@@ -130,7 +132,9 @@ class EmitterBackend(EmitterSession):
                 turn.set_exception(self._not_connected())
         self._serving = None
         self._current.clear()
+        self._groups.clear()
         self._holders.clear()
+        self._held.clear()
         self._interest.reset()
 
     def _refused(self, key: RingKey, topic: str, operation: str) -> None:
@@ -323,23 +327,25 @@ class EmitterBackend(EmitterSession):
         self._check_distinct(want)
         new = want.id not in self._current
         self._current[want.id] = want
+        self._groups.setdefault(want.group, {})[want.id] = want
         before = self._journal.number
         joined: list[str] = []
         try:
             key = await self._subscribe_key(want, channels)
             for channel in channels:
                 async with self._turns.of(channel):
-                    holders = self._holders.setdefault(channel, set())
-                    if not holders:
+                    if not self._holders.get(channel):
                         await self._join(key, channel, want.filter)
+                    holders = self._holders.setdefault(channel, set())
                     if want.id not in holders:
                         holders.add(want.id)
+                        self._held.setdefault(want.id, []).append(channel)
                         joined.append(channel)
             if new:
                 await self._give_retained(want, before)
         except BaseException:
             if new:
-                self._current.pop(want.id, None)
+                self._end(want)
                 self._leave_at_once(want, joined)
             raise
         return 0
@@ -400,27 +406,49 @@ class EmitterBackend(EmitterSession):
 
     async def unsubscribe(self, want: WireSub) -> None:
         """Drop a subscription; a channel that another one needs as well stays."""
+        self._end(want)
+        channels = self._held.pop(want.id, [])
+        try:
+            for channel in channels:
+                async with self._turns.of(channel):
+                    await self._leave(want, channel)
+        except BaseException:
+            self._leave_at_once(want, channels)
+            raise
+
+    async def _leave(self, want: WireSub, channel: str) -> None:
+        holders = self._holders.get(channel, set())
+        if want.id not in holders:
+            return  # the session is another one
+        if len(holders) > 1:
+            holders.discard(want.id)
+            return
+        key = await self._key("r", want.filter, channel)
+        if self._holders.get(channel) is not holders:
+            return
+        del self._holders[channel]
+        try:
+            await self.driver.unsubscribe(f"{key.text}/{channel}")
+        except NotConnected:
+            raise self._not_connected() from None
+
+    def _end(self, want: WireSub) -> None:
         self._current.pop(want.id, None)
-        for channel in [name for name, ids in self._holders.items() if want.id in ids]:
-            async with self._turns.of(channel):
-                holders = self._holders.get(channel, set())
-                holders.discard(want.id)
-                if holders or channel not in self._holders:
-                    continue
-                del self._holders[channel]
-                key = await self._key("r", want.filter, channel)
-                try:
-                    await self.driver.unsubscribe(f"{key.text}/{channel}")
-                except NotConnected:
-                    raise self._not_connected() from None
+        group = self._groups.get(want.group, {})
+        group.pop(want.id, None)
+        if not group:
+            self._groups.pop(want.group, None)
 
     def _leave_at_once(self, want: WireSub, channels: Sequence[str]) -> None:
+        self._held.pop(want.id, None)
         for channel in channels:
             holders = self._holders.get(channel, set())
+            if want.id not in holders:
+                continue
             holders.discard(want.id)
             if holders:
                 continue
-            self._holders.pop(channel, None)
+            del self._holders[channel]
             key = self._ring.peek("r", channel)
             if key is not None:
                 with contextlib.suppress(NotConnected):
@@ -436,9 +464,14 @@ class EmitterBackend(EmitterSession):
         def reach(filter: str) -> str:
             return filter if self.matcher == "mqtt" else f"{filter.removesuffix('/#')}/#"
 
-        for other in self._current.values():
-            if other.group == want.group or other.id == want.id:
-                continue
+        others = (
+            other
+            for group, wants in self._groups.items()
+            if group != want.group
+            for other in wants.values()
+            if other.id != want.id
+        )
+        for other in others:
             if "#" in (other.filter, want.filter) or overlap(
                 reach(other.filter), reach(want.filter)
             ):
