@@ -491,6 +491,21 @@ async def test_data_after_an_unsubscribe_is_dropped() -> None:
         await eventually(lambda: running.data)
 
 
+async def test_data_that_waits_for_a_handler_is_dropped_after_an_unsubscribe() -> None:
+    async with Scripted() as server, Running(server.port) as running:
+
+        async def unsubscribe(*_: Any) -> None:
+            await running.client.remove_subscription("F", "T")
+
+        running.client.data_handlers.append(unsubscribe)
+        await running.client.add_subscription("F", "T")
+        await eventually(lambda: server.writers)
+        last = encode_forwarded_multicast("u", "h", "F", "never subscribed", False, None)
+        server.writers[0].write(DATA * 3 + last)
+        await eventually(lambda: len(running.data) > 1)
+        assert [data[3] for data in running.data] == ["T", "never subscribed"]
+
+
 # --- connecting ----------------------------------------------------------------------------
 
 

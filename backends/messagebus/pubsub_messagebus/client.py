@@ -542,7 +542,7 @@ class Client(abc.ABC):
             while data := await stream.read(_CHUNK):
                 decoder.feed(data)
                 while (message := decoder.next_message()) is not None:
-                    if not self._wanted(message):
+                    if self._answers_fence(message):
                         continue
                     self._inbox.append(message)
                     if len(self._inbox) > self._read_ahead and not self._fences:
@@ -561,19 +561,17 @@ class Client(abc.ABC):
             self._taken.clear()
             await self._taken.wait()
 
-    def _wanted(self, message: Message) -> bool:
-        if isinstance(message, (ForwardedMulticastData, ForwardedUnicastData)):
-            if not self._filter_unsubscribed:
-                return True
-            return self._subscriptions.get((message.feed, message.topic), 1) > 0
-        if isinstance(message, ForwardedSubscriptionRequest) and message.feed.startswith(
-            self._fence
+    def _answers_fence(self, message: Message) -> bool:
+        """Whether it is for `sync` and nobody else."""
+        if not (
+            isinstance(message, ForwardedSubscriptionRequest)
+            and message.feed.startswith(self._fence)
         ):
-            waiting = self._fences.get(message.feed)
-            if waiting is not None and message.is_add and not waiting.done():
-                self.client_id = message.client_id
-                waiting.set_result(message.client_id)
             return False
+        waiting = self._fences.get(message.feed)
+        if waiting is not None and message.is_add and not waiting.done():
+            self.client_id = message.client_id
+            waiting.set_result(message.client_id)
         return True
 
     async def _handle(self) -> None:
@@ -600,6 +598,12 @@ class Client(abc.ABC):
 
     async def _dispatch(self, message: Message) -> None:
         if isinstance(message, (ForwardedMulticastData, ForwardedUnicastData)):
+            # Here and not on arrival: what waited meanwhile is unwanted as well.
+            if (
+                self._filter_unsubscribed
+                and self._subscriptions.get((message.feed, message.topic), 1) <= 0
+            ):
+                return
             if (
                 self._on_heartbeat is not None
                 and message.feed == ADMIN_FEED
