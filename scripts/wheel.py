@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         python = _install(work, wheel)
         _run(python, "-I", "-c", LOAD, cwd=work)
         _run(python.with_name("pubsub"), "--version", cwd=work)
+        _check_extras(python, cwd=work)
         _test(work, python)
     except (Fault, subprocess.CalledProcessError) as error:
         print(f"wheel: {error}", file=sys.stderr)
@@ -103,6 +105,21 @@ def _run(*command: object, cwd: Path) -> None:
         if not name.startswith(("PYTHON", "PUBSUB_")) and name != "VIRTUAL_ENV"
     }
     subprocess.run([str(each) for each in command], check=True, cwd=cwd, env=environment)
+
+
+def _check_extras(python: Path, cwd: Path) -> None:
+    """Check what is said where an extra of ours is not installed."""
+    tests = runpy.run_path(str(ROOT / "tests" / "messagebus" / "test_extra.py"))
+    # Isolated from the environment, as everything else here.
+    done = subprocess.run(
+        [str(python), "-I", "-W", "ignore", "-c", tests["PROGRAM"]],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+    )
+    if done.stdout.splitlines() != tests["WITHOUT_EXTRA"]:
+        raise Fault(f"without the extra messagebus-server: {done.stdout}{done.stderr}")
 
 
 def _build(work: Path) -> Path:
