@@ -128,6 +128,7 @@ def test_close_ends_what_waits_for_the_guard(monkeypatch: pytest.MonkeyPatch) ->
         ("broker.losant.com", None, "drop"),
         ("broker.losant.com", "off", "off"),
         ("broker.eu.losant.com", None, "drop"),
+        ("Broker.Losant.com.", None, "drop"),
         ("losant.com.example", None, "off"),
         ("127.0.0.1", None, "off"),
         ("127.0.0.1", "wait", "wait"),

@@ -35,7 +35,7 @@ from .errors import (
     LosantTLSError,
 )
 from .link import DeviceConnection
-from .rules import BAN, Backoff, RateGuard, Throttle
+from .rules import BAN, PLATFORM, Backoff, RateGuard, Throttle, is_platform
 from .states import encode_state, join_states
 from .tls import TLSOptions
 from .topics import (
@@ -63,7 +63,6 @@ EVENTS: Final = frozenset(
 )
 """Those of ``losant-mqtt`` are the first four."""
 
-_PLATFORM: Final = "broker.losant.com"
 _PORTS: Final = {
     ("tcp", True): 8883,
     ("tcp", False): 1883,
@@ -142,7 +141,7 @@ class DeviceCore:
         stats: Counters that only grow, by name.
     """
 
-    mqtt_endpoint: ClassVar[str] = _PLATFORM
+    mqtt_endpoint: ClassVar[str] = PLATFORM
 
     def __init__(
         self,
@@ -324,7 +323,7 @@ class DeviceCore:
         host = self._host
         if host is None:
             host = self.mqtt_endpoint
-            if host == _PLATFORM:
+            if host == PLATFORM:
                 host = os.environ.get("LOSANT_MQTT_ENDPOINT") or host
         return Endpoint(
             host=host,
@@ -343,8 +342,7 @@ class DeviceCore:
         """Begin what one ``connect()`` begins: everything of the last one is over."""
         endpoint = self._endpoint = self._target()
         self._context = None
-        real = endpoint.host == _PLATFORM or endpoint.host.endswith(".losant.com")
-        default: RateGuard = "drop" if real else "off"
+        default: RateGuard = "drop" if is_platform(endpoint.host) else "off"
         self._guard = self._rate_guard or default
         connection = self._connection = DeviceConnection(self._settings())
         connection.on_message = self._received

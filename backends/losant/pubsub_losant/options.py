@@ -6,18 +6,16 @@ Times are seconds. Access key and secret are secrets, and shown nowhere.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Literal
 
 from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
 from pubsub_mqtt.options import TransportOptions, WillOptions
 
+from .rules import PLATFORM, is_platform
 from .topics import check_device_id
 
-__all__ = ["PLATFORM", "LosantOptions", "Transport"]
-
-PLATFORM: Final = "broker.losant.com"
-"""Host of the platform's broker."""
+__all__ = ["LosantOptions", "Transport"]
 
 Transport = Literal["tcp", "websockets"]
 
@@ -113,4 +111,4 @@ class LosantOptions(TransportOptions):
         """Whether the limits are kept."""
         if self.rate_guard is not None:
             return self.rate_guard
-        return self.endpoint == PLATFORM or self.endpoint.endswith(".losant.com")
+        return is_platform(self.endpoint)

@@ -13,7 +13,20 @@ from typing import Final, Literal, TypeAlias
 
 from pubsub_core.rate import Window
 
-__all__ = ["BAN", "MARGIN", "RATE", "RATE_PER_TOPIC", "Backoff", "RateGuard", "Throttle"]
+__all__ = [
+    "BAN",
+    "MARGIN",
+    "PLATFORM",
+    "RATE",
+    "RATE_PER_TOPIC",
+    "Backoff",
+    "RateGuard",
+    "Throttle",
+    "is_platform",
+]
+
+PLATFORM: Final = "broker.losant.com"
+"""Host of the platform's broker."""
 
 RateGuard: TypeAlias = Literal["drop", "wait", "off"]
 """What happens to a state that would exceed the platform's limits."""
@@ -34,6 +47,11 @@ MARGIN: Final = 0.5
 """Seconds; the network can bring messages closer together than they were sent."""
 
 _MOST_TOPICS: Final = 4096
+
+
+def is_platform(host: str) -> bool:
+    """Whether a host is the platform's own, where exceeding a limit has consequences."""
+    return host.lower().rstrip(".").endswith(".losant.com")
 
 
 class Backoff:
