@@ -311,6 +311,27 @@ async def test_the_guard_drops_or_waits(
         assert time.monotonic() - began > 0.2
 
 
+async def test_close_ends_what_waits_for_the_guard(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits_within(monkeypatch, 0.3)
+    async with opened(broker, rate_guard="wait", buffer_offline=5) as (device, events):
+        waits = asyncio.Event()
+        device.add_event_observer("throttled", lambda device, seconds: waits.set())
+        for n in range(30):
+            assert await device.send_state({"n": n}) is True
+        sending = asyncio.create_task(device.send_state({"n": 30}))
+        await waits.wait()
+        await device.close()
+        assert await sending is False
+        await device.connect()
+        assert await device.send_state({"n": 31}) is True
+        await eventually(lambda: broker.packets[-1].type == PUBLISH)
+        found = [json.loads(packet.payload) for packet in broker.of(PUBLISH)]
+        assert 30 not in [each["data"]["n"] for each in found]
+    assert "error" not in events.names
+
+
 async def test_custom_topics_hello_and_batches(broker: ScriptedBroker) -> None:
     async with opened(broker) as (device, events):
         await device.subscribe("alerts/#")
