@@ -361,6 +361,15 @@ async def test_a_slow_consumer_may_be_kept() -> None:
             assert server.count.slow_consumers == 0
 
 
+async def test_small_messages_are_not_held_back() -> None:
+    async with MessageBusServer() as server, Raw(server.port) as client:
+        await client.fence()
+        (connection,) = server.connections
+        assert connection.transport is not None
+        raw = connection.transport.get_extra_info("socket")
+        assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 async def test_a_flood_leaves_turns_to_others() -> None:
     async with MessageBusServer() as server:
         async with Raw(server.port) as flooding, Raw(server.port) as other:

@@ -69,8 +69,9 @@ _FANNED_OUT = range(1000, 20_000)
 _SHORT_TURN = 0.0005
 _ROUND = 0.02
 # What has arrived is acted upon even if its sender has gone. So connections would pile up that
-# come faster than their bursts can be worked off; with so many waiting, no more are taken.
-_CROWD = 500
+# come faster than their bursts can be worked off, each with up to 256 KiB that were read. With
+# so many waiting, no more are taken.
+_CROWD = 200
 _WRITE_AT_ONCE = 256 * 1024
 
 
@@ -185,7 +186,7 @@ class _Turns:
 
 
 class _Connection(asyncio.Protocol):
-    """One client: bytes to messages, frames to bytes."""
+    """One client: bytes to messages, frames to bytes. asyncio has set TCP_NODELAY."""
 
     def __init__(self, server: MessageBusServer, listener: ListenerOptions) -> None:
         self._server = server
@@ -235,10 +236,6 @@ class _Connection(asyncio.Protocol):
         host = str(address[0]) if address else ""
         self.peer = f"{host}:{address[1]}" if address else "?"
         self._host = host
-        raw = transport.get_extra_info("socket")
-        if isinstance(raw, socket.socket) or hasattr(raw, "setsockopt"):
-            with contextlib.suppress(OSError):
-                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(high=_WRITE_AT_ONCE)
         if server.authenticator.handshake == "null":
             # There may be no first byte at all: who only listens to notices sends nothing.
