@@ -226,6 +226,19 @@ async def test_a_made_key_is_renewed_before_it_expires_or_after_it_was_refused()
     assert await found.obtain(issuer, "w", "a/") is not second
 
 
+@pytest.mark.parametrize("ttl", [1, 2, 10, 1000])
+async def test_a_made_key_is_never_used_when_it_has_expired(ttl: int) -> None:
+    """A key knows whole seconds: one made late in a second has less time than its ttl."""
+    clock = Clock()
+    clock.now += 0.9
+    found = KeyRing(license=OURS, ttl=ttl, clock=clock)
+    key = await found.obtain(Issuer(), "w", "a/")
+    assert key is not None
+    assert key.expires < OURS.decrypt(key.text).expires
+    clock.now = OURS.decrypt(key.text).expires
+    assert found.peek("w", "a/") is None
+
+
 async def test_a_license_makes_keys_without_a_broker() -> None:
     issuer = Issuer()
     found = ring(license=OURS)

@@ -14,6 +14,7 @@ Source: emitter-io/emitter, ``internal/security/key.go`` for what a key's target
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
@@ -266,8 +267,9 @@ class KeyRing:
             text = self._license.make_key(target, letters, ttl=self._ttl, now=now)
         else:
             text = await issue(target, letters, self._ttl)
-        # Not used in its last tenth, so that none expires on its way to the broker.
-        expires = now + self._ttl * (1 - _MARGIN) if self._ttl else 0.0
+        # Not used in its last tenth, so that none expires on its way to the broker. Keys know
+        # whole seconds.
+        expires = math.floor(now) + self._ttl * (1 - _MARGIN) if self._ttl else 0.0
         made = RingKey(text, target, letters, expires, made=True)
         while len(self._made) >= _KEPT:
             self._made.popitem(last=False)
