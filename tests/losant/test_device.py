@@ -419,7 +419,11 @@ def _resolve_to(patch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:
 
 
 def test_each_address_of_a_name_has_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    with scripted() as broker, socket.socket() as silent, contextlib.ExitStack() as full:
+    with (
+        scripted(websocket=True) as broker,
+        socket.socket() as silent,
+        contextlib.ExitStack() as full,
+    ):
         silent.bind(("127.0.0.1", 0))
         silent.listen(0)
         for _ in range(4):  # more than it keeps: the next get no answer at all
