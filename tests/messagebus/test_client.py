@@ -24,7 +24,9 @@ from pubsub_messagebus.io import DataReader, DataWriter
 from pubsub_messagebus.protocol import (
     MulticastData,
     SubscriptionRequest,
+    encode_authorization_request,
     encode_forwarded_multicast,
+    encode_forwarded_subscription,
     encode_forwarded_unicast,
     encode_subscription_request,
 )
@@ -139,6 +141,28 @@ async def test_handler_lists_are_live_and_have_their_old_names() -> None:
         assert order == ["first", "first", "second", "second"]
 
 
+async def test_handlers_get_the_packages_arguments_in_its_order() -> None:
+    somebody = uuid.uuid4()
+    seen: list[tuple[Any, ...]] = []
+
+    async def on_any(*arguments: Any) -> None:
+        seen.append(arguments)
+
+    async with Scripted() as server, Running(server.port) as running:
+        running.client.notification_handlers.append(on_any)
+        running.client.authorization_handlers.append(on_any)
+        await eventually(lambda: server.writers)
+        server.writers[0].write(
+            encode_forwarded_subscription("user", "host", somebody, "F", "T", True)
+            + encode_authorization_request(somebody, "host", "user", "F", "T")
+        )
+        await eventually(lambda: len(seen) == 2)
+    assert seen == [
+        (somebody, "user", "host", "F", "T", True),
+        (somebody, "host", "user", "F", "T"),
+    ]
+
+
 def test_the_compatible_modules() -> None:
     from pubsub_messagebus import authentication, io
 
@@ -219,6 +243,28 @@ async def test_c4_what_was_queued_before_stop_is_sent() -> None:
         await within(running.task)
         await eventually(lambda: server.ended == 1)
         assert [message.topic for message in server.messages()] == [str(n) for n in range(500)]  # type: ignore[union-attr]
+
+
+async def test_c4_even_if_it_is_more_than_the_system_takes_at_once() -> None:
+    async with Scripted() as server, Running(server.port) as running:
+        server.reading.clear()
+        publishing = asyncio.create_task(publish_many(running.client, 100, 100_000))
+        await eventually(lambda: running.client._out_bytes > 1_000_000)
+        running.client.stop()
+        server.reading.set()
+        await within(running.task)
+        sent = await within(publishing)
+        await eventually(lambda: server.ended == 1)
+        assert len(server.messages()) == sent
+
+
+async def publish_many(client: CallbackClient, count: int, size: int) -> int:
+    """Publish until the client stops; return how many calls were made."""
+    for number in range(count):
+        await client.publish("F", str(number), False, [DataPacket(None, bytes(size))])
+        if client._stopping.is_set():
+            return number + 1
+    return count
 
 
 async def test_c5_stop_before_start() -> None:
@@ -418,7 +464,31 @@ async def test_publishing_waits_while_much_is_unsent() -> None:
         with pytest.raises(TimeoutError):
             await within(publish(), 0.3)
         assert sent < 300
+        # And they go on when there is room.
         server.reading.set()
+        with pytest.raises(TimeoutError):
+            await within(publish(), 0.5)
+        assert sent > 300
+
+
+async def test_no_more_is_read_than_handlers_can_take() -> None:
+    async with Scripted() as server, Running(server.port, read_ahead=10) as running:
+        held = asyncio.Event()
+
+        async def hold(*_: Any) -> None:
+            await held.wait()
+
+        running.client.data_handlers.append(hold)
+        await eventually(lambda: server.writers)
+        # More than sockets and streams take by themselves.
+        server.writers[0].write(DATA * 200_000)
+        await eventually(lambda: len(running.client._inbox) >= 10)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert len(running.client._inbox) == 10
+        assert server.writers[0].transport.get_write_buffer_size() > 0
+        held.set()
+        await eventually(lambda: len(running.data) > 1000)
 
 
 async def test_a_handler_may_wait_for_what_another_task_answers() -> None:
@@ -470,6 +540,12 @@ async def test_sync_leaves_nothing_at_the_server_and_fails_with_the_connection()
         waiting = asyncio.create_task(running.client.sync())
         await eventually(lambda: silent.received and silent.received[0])
         silent.writers[0].close()
+        with pytest.raises(ConnectionError):
+            await within(waiting)
+    async with Scripted() as silent, Running(silent.port) as running:
+        waiting = asyncio.create_task(running.client.sync())
+        await eventually(lambda: silent.received and silent.received[0])
+        running.client.stop()
         with pytest.raises(ConnectionError):
             await within(waiting)
 
