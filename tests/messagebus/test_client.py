@@ -270,8 +270,15 @@ async def publish_many(client: CallbackClient, count: int, size: int) -> int:
 async def test_c5_stop_before_start() -> None:
     async with Scripted() as server:
         client = await CallbackClient.create("127.0.0.1", server.port)
+        closed: list[bool] = []
+
+        async def on_closed(is_faulted: bool) -> None:
+            closed.append(is_faulted)
+
+        client.closed_handlers.append(on_closed)
         client.stop()
         assert await within(client.start()) is None
+        assert closed == [False]
         await eventually(lambda: server.ended == 1)
         assert server.received == [b""]
 

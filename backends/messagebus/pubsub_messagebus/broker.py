@@ -61,6 +61,9 @@ MAX_INTERESTS = 1_000_000
 MAX_COUNTED_FEEDS = 1000
 """Feeds that are counted one by one for a connection; the names are its choice."""
 
+MAX_COUNTED_NAME = 200
+"""Characters of the names of those feeds; what is counted outlives who chose them."""
+
 OTHER_FEEDS = "…"
 """What the others are counted under."""
 
@@ -144,7 +147,7 @@ class Traffic:
 
 
 def _count(counted: dict[str, int], feed: str, more: int = 1) -> None:
-    if feed not in counted and len(counted) >= MAX_COUNTED_FEEDS:
+    if feed not in counted and (len(counted) >= MAX_COUNTED_FEEDS or len(feed) > MAX_COUNTED_NAME):
         feed = OTHER_FEEDS
     counted[feed] = counted.get(feed, 0) + more
 

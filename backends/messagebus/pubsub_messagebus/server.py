@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pubsub_core.errors import BadOption, PubSubError
 
-from .broker import Broker, Effects, Identity
+from .broker import MAX_COUNTED_NAME, Broker, Effects, Identity
 from .config import ServerConfig
 from .metrics import MetricsEndpoint
 from .protocol import (
@@ -849,7 +849,9 @@ class MessageBusServer:
         """Count the end of a connection that did not simply close."""
         self.count.interactor_faults += 1
         names = self.broker.names(connection)
-        if names not in self.faults and len(self.faults) >= MAX_FAULTY:
+        if names not in self.faults and (
+            len(self.faults) >= MAX_FAULTY or max(map(len, names)) > MAX_COUNTED_NAME
+        ):
             names = ("", "", "")
         self.faults[names] = self.faults.get(names, 0) + 1
 
