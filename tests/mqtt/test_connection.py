@@ -713,7 +713,7 @@ async def test_unanswered_publishes_survive_the_session(
             await asyncio.gather(*tasks)
         await listener.got(50)
         assert [int(each.payload) for each in listener.messages] == list(range(50))
-        assert made.connection.stats.resent == 20
+        assert made.connection.stats.resent == 19
 
 
 async def test_qos_0_waits_for_a_slow_link_instead_of_memory() -> None:
