@@ -222,7 +222,8 @@ def _check_malformed(vector: dict[str, Any], role: Role, step: int) -> None:
     if error is not None:
         with pytest.raises(ProtocolError) as again:
             decoder.next_message()
-        assert again.value is error
+        assert type(again.value) is type(error)
+        assert str(again.value) == str(error)
     if role == "client" and wire[0] in (1, 2, 4, 5, 7):
         # Whatever it is, a client refuses its type.
         assert "only a server receives" in str(error)

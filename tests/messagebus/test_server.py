@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import socket
@@ -403,7 +404,7 @@ async def test_more_bursts_than_can_be_worked_off_at_once() -> None:
 
 
 async def test_newcomers_do_not_wait_for_all_who_are_busy() -> None:
-    count, each = 60, 20_000
+    count, each = 60, 5_000
     burst = encode_subscription_request("F", "T", True) * each
     async with MessageBusServer() as server, contextlib.AsyncExitStack() as stack:
         busy = [await stack.enter_async_context(Raw(server.port)) for _ in range(count)]
@@ -491,6 +492,37 @@ async def test_stopping_closes_every_socket_and_leaves_no_task(passwords: Path) 
         await client.fence()
     await server.stop()
     await eventually(lambda: not leaks.leaks(), what="nothing is left")
+
+
+def connections_of(server: MessageBusServer) -> int:
+    return sum(
+        isinstance(each, asyncio.Protocol) and getattr(each, "_server", None) is server
+        for each in gc.get_objects()
+    )
+
+
+@pytest.mark.parametrize("login", [False, True])
+async def test_what_was_wrong_is_let_go_without_a_garbage_collector(
+    login: bool, passwords: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Each may have sent much before; a collection of what is old may be long in coming.
+    caplog.set_level(logging.CRITICAL, "pubsub_messagebus")  # pytest keeps what is logged
+    vectors = MALFORMED_HANDSHAKES if login else MALFORMED
+    async with MessageBusServer(password_file=str(passwords) if login else "") as server:
+        gc.disable()
+        try:
+            async with Raw(server.port):
+                await eventually(lambda: connections_of(server) == 1)
+            for vector in vectors:
+                async with Raw(server.port) as client:
+                    client.send(bytes.fromhex(vector["hex"]))
+                    client.writer.write_eof()
+                    await client.closed()
+            count = server.count
+            assert count.protocol_errors + count.refused > 5
+            await eventually(lambda: connections_of(server) == 0, what="nothing is left")
+        finally:
+            gc.enable()
 
 
 async def test_what_was_queued_reaches_its_reader_when_the_server_stops() -> None:

@@ -299,12 +299,12 @@ class Decoder:
             Truncated: After `eof`, when the stream ended inside a message.
         """
         if self._error is not None:
-            raise self._error
+            raise self._error.again()
         if len(self._buffer) >= self._need:
             try:
                 message = self._scan()
             except ProtocolError as error:
-                self._error = error
+                self._error = error.again()
                 raise
             if message is not None:
                 self.received += 1
@@ -313,7 +313,7 @@ class Decoder:
             self._error = Truncated(
                 f"the stream ended inside a message, after {len(self._buffer) - self._start} bytes"
             )
-            raise self._error
+            raise self._error.again()
         return None
 
     def _rebase(self) -> None:

@@ -225,15 +225,15 @@ class HandshakeDecoder:
                 raises again. The text holds nothing of what was sent.
         """
         if self._error is not None:
-            raise self._error
+            raise self._error.again()
         try:
             found = self._null() if self._method == "null" else self._read()
         except ProtocolError as error:
-            self._error = error
+            self._error = error.again()
             raise
         if found is None and self._eof:
             self._error = Truncated("the stream ended inside the handshake")
-            raise self._error
+            raise self._error.again()
         if found is not None:
             self.rest = bytes(self._buffer)
             self._buffer.clear()

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, Self, TypeAlias
 from uuid import UUID
 
 import msgspec
@@ -89,6 +89,14 @@ class MessageType(IntEnum):
 
 class ProtocolError(Exception):
     """The peer sent what the protocol does not allow; the stream is lost."""
+
+    def again(self) -> Self:
+        """Return the same error without its traceback.
+
+        An error that was raised holds the frames it went through, and they all that was
+        received; a decoder that kept it would keep itself alive as well.
+        """
+        return type(self)(*self.args)
 
 
 class Truncated(ProtocolError):
