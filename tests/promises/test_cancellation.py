@@ -62,7 +62,7 @@ def pending(bus: Bus) -> list[str]:
     engine = bus._engine
     assert engine is not None
     wiring, outbox = engine.wiring, engine.publisher._outbox
-    held = {
+    held: dict[str, object] = {
         "wires": wiring.router.wires,
         "locks": wiring._locks,
         "pausing": wiring._pausing,
