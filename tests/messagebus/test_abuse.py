@@ -354,6 +354,7 @@ def entries(server: MessageBusServer) -> dict[str, int]:
     living = collections.Counter(
         type(each).__name__
         for each in gc.get_objects()
-        if type(each).__module__.startswith("pubsub_messagebus.")
+        # Some types have a descriptor where others have text.
+        if str(type(each).__module__).startswith("pubsub_messagebus.")
     )
     return {**found, **living}
