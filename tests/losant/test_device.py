@@ -24,6 +24,7 @@ from pubsub_losant import (
     LosantProtocolError,
 )
 from pubsub_losant.link import dial_steps
+from pubsub_mqtt.connection import Connection
 from tests.losant.support import (
     CONNECT,
     DISCONNECT,
@@ -1059,3 +1060,52 @@ def test_it_works_without_setuptools() -> None:
         check=False,
     )
     assert (done.stdout, done.stderr) == ("refused\n", "")
+
+
+def test_a_burst_of_another_thread_takes_few_calls_to_the_system_and_keeps_its_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = 0
+    flush = Connection.flush
+
+    def counted(self: Connection) -> bool:
+        nonlocal calls
+        calls += 1
+        return flush(self)
+
+    with scripted() as broker:
+        device = make(broker)
+        events = Events().watch(device, "connect")
+        with in_thread(device):
+            wait_until(lambda: events.names)
+            monkeypatch.setattr(Connection, "flush", counted)
+            for number in range(2000):
+                assert device.send_state({"n": number}, 1)
+            wait_until(lambda: len(broker.of(PUBLISH)) == 2000)
+            device.close()
+    sent = [json.loads(packet.payload)["data"]["n"] for packet in broker.of(PUBLISH)]
+    assert sent == list(range(2000))
+    assert calls < 2000
+
+
+def test_a_burst_does_not_wait_for_an_observer() -> None:
+    busy, done = threading.Event(), threading.Event()
+
+    def on_command(*_: object) -> None:
+        busy.set()
+        done.wait(10)
+
+    with scripted() as broker:
+        device = make(broker)
+        device.add_event_observer("command", on_command)
+        events = Events().watch(device, "connect")
+        with in_thread(device):
+            wait_until(lambda: events.names)
+            broker.send(command('{"name":"think"}'))
+            assert busy.wait(5)
+            for number in range(100):
+                assert device.send_state({"n": number}, 1)
+            wait_until(lambda: len(broker.of(PUBLISH)) == 100)
+            assert not done.is_set()
+            done.set()
+            device.close()

@@ -38,6 +38,8 @@ __all__ = ["Device", "Gateway", "Peripheral"]
 
 _LINGER: Final = 0.5
 _LONG: Final = 3600.0
+_BURST: Final = 0.001
+"""Seconds between two messages that belong to one burst."""
 
 
 class _Bell:
@@ -80,7 +82,9 @@ class Device(DeviceCore):
         self._lock = threading.RLock()  # the connection and every rule
         self._turns = threading.RLock()  # one thread at a time runs the loop
         self._bell: _Bell | None = None
-        self._awaits_room = False  # a turn waits until the socket takes more
+        self._polls = False  # a turn waits, and would send what it is rung for
+        self._awaits_room = False  # it will send anyway: there is room, or it was rung
+        self._pushed_at = 0.0
         self._busy = 0  # turns under way in the thread that holds `_turns`
         self._blocking = False
         self._running = False
@@ -292,6 +296,12 @@ class Device(DeviceCore):
         """Hand to the system what it takes; let the loop's thread do the rest."""
         if self._awaits_room:
             return  # it sends this as well, and more at once
+        before, self._pushed_at = self._pushed_at, time.monotonic()
+        if self._polls and self._pushed_at - before < _BURST and self._bell is not None:
+            # Many in a row: one call to the system for some of them instead of one for each.
+            self._awaits_room = True
+            self._bell.ring()
+            return
         if not self._connection.flush() or not self._online:
             self._ring()
 
@@ -398,6 +408,7 @@ class Device(DeviceCore):
             bell = self._bell
             if bell is None:
                 return False
+            self._polls = self._online
             self._awaits_room = self._online and bool(mask & select.POLLOUT)
         poll.register(bell.reads, select.POLLIN)
         if descriptor is not None:
@@ -406,7 +417,7 @@ class Device(DeviceCore):
             found = poll.poll(max(timeout, 0.0) * 1000)
         finally:
             with self._lock:
-                self._awaits_room = False
+                self._polls = self._awaits_room = False
         ready = False
         for each, _ in found:
             if each == bell.reads:
