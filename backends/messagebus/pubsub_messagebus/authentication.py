@@ -31,7 +31,33 @@ class NullAuthenticator(Authenticator):
         """Send nothing."""
 
 
-class BasicAuthenticator(Authenticator):
+class _Claims(Authenticator):
+    """What user and token have in common: on whose behalf, and which handshake carries it."""
+
+    def __init__(
+        self,
+        impersonating: str | None,
+        forwarded_for: str | None,
+        application: str | None,
+        handshake: HandshakeForm | None,
+    ) -> None:
+        self.impersonating = impersonating
+        self.forwarded_for = forwarded_for
+        self.application = application
+        self.handshake = handshake
+        self._wire()  # refuses now what could not be sent later
+
+    @abc.abstractmethod
+    def _wire(self) -> bytes:
+        """Return the handshake."""
+
+    async def authenticate(self, reader: DataReader, writer: DataWriter) -> None:
+        """Send the handshake."""
+        writer.writer.write(self._wire())
+        await writer.drain()
+
+
+class BasicAuthenticator(_Claims):
     """A user name and a password.
 
     Args:
@@ -55,11 +81,7 @@ class BasicAuthenticator(Authenticator):
     ) -> None:
         self.username = username
         self.password = password
-        self.impersonating = impersonating
-        self.forwarded_for = forwarded_for
-        self.application = application
-        self.handshake: HandshakeForm | None = handshake
-        self._wire()
+        super().__init__(impersonating, forwarded_for, application, handshake)
 
     def _wire(self) -> bytes:
         return basic_handshake(
@@ -71,16 +93,11 @@ class BasicAuthenticator(Authenticator):
             form=self.handshake,
         )
 
-    async def authenticate(self, reader: DataReader, writer: DataWriter) -> None:
-        """Send the handshake."""
-        writer.writer.write(self._wire())
-        await writer.drain()
-
     def __repr__(self) -> str:
         return f"BasicAuthenticator({self.username!r}, {Secret(self.password)!r})"
 
 
-class TokenAuthenticator(Authenticator):
+class TokenAuthenticator(_Claims):
     """A token, as a rule a JWT; arguments as those of `BasicAuthenticator`."""
 
     def __init__(
@@ -93,11 +110,7 @@ class TokenAuthenticator(Authenticator):
         handshake: HandshakeForm | None = None,
     ) -> None:
         self.token = token
-        self.impersonating = impersonating
-        self.forwarded_for = forwarded_for
-        self.application = application
-        self.handshake: HandshakeForm | None = handshake
-        self._wire()
+        super().__init__(impersonating, forwarded_for, application, handshake)
 
     def _wire(self) -> bytes:
         return token_handshake(
@@ -107,11 +120,6 @@ class TokenAuthenticator(Authenticator):
             self.application,
             form=self.handshake,
         )
-
-    async def authenticate(self, reader: DataReader, writer: DataWriter) -> None:
-        """Send the handshake."""
-        writer.writer.write(self._wire())
-        await writer.drain()
 
     def __repr__(self) -> str:
         return f"TokenAuthenticator({Secret(self.token)!r})"
