@@ -44,7 +44,7 @@ class _Claims(Authenticator):
         self.impersonating = impersonating
         self.forwarded_for = forwarded_for
         self.application = application
-        self.handshake = handshake
+        self.handshake: HandshakeForm | None = handshake
         self._wire()  # refuses now what could not be sent later
 
     @abc.abstractmethod
