@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import ssl
 import stat
 import subprocess
@@ -27,6 +29,7 @@ from pubsub_mqtt.endpoint.journal import Done
 from pubsub_mqtt.endpoint.packets import ConnAck, Connect, Decoder, Packet, PubAck, Publish, encode
 from tests.emitter.support import Peer, broker
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY
+from tests.endpoint.stores import check_refusals
 from tests.endpoint.wire import Wire
 from tests.servers import Authority, eventually
 
@@ -157,6 +160,41 @@ async def test_a_file_in_use_or_of_something_else_is_an_error(tmp_path: Path) ->
     with pytest.raises(ConnectError, match="text"):
         await EmitterServer(store=other).start()
     assert other.read_text().startswith("no database")
+
+
+async def test_a_newer_or_a_foreign_file_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    await check_refusals(path, lambda: EmitterServer(store=path))
+
+
+# As version 0.1.0 wrote it.
+FILE_0_1_0 = """
+PRAGMA journal_mode = WAL;
+CREATE TABLE bans (key TEXT PRIMARY KEY);
+INSERT INTO "bans" VALUES('key');
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
+INSERT INTO "facts" VALUES('counter','7');
+CREATE TABLE messages (
+    counter INTEGER PRIMARY KEY,
+    contract INTEGER,
+    time INTEGER,
+    expires INTEGER,
+    channel TEXT,
+    payload BLOB
+);
+INSERT INTO "messages" VALUES(1,1,1796052067,4294967295,'a/b/',X'78');
+"""
+
+
+async def test_a_file_of_version_0_1_0_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(FILE_0_1_0)
+    for _ in range(2):
+        async with EmitterServer(store=path) as server:
+            (found,) = server.storage.query(1, "a/b/", last=9)
+            assert (found.payload, found.counter) == (b"x", 1)
+            assert server.storage.is_banned("key")
 
 
 CHILD = """

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -34,7 +37,7 @@ async def settled(journal: Journal) -> BaseException | None:
 
 async def test_what_was_written_is_read_again_and_belongs_to_its_owner(tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    journal = Journal(path, SCHEMA, backend="tester")
+    journal = Journal(path, SCHEMA, version=3, backend="tester")
     assert await settled(journal) is None  # nothing is open, so nothing waits
     journal.write(INSERT, (0,))
     assert await journal.open(numbers) == []
@@ -54,7 +57,7 @@ async def test_what_was_written_is_read_again_and_belongs_to_its_owner(tmp_path:
 async def test_an_error_is_told_to_the_next_who_waits_and_to_nobody_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = Journal(tmp_path / "journal", SCHEMA, backend="tester")
+    journal = Journal(tmp_path / "journal", SCHEMA, version=3, backend="tester")
     await journal.open(numbers)
     journal.write(INSERT, (1,))
     assert await settled(journal) is None
@@ -72,7 +75,7 @@ async def test_an_error_is_told_to_the_next_who_waits_and_to_nobody_else(
 
 
 async def test_a_disk_that_falls_behind_is_full_until_it_has_caught_up(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal", SCHEMA, backend="tester", max_waiting=5)
+    journal = Journal(tmp_path / "journal", SCHEMA, version=3, backend="tester", max_waiting=5)
     # A disk that is slow: sqlite asks this function in the journal's thread.
     go_on = threading.Event()
 
@@ -98,9 +101,87 @@ async def test_a_disk_that_falls_behind_is_full_until_it_has_caught_up(tmp_path:
 async def test_what_is_no_journal_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("no database " * 100)
-    journal = Journal(path, SCHEMA, backend="tester")
+    journal = Journal(path, SCHEMA, version=3, backend="tester")
     with pytest.raises(ConnectError, match="text") as caught:
         await journal.open(numbers)
     assert caught.value.backend == "tester"
     assert not journal.is_open
     assert path.read_text() == "no database " * 100
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Return what is in every file but the index of the log, which SQLite may rebuild."""
+    return {each.name: each.read_bytes() for each in folder.iterdir() if "-shm" not in each.name}
+
+
+@pytest.mark.parametrize(
+    ("statements", "why"),
+    [
+        ("CREATE TABLE theirs (number INTEGER)", "something else"),
+        ("PRAGMA application_id = 77", "something else"),
+        ("PRAGMA user_version = 1", "something else"),
+        ("CREATE TABLE kept (name TEXT)", "something else"),  # a table of the same name
+        (f"{SCHEMA} CREATE TABLE more (number INTEGER)", "something else"),
+    ],
+)
+async def test_another_programs_database_is_refused_and_left_as_it_is(
+    tmp_path: Path, statements: str, why: str
+) -> None:
+    path = tmp_path / "odd name?#%"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(statements)
+    before = files(tmp_path)
+    journal = Journal(path, SCHEMA, version=3, backend="tester")
+    with pytest.raises(ConnectError, match=f"{why} than this tester server; give another path"):
+        await journal.open(numbers)
+    assert not journal.is_open
+    assert files(tmp_path) == before
+
+
+async def test_a_newer_format_and_another_servers_file_are_refused_and_left_as_they_are(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "journal"
+    newer = Journal(path, SCHEMA, version=4, backend="tester")
+    await newer.open(numbers)
+    await newer.close()
+    before = files(tmp_path)
+    with pytest.raises(ConnectError, match=r"has format 4.* reads up to 3"):
+        await Journal(path, SCHEMA, version=3, backend="tester").open(numbers)
+    with pytest.raises(ConnectError, match="something else than this other server"):
+        await Journal(path, SCHEMA, version=4, backend="other").open(numbers)
+    assert files(tmp_path) == before
+
+
+CRASHED = """
+import os, sqlite3, sys
+database = sqlite3.connect(sys.argv[1])
+database.executescript("PRAGMA journal_mode = WAL; CREATE TABLE theirs (number INTEGER);")
+os._exit(0)
+"""
+
+
+async def test_what_a_crashed_program_left_is_not_written_back_either(tmp_path: Path) -> None:
+    path = tmp_path / "theirs"
+    subprocess.run([sys.executable, "-c", CRASHED, str(path)], check=True)
+    before = files(tmp_path)
+    assert before["theirs-wal"]  # the only place that has the table
+    with pytest.raises(ConnectError, match="something else"):
+        await Journal(path, SCHEMA, version=3, backend="tester").open(numbers)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("statements", ["", "PRAGMA journal_mode = WAL", SCHEMA])
+async def test_an_empty_file_and_one_without_a_mark_become_ours(
+    tmp_path: Path, statements: str
+) -> None:
+    path = tmp_path / "journal"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(statements)
+    path.touch()
+    journal = Journal(path, SCHEMA, version=3, backend="tester")
+    assert await journal.open(numbers) == []
+    await journal.close()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
+        assert database.execute("PRAGMA application_id").fetchone() != (0,)

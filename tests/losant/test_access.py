@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -209,12 +210,27 @@ def test_a_file_with_mistakes_is_refused_without_its_secrets(text: str, tmp_path
     assert "hidden" not in str(caught.value)
 
 
-def test_a_suggestion_for_a_name_that_is_almost_right(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "name", "hint"),
+    [
+        ("devcies = {}", "devcies", "did you mean 'devices'?"),
+        ("STRICT = true", "STRICT", "did you mean 'strict'?"),
+        ("[devices.d]\nAttributes = {}", "devices.d.Attributes", "did you mean 'attributes'?"),
+        ('[[keys]]\nsecret = "hidden"\npub_topic = []', "keys.0.pub_topic", "pub_topics"),
+        ("colour = 1", "colour", "it may have devices, keys"),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_is_refused_with_a_suggestion(
+    text: str, name: str, hint: str, tmp_path: Path
+) -> None:
     path = tmp_path / "application.toml"
-    path.write_text("devcies = {}")
-    with pytest.raises(BadOption) as caught:
+    path.write_text(text)
+    with pytest.raises(BadOption, match=f"{re.escape(name)} is not known") as caught:
         ApplicationConfig.load(path)
-    assert "'devices'" in caught.value.hint
+    assert hint in caught.value.hint
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadOption, match="No such file"):
         ApplicationConfig.load(tmp_path / "missing.toml")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -21,10 +22,31 @@ from pubsub_core.errors import ConnectError
 from pubsub_losant import LosantServer
 from pubsub_losant.storage import FileStorage, MemoryStorage
 from pubsub_mqtt.endpoint.packets import ConnAck, Connect, PubAck, Publish
+from tests.endpoint.stores import check_refusals
 from tests.endpoint.wire import Wire
 from tests.losant.application import A, Peer, broker, command, state
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
+
+# As version 0.1.0 wrote it.
+FILE_0_1_0 = """
+PRAGMA journal_mode = WAL;
+CREATE TABLE attributes (
+    device TEXT, name TEXT, value TEXT, ms INTEGER, PRIMARY KEY (device, name)
+) WITHOUT ROWID;
+CREATE TABLE commands (
+    number INTEGER PRIMARY KEY, device TEXT, ms INTEGER, receivers INTEGER, body BLOB
+);
+CREATE TABLE connections (number INTEGER PRIMARY KEY, device TEXT, entry TEXT);
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
+INSERT INTO "facts" VALUES('format','1');
+INSERT INTO "facts" VALUES('device_id','575ecf887ae143cd83dc4aa2');
+CREATE TABLE states (
+    device TEXT, ms INTEGER, received INTEGER, data TEXT, meta TEXT, flow_version TEXT,
+    PRIMARY KEY (device, ms)
+) WITHOUT ROWID;
+INSERT INTO "states" VALUES('575ecf887ae143cd83dc4aa2',1000,0,'{"a":1.5}',NULL,NULL);
+"""
 
 STATES = st.lists(
     st.tuples(
@@ -119,7 +141,7 @@ async def test_a_file_has_everything_the_memory_had(tmp_path: Path) -> None:
     await again.close()
 
 
-async def test_a_file_in_use_of_something_else_or_of_another_version_is_an_error(
+async def test_a_file_in_use_or_that_is_no_database_is_an_error(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "store"
@@ -132,12 +154,22 @@ async def test_a_file_in_use_of_something_else_or_of_another_version_is_an_error
         await LosantServer(store=other).start()
     with pytest.raises(ConnectError):
         await LosantServer(store=tmp_path / "no" / "folder").start()
-    database = sqlite3.connect(path)
-    database.execute("UPDATE facts SET value = '99' WHERE name = 'format'")
-    database.commit()
-    database.close()
-    with pytest.raises(ConnectError, match="format 99"):
-        await LosantServer(store=path).start()
+
+
+async def test_a_newer_or_a_foreign_file_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    await check_refusals(path, lambda: LosantServer(store=path))
+
+
+async def test_a_file_of_version_0_1_0_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(FILE_0_1_0)
+    async with LosantServer(store=path) as server:
+        assert server.device_id == "575ecf887ae143cd83dc4aa2"
+        assert server.last_state(server.device_id) == {"a": (1.5, 1000)}
+    async with LosantServer(store=path) as server:
+        assert server.last_state(server.device_id) == {"a": (1.5, 1000)}
 
 
 async def test_a_file_keeps_the_credentials_that_were_made(tmp_path: Path) -> None:

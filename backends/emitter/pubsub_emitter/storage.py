@@ -48,6 +48,7 @@ CREATE TABLE IF NOT EXISTS messages (
 CREATE TABLE IF NOT EXISTS bans (key TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 """
+_FORMAT: Final = 1
 
 
 class StorageFull(Exception):
@@ -276,13 +277,13 @@ class FileStorage(Storage):
         super().__init__(max_bytes=max_bytes, clock=clock)
         self.path = Path(path)
         self.license = ""
-        self._journal = Journal(path, _SCHEMA, backend="emitter")
+        self._journal = Journal(path, _SCHEMA, version=_FORMAT, backend="emitter")
 
     async def open(self) -> None:
         """Read the file, or create it.
 
         Raises:
-            ConnectError: It is no file of ours, or in use by another broker.
+            ConnectError: It is another program's file, of a newer format, or in use.
         """
         self._clear()
         await self._journal.open(self._read)

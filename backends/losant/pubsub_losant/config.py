@@ -106,14 +106,7 @@ class ApplicationConfig:
 
     @classmethod
     def _parse(cls, found: dict[str, Any], path: Path) -> ApplicationConfig:
-        for name in found:
-            if name not in _TOP:
-                near = difflib.get_close_matches(name, _TOP, n=1)
-                raise _bad(
-                    f"nothing is named {name!r}",
-                    path,
-                    hint=f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(_TOP)}",
-                )
+        _check_names(found, _TOP, "", path)
         devices: dict[str, DeviceSpec] = {}
         for device_id, value in _table(found.get("devices", {}), "devices", path).items():
             place = f"devices.{device_id}"
@@ -178,11 +171,23 @@ def _flag(found: dict[str, Any], name: str, path: Path) -> bool | None:
 
 
 def _convert(value: Any, kind: type[T], place: str, path: Path) -> T:
+    known = [field.encode_name for field in msgspec.structs.fields(kind)]
+    _check_names(_table(value, place, path), known, place, path)
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as exc:
-        known = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
-        raise _bad(f"{place}: {exc}", path, hint=f"it may have {known}") from None
+        raise _bad(f"{place}: {exc}", path, hint=f"it may have {', '.join(known)}") from None
+
+
+def _check_names(table: Mapping[str, Any], known: Sequence[str], place: str, path: Path) -> None:
+    for name in table:
+        if name not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            raise _bad(
+                f"{place}{'.' if place else ''}{name} is not known",
+                path,
+                hint=f"did you mean {near[0]!r}?" if near else f"it may have {', '.join(known)}",
+            )
 
 
 def _bad(problem: str, path: Path, *, hint: str = "") -> BadOption:

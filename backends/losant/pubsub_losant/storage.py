@@ -47,7 +47,7 @@ CREATE TABLE IF NOT EXISTS commands (
 CREATE TABLE IF NOT EXISTS connections (number INTEGER PRIMARY KEY, device TEXT, entry TEXT);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 """
-_FORMAT: Final = "1"
+_FORMAT: Final = 1
 
 
 class State(msgspec.Struct, frozen=True, gc=False):
@@ -343,14 +343,14 @@ class FileStorage(Storage):
         max_bytes: int = _MAX_BYTES,
     ) -> None:
         super().__init__(max_states=max_states, max_entries=max_entries, max_bytes=max_bytes)
-        self._journal = Journal(path, _SCHEMA, backend="losant")
+        self._journal = Journal(path, _SCHEMA, version=_FORMAT, backend="losant")
         self.path = Path(path)
 
     async def open(self) -> None:
         """Read the file, or create it.
 
         Raises:
-            ConnectError: It is no file of ours, or in use by another broker.
+            ConnectError: It is another program's file, of a newer format, or in use.
         """
         self._clear()
         await self._journal.open(self._read)
@@ -388,10 +388,6 @@ class FileStorage(Storage):
     def _read(self, database: sqlite3.Connection) -> None:
         """Read everything; called in another thread, while nobody uses the storage."""
         self._facts.update(database.execute("SELECT name, value FROM facts"))
-        written = self._facts.setdefault("format", _FORMAT)
-        if written != _FORMAT:
-            raise ValueError(f"it is of format {written}; this version reads {_FORMAT}")
-        database.execute("INSERT OR REPLACE INTO facts VALUES ('format', ?)", (_FORMAT,))
         states: Iterator[tuple[str, int, int, str, str | None, str | None]] = database.execute(
             "SELECT device, ms, received, data, meta, flow_version FROM states ORDER BY device, ms"
         )

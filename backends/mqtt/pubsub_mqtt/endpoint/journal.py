@@ -4,6 +4,10 @@ A broker answers from memory. What must survive it goes to a `Journal`, which wr
 thread of its own and flushes many changes at once; whoever must not lose something waits for
 `Journal.settled` before saying that it is kept. After a crash, ``kill -9`` included, the file has
 everything that was settled.
+
+Each file carries the mark of its server and the number of its format, in SQLite's
+``application_id`` and ``user_version``. A file of another program, of another server or of a newer
+format is refused, and stays as it is.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import os
 import queue
 import sqlite3
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
@@ -46,15 +51,25 @@ class Journal:
 
     Args:
         schema: Statements that create the tables where they are missing.
-        backend: Name for errors.
+        version: Number of the schema's format, from 1. It grows when an older program could no
+            longer use the file.
+        backend: Name for errors, and whose files these are.
         max_waiting: Changes that may wait for the disk; see `is_full`.
     """
 
     def __init__(
-        self, path: str | Path, schema: str, *, backend: str, max_waiting: int = 100_000
+        self,
+        path: str | Path,
+        schema: str,
+        *,
+        version: int,
+        backend: str,
+        max_waiting: int = 100_000,
     ) -> None:
         self.path = Path(path)
         self._schema = schema
+        self._version = version
+        self._mark = zlib.crc32(f"pubsub_core {backend}".encode()) & 0x7FFF_FFFF
         self._backend = backend
         self._max_waiting = max_waiting
         self._queue: queue.SimpleQueue[_Change | Done | None] = queue.SimpleQueue()
@@ -75,7 +90,8 @@ class Journal:
         """Open the file, or create it, and return what *read* makes of it in another thread.
 
         Raises:
-            ConnectError: It is no file of ours, or in use by another broker.
+            ConnectError: It is another program's file or of a newer format, and was left as it
+                is; or another broker uses it.
         """
         self._loop = asyncio.get_running_loop()
         try:
@@ -83,7 +99,7 @@ class Journal:
         except (OSError, sqlite3.Error, ValueError) as exc:
             raise ConnectError(
                 f"cannot use {self.path} to store what must be kept: {exc}",
-                hint="no other broker may use it; give another path",
+                hint="give another path; only one broker may use a file",
                 backend=self._backend,
             ) from exc
         self._thread = threading.Thread(
@@ -93,17 +109,56 @@ class Journal:
         return found
 
     def _open(self, read: Callable[[sqlite3.Connection], T]) -> tuple[sqlite3.Connection, T]:
-        with contextlib.suppress(FileExistsError):
+        try:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except FileExistsError:
+            self._check()
         database = sqlite3.connect(self.path, timeout=1.0, check_same_thread=False)
         try:
-            database.executescript(_PREPARE + self._schema)
+            # In one transaction, so that a crash leaves a file that is ours or an empty one.
+            database.executescript(
+                f"{_PREPARE} BEGIN IMMEDIATE; PRAGMA application_id = {self._mark};"
+                f" PRAGMA user_version = {self._version}; {self._schema} COMMIT;"
+            )
             found = read(database)
             database.commit()
         except BaseException:
             database.close()
             raise
         return database, found
+
+    def _check(self) -> None:
+        """Raise where the file must not be written to.
+
+        Opening a file for writing can already change it: SQLite rolls back what a crash left and
+        the journal mode is part of the header. So this looks without writing. Without a log
+        beside the file, ``immutable`` also keeps SQLite from creating one.
+
+        Raises:
+            ValueError: It is another program's file, or of a newer format.
+        """
+        if not self.path.stat().st_size:
+            return
+        log = self.path.with_name(self.path.name + "-wal")
+        alone = not log.exists() or not log.stat().st_size
+        uri = self.path.absolute().as_uri() + ("?mode=ro&immutable=1" if alone else "?mode=ro")
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=1.0)) as database:
+            (mark,) = database.execute("PRAGMA application_id").fetchone()
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            tables = _tables(database)
+        if mark == self._mark:
+            if version > self._version:
+                raise ValueError(
+                    f"it has format {version}, written by a newer version of this server, and "
+                    f"this one reads up to {self._version}"
+                )
+            return
+        # Files of version 0.1.0 have no mark, nor has an empty file.
+        with contextlib.closing(sqlite3.connect(":memory:")) as database:
+            database.executescript(self._schema)
+            if not (mark or version) and tables <= _tables(database):
+                return
+        raise ValueError(f"it is a database of something else than this {self._backend} server")
 
     def write(self, statement: str, values: Sequence[Any] = ()) -> None:
         """Have one change written; ignored while the file is not open."""
@@ -161,6 +216,10 @@ class Journal:
                     self._loop.call_soon_threadsafe(_tell, waiting, error)
                 error = None
         database.close()
+
+
+def _tables(database: sqlite3.Connection) -> set[tuple[str, str]]:
+    return set(database.execute("SELECT name, sql FROM sqlite_master"))
 
 
 def _tell(waiting: list[Done], error: BaseException | None) -> None:
