@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from pubsub_core.errors import BadOption
 from pubsub_messagebus.config import ServerConfig
 from pubsub_messagebus.protocol import basic_handshake, token_handshake
+from pubsub_messagebus.roles import Role
 from pubsub_messagebus.server import ListenerOptions, MessageBusServer
 from pubsub_messagebus.server_auth import (
     JwtServerAuthenticator,
@@ -60,8 +62,131 @@ def test_the_originals_file_and_ours_say_the_same(tmp_path: Path) -> None:
     nothing = ServerConfig.load(written(tmp_path, {}))
     assert nothing == ServerConfig()
     assert nothing.authenticator() is None
+    # The file that the original ships has a port, and no metrics.
+    shipped = {"prometheus": {"port": 9002}}
+    assert ServerConfig.load(written(tmp_path, shipped)).metrics_port is None
     off = {"sslConfig": {"isEnabled": False}, "prometheus": {"isEnabled": False, "port": 1}}
     assert ServerConfig.load(written(tmp_path, off)) == ServerConfig()
+
+
+# Every key that may stand anywhere, as the original spells it where it has it.
+FULL: dict[str, Any] = {
+    "address": "0.0.0.0",
+    "port": 9001,
+    "heartbeatInterval": "00:00:05",
+    "authentication": {
+        "method": "ldap",
+        "url": "ldaps://x",
+        "dn": "{}",
+        "caFile": "",
+        "timeout": 1,
+    },
+    "sslConfig": {
+        "isEnabled": True,
+        "certFile": "own.crt",
+        "keyFile": "own.key",
+        "caFile": "",
+        "storeLocation": "",
+        "subjectName": "",
+    },
+    "sspi": {"isEnabled": False, "address": "0.0.0.0", "port": 9002},
+    "sspiAuthentication": {},
+    "prometheus": {"isEnabled": True, "port": 0},
+    "allow": ["All"],
+    "deny": ["Publish"],
+    "isAuthorizationRequired": True,
+    "isImpersonationAllowed": True,
+    "isProxyAllowed": True,
+    "useJsonLogger": True,
+    "feedRoles": {
+        "Feed": {
+            "isAuthorized": True,
+            "isImpersonationAllowed": True,
+            "isProxyAllowed": True,
+            "allow": ["Publish"],
+            "deny": ["Notify"],
+            "interactorRoles": {"Host": {"Tom": {"allow": ["Notify"], "deny": ["Publish"]}}},
+        }
+    },
+}
+NAMED = ("Feed", "Host", "Tom")  # somebody's choice, and no keys
+
+
+def keys_of(values: Any, *above: str) -> Iterator[tuple[str, ...]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if key not in NAMED:
+                yield (*above, key)
+            yield from keys_of(value, *above, key)
+
+
+def renamed(values: Any, old: tuple[str, ...], new: str) -> dict[str, Any]:
+    """Return *values* with another name for the key at the path *old*; in the same place."""
+    first, *rest = old
+    return {
+        (new if key == first and not rest else key): (
+            renamed(value, tuple(rest), new) if key == first and rest else value
+        )
+        for key, value in values.items()
+    }
+
+
+def snake(key: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in key)
+
+
+@pytest.mark.parametrize("path", list(keys_of(FULL)), ids=".".join)
+def test_every_key_ignores_case_and_no_other_is_passed_over(
+    tmp_path: Path, path: tuple[str, ...]
+) -> None:
+    key = path[-1]
+    whole = ServerConfig.load(written(tmp_path, FULL))
+    for spelt in (key.lower(), key.upper(), key.capitalize(), snake(key)):
+        assert ServerConfig.load(written(tmp_path, renamed(FULL, path, spelt))) == whole
+    for wrong in (key[0] + key[2:], snake(key) + "s_"):
+        with pytest.raises(BadOption, match="is no key") as caught:
+            ServerConfig.load(written(tmp_path, renamed(FULL, path, wrong)))
+        assert caught.value.option == ".".join(("distributor", *path[:-1], wrong))
+        if len(key) > 4:
+            assert "did you mean " in str(caught.value)
+    with pytest.raises(BadOption, match="twice"):
+        ServerConfig.load(written(tmp_path, twice(FULL, path)))
+
+
+def twice(values: Any, path: tuple[str, ...]) -> dict[str, Any]:
+    """Return *values* with the key at *path* once more, in other letters."""
+    first, *rest = path
+    if rest:
+        return {**values, first: twice(values[first], tuple(rest))}
+    return {**values, first.upper() if first.islower() else snake(first): values[first]}
+
+
+def test_what_closes_a_server_for_the_original_closes_it_here(tmp_path: Path) -> None:
+    told = ServerConfig.load(written(tmp_path, {"Allow": ["All"], "Deny": ["Publish"]}))
+    assert told.policy.roles("F", "tom", "h") == Role.ALL & ~Role.PUBLISH
+    bare = tmp_path / "bare.json"
+    for text in (
+        '{"Allow": ["All"], "Deny": ["Publish"]}',
+        '\ufeff{"DISTRIBUTOR": {"Allow": ["All"], "Deny": ["Publish"]}, "logging": {"any": 1}}',
+    ):
+        bare.write_text(text)
+        assert ServerConfig.load(bare) == told
+    for text, hint in (
+        ('{"distributor": {"alow": ["None"]}}', "did you mean 'allow'"),
+        ('{"distributer": {"allow": ["None"]}}', "did you mean 'distributor'"),
+        ('{"distributor": {}, "deny": ["All"]}', "put it into distributor"),
+        ('{"deny": ["All"], "deny": []}', "stands twice"),
+        # For the original this allows nothing; without feeds it would allow everything here.
+        ('{"feedRoles": {"F": {"allow": ["All"]}}}', 'allow = ["All"]'),
+        ('{"allow": null}', "does not fit"),
+        ('{"isAuthorizationRequired": "yes"}', "neither true nor false"),
+        ('{"isAuthorizationRequired": null}', "neither true nor false"),
+        ("[]", "no table"),
+    ):
+        bare.write_text(text)
+        with pytest.raises(BadOption) as caught:
+            MessageBusServer(config=str(bare))
+        assert hint in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +195,9 @@ def test_the_originals_file_and_ours_say_the_same(tmp_path: Path) -> None:
         # The original's authentication names an assembly, which cannot be run here.
         ({"authentication": {"assemblyName": "X", "typeName": "Y", "args": []}}, "authentication"),
         ({"authentication": {"method": "kerberos"}}, "authentication"),
+        ({"authentication": {}}, "authentication"),
         ({"authentication": {"method": "password"}}, "authentication.file"),
+        ({"authentication": {"method": "password", "file": "x", "url": "y"}}, "authentication.url"),
         ({"authentication": {"method": "jwt"}}, "authentication.key_file"),
         ({"authentication": {"method": "jwt", "key_file": "none"}}, "authentication.key_file"),
         ({"authentication": {"method": "ldap"}}, "authentication.url"),
@@ -79,22 +206,30 @@ def test_the_originals_file_and_ours_say_the_same(tmp_path: Path) -> None:
             {"authentication": {"method": "ldap", "url": "ldaps://x", "timeout": "long"}},
             "authentication.timeout",
         ),
+        (
+            {"authentication": {"method": "jwt", "key_file": "own.key", "algorithms": [1]}},
+            "authentication.algorithms",
+        ),
         ({"authentication": 3}, "authentication"),
         ({"authentication": {"method": "null"}, "password_file": "x"}, "password_file"),
         # A certificate of the Windows store: without it passwords would cross in clear.
-        ({"sslConfig": {"isEnabled": True, "subjectName": "x"}}, "ssl"),
-        ({"prometheus": {"port": 70000}}, "metrics.port"),
-        ({"prometheus": {"port": True}}, "metrics.port"),
-        ({"heartbeatInterval": "often"}, "heartbeat_interval"),
-        ({"heartbeatInterval": "1:2"}, "heartbeat_interval"),
+        ({"sslConfig": {"isEnabled": True, "subjectName": "x"}}, "sslConfig"),
+        ({"sslConfig": {}}, "sslConfig"),
+        ({"ssl": {"isEnabled": False}, "sslConfig": {"isEnabled": True}}, "sslConfig"),
+        ({"sspi": {"isEnabled": True, "port": 9002}}, "sspi"),
+        ({"prometheus": {"port": 70000}}, "prometheus.port"),
+        ({"metrics": {"port": True}}, "metrics.port"),
+        ({"heartbeatInterval": "often"}, "heartbeatInterval"),
+        ({"heartbeatInterval": "1:2"}, "heartbeatInterval"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(
     tmp_path: Path, values: dict[str, Any], option: str
 ) -> None:
+    (tmp_path / "own.key").write_text(SECRET)
     with pytest.raises(BadOption) as caught:
         MessageBusServer(config=written(tmp_path, values))
-    assert caught.value.option == option
+    assert caught.value.option == f"distributor.{option}"
 
 
 async def test_every_method_of_authentication(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 TOML or JSON, under the original's names (``heartbeatInterval``) or Python's
 (``heartbeat_interval``). Relative paths start at the file's folder. ``address`` and ``port``
 are not read: a file shall not open a server to the network, or choose another port than the
-command line does.
+command line does. Nor is ``useJsonLogger``.
 
-What concerns who may come in is never passed over: an ``authentication`` or ``sslConfig``
-that cannot be honoured is an error.
+Nothing else is passed over: an unknown key is an error wherever it stands, and so is an
+``authentication``, ``sslConfig`` or ``sspi`` that cannot be honoured.
 
 Source: jetblack-messagebus ``DistributorConfig``, ``SslConfig``, ``PrometheusConfig`` and
 ``AuthenticationConfig``, 3.0.0 to 6.0.
@@ -17,12 +17,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
-from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
 
-from .roles import Policy, load_mapping
+from .roles import POLICY_KEYS, Policy
 from .server_auth import (
     JwtServerAuthenticator,
     LdapServerAuthenticator,
@@ -30,10 +29,47 @@ from .server_auth import (
     PasswordFileAuthenticator,
     ServerAuthenticator,
 )
+from .table import Table, bad_value, load_file
 
 __all__ = ["ServerConfig"]
 
-_METHODS = "null, password, jwt or ldap"
+_SECTION: Final = "distributor"
+_LOGGING: Final = "logging"
+"""The original's own section beside it; read nowhere here."""
+
+_METHODS: Final = {
+    "null": (),
+    "password": ("file",),
+    "jwt": ("key_file", "algorithms", "leeway"),
+    "ldap": ("url", "dn", "ca_file", "timeout"),
+}
+_PLUGIN_KEYS: Final = ("assembly_path", "assembly_name", "type_name", "args")
+_TLS_KEYS: Final = (
+    "is_enabled",
+    "cert_file",
+    "key_file",
+    "ca_file",
+    "store_location",
+    "subject_name",
+)
+_METRICS_KEYS: Final = ("is_enabled", "port")
+_SSPI_KEYS: Final = ("is_enabled", "address", "port")
+_KEYS: Final = (
+    *POLICY_KEYS,
+    "heartbeat_interval",
+    "authentication",
+    "password_file",
+    "ssl",
+    "ssl_config",
+    "metrics",
+    "prometheus",
+    "sspi",
+    # Known, and not read: see above.
+    "sspi_authentication",
+    "address",
+    "port",
+    "use_json_logger",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,28 +89,23 @@ class ServerConfig:
         """Read a file.
 
         Raises:
-            BadOption: It is not there, or a value does not fit.
+            BadOption: It is not there, a key is unknown, or a value does not fit.
         """
-        table = _Table(load_mapping(path), "", Path(path).parent)
-        beat = table.value("heartbeatInterval", "heartbeat_interval")
-        tls = table.table("sslConfig", "ssl")
-        if tls.value("isEnabled", "is_enabled") is False:
-            tls = _Table({}, "ssl", tls.folder)
-        certfile = tls.path("certFile", "certfile")
-        if tls.values and not certfile:
-            raise _bad("ssl", "without certFile; certificates are read from PEM files only")
-        monitor = table.table("prometheus", "metrics")
-        port = monitor.value("port", "port")
-        if monitor.value("isEnabled", "is_enabled") is False:
-            port = None
+        table = _whole(load_file(path), Path(path).parent)
+        certfile, keyfile, cafile = _tls(table)
+        beat = "heartbeat_interval"
+        if table.table("sspi", _SSPI_KEYS).flag("is_enabled"):
+            raise bad_value(table.where("sspi"), "enabled, and this distributor has no SSPI")
         return cls(
-            policy=Policy.from_mapping(table.values),
-            heartbeat_interval=None if beat is None else _seconds(beat),
+            policy=Policy.from_table(table),
+            heartbeat_interval=(
+                _seconds(table.value(beat), table.where(beat)) if beat in table else None
+            ),
             authentication=_authentication(table),
             certfile=certfile,
-            keyfile=tls.path("keyFile", "keyfile"),
-            cafile=tls.path("caFile", "cafile"),
-            metrics_port=None if port is None else _port(port),
+            keyfile=keyfile,
+            cafile=cafile,
+            metrics_port=_metrics_port(table),
         )
 
     def authenticator(self) -> ServerAuthenticator | None:
@@ -102,91 +133,82 @@ class ServerConfig:
                 return NullServerAuthenticator()
 
 
-class _Table:
-    """A table whose keys have two spellings."""
-
-    def __init__(self, values: object, place: str, folder: Path) -> None:
-        if not isinstance(values, Mapping):
-            raise _bad(place, "no table")
-        self.values: Mapping[str, Any] = values  # pyright: ignore[reportUnknownMemberType]
-        self.place = place
-        self.folder = folder
-
-    def value(self, *names: str) -> Any:
-        return next((self.values[name] for name in names if name in self.values), None)
-
-    def table(self, *names: str) -> _Table:
-        value = self.value(*names)
-        return _Table({} if value is None else value, names[-1], self.folder)
-
-    def text(self, *names: str, default: str | None = None) -> str:
-        value = self.value(*names)
-        if value is None:
-            if default is None:
-                raise _bad(f"{self.place}.{names[0]}", "missing")
-            return default
-        if not isinstance(value, str):
-            raise _bad(f"{self.place}.{names[0]}", "no text")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        value = self.value(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise _bad(f"{self.place}.{name}", "no number of seconds")
-        return float(value)
-
-    def path(self, *names: str) -> str:
-        text = self.text(*names, default="")
-        return str(self.folder / text) if text else ""
+def _whole(values: Mapping[str, Any], folder: Path) -> Table:
+    """Return the section ``distributor``; a file without any section is one itself."""
+    table = Table(values, "", (*_KEYS, _SECTION, _LOGGING), folder)
+    if _SECTION not in table:
+        return table
+    # The original reads nothing else, so what stands beside it would count for nothing.
+    table.only(_SECTION, _LOGGING)
+    return table.table(_SECTION, _KEYS)
 
 
-def _authentication(table: _Table) -> dict[str, Any]:
+def _tls(table: Table) -> tuple[str, str, str]:
+    name = table.either("ssl", "ssl_config")
+    tls = table.table(name, _TLS_KEYS)
+    if name not in table or not tls.flag("is_enabled", default=True):
+        return "", "", ""
+    certfile = tls.path("cert_file")
+    if not certfile:
+        raise bad_value(
+            table.where(name), "without certFile", "name PEM files; certificate stores are not read"
+        )
+    return certfile, tls.path("key_file"), tls.path("ca_file")
+
+
+def _metrics_port(table: Table) -> int | None:
+    name = table.either("metrics", "prometheus")
+    metrics = table.table(name, _METRICS_KEYS)
+    port = metrics.port("port")
+    # The original's are off unless it says so, and the file that it ships says nothing.
+    return port if metrics.flag("is_enabled", default=name == "metrics") else None
+
+
+def _authentication(table: Table) -> dict[str, Any]:
     file = table.path("password_file")
-    value = table.value("authentication")
-    if value is None:
+    name = "authentication"
+    if name not in table:
         return {"method": "password", "file": file} if file else {}
-    told = _Table(value, "authentication", table.folder)
     if file:
-        raise _bad("password_file", "given beside authentication")
-    method = told.text("method", default="")
-    if method == "null":
-        return {"method": method}
+        raise bad_value(table.where("password_file"), f"given beside {table.where(name)}")
+    every = dict.fromkeys(key for keys in _METHODS.values() for key in keys)
+    method = table.table(name, ("method", *every, *_PLUGIN_KEYS)).value("method")
+    if method not in _METHODS:
+        # The original's names an assembly; running without it would let everybody in.
+        raise bad_value(
+            table.where(name),
+            "without a method that is known here",
+            f"use method = {', '.join(_METHODS)}",
+        )
+    told = table.table(name, ("method", *_METHODS[method]))
     if method == "password":
-        return {"method": method, "file": str(told.folder / told.text("file"))}
+        return {"method": method, "file": told.path("file", None)}
     if method == "jwt":
-        key = told.folder / told.text("key_file")
-        try:
-            text = key.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise _bad("authentication.key_file", f"{key}, which cannot be read") from error
-        algorithms: Any = told.value("algorithms") or ["HS256"]
         return {
             "method": method,
-            "key": Secret(text),
-            "algorithms": [algorithms] if isinstance(algorithms, str) else algorithms,
+            "key": _read_key(told.path("key_file", None), told.where("key_file")),
+            "algorithms": told.texts("algorithms", ("HS256",)),
             "leeway": told.number("leeway", 300.0),
         }
     if method == "ldap":
         return {
             "method": method,
             "url": told.text("url"),
-            "dn": told.text("dn", default="{}"),
+            "dn": told.text("dn", "{}"),
             "ca_file": told.path("ca_file"),
             "timeout": told.number("timeout", 5.0),
         }
-    # The original's names an assembly; running without it would let everybody in.
-    raise _bad("authentication", f"without a method that is known here: {_METHODS}")
+    return {"method": method}
 
 
-def _port(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
-        raise _bad("metrics.port", "no port")
-    return value
+def _read_key(path: str, place: str) -> Secret:
+    try:
+        return Secret(Path(path).read_text(encoding="utf-8").strip())
+    except (OSError, ValueError) as error:
+        raise bad_value(place, f"{path}, which cannot be read") from error
 
 
-def _seconds(value: object) -> float:
+def _seconds(value: object, place: str) -> float:
     """Read seconds, or the original's ``hh:mm:ss``."""
     try:
         if isinstance(value, str) and ":" in value:
@@ -194,8 +216,4 @@ def _seconds(value: object) -> float:
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
         return float(str(value))
     except ValueError:
-        raise _bad("heartbeat_interval", "neither seconds nor hh:mm:ss") from None
-
-
-def _bad(option: str, what: str) -> BadOption:
-    return BadOption(f"the configuration's {option} is {what}", option=option, backend="messagebus")
+        raise bad_value(place, "neither seconds nor hh:mm:ss") from None

@@ -1,8 +1,7 @@
 """Who may do what on which feed, and where authorization is required: plain data.
 
-The meanings are those of the original's configuration. `Policy.from_mapping` reads its JSON
-keys (``isAuthorizationRequired``) and their Python names (``is_authorization_required``)
-alike, so a file of the original can be taken as it is, or written as TOML.
+The meanings are those of the original's configuration, and so are the keys, in its spelling
+(``isAuthorizationRequired``) or in Python's (``is_authorization_required``).
 
 Source: jetblack-messagebus ``DistributorConfig``, ``FeedRoleConfig`` and ``RoleManager``,
 3.0.0 to 6.0.
@@ -11,20 +10,33 @@ Source: jetblack-messagebus ``DistributorConfig``, ``FeedRoleConfig`` and ``Role
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntFlag
-from pathlib import Path
-from typing import Any, Self
-
-from pubsub_core.errors import BadOption
+from typing import Any, Final, Self
 
 from .protocol import ADMIN_FEED, FENCE_FEEDS
+from .table import Table, bad_value, entries
 
-__all__ = ["FeedPolicy", "Permissions", "Policy", "Role", "RoleChange", "load_mapping"]
+__all__ = ["POLICY_KEYS", "FeedPolicy", "Permissions", "Policy", "Role", "RoleChange"]
+
+ROLE_KEYS: Final = ("allow", "deny")
+FEED_KEYS: Final = (
+    *ROLE_KEYS,
+    "is_authorized",
+    "is_impersonation_allowed",
+    "is_proxy_allowed",
+    "interactor_roles",
+)
+POLICY_KEYS: Final = (
+    *ROLE_KEYS,
+    "is_authorization_required",
+    "is_impersonation_allowed",
+    "is_proxy_allowed",
+    "feed_roles",
+)
+"""What a configuration file may say of roles, at its top; the original's are ``feedRoles`` etc."""
 
 
 class Role(IntFlag):
@@ -69,6 +81,26 @@ class FeedPolicy:
     users: Mapping[tuple[str, str], RoleChange] = field(
         default_factory=dict[tuple[str, str], RoleChange]
     )
+
+    @classmethod
+    def from_table(cls, table: Table) -> Self:
+        """Read what a file says of one feed.
+
+        Raises:
+            BadOption: A value does not fit, or a key inside is unknown.
+        """
+        users: dict[tuple[str, str], RoleChange] = {}
+        where = table.where("interactor_roles")
+        for host, by_user in table.named("interactor_roles"):
+            for user, change in entries(by_user, f"{where}.{host}"):
+                users[host, user] = _change(Table(change, f"{where}.{host}.{user}", ROLE_KEYS))
+        return cls(
+            is_authorized=table.flag("is_authorized"),
+            is_impersonation_allowed=table.flag("is_impersonation_allowed"),
+            is_proxy_allowed=table.flag("is_proxy_allowed"),
+            change=_change(table),
+            users=users,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,106 +160,60 @@ class Policy:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """Read what a file says; keys that are not about roles are passed over.
+        """Read the keys of a configuration file that are about roles; see `POLICY_KEYS`.
 
         Raises:
-            BadOption: A value does not fit.
+            BadOption: A value does not fit, or a key is unknown.
         """
-        reader = _Reader(values, "")
-        feeds: dict[str, FeedPolicy] = {}
-        for name, listed in reader.table("feedRoles").items():
-            each = _Reader(listed, f"feedRoles.{name}")
-            users: dict[tuple[str, str], RoleChange] = {}
-            for host, by_user in each.table("interactorRoles").items():
-                for user, change in _Reader(by_user, f"{each.place}.{host}").values.items():
-                    users[host, user] = _Reader(change, f"{each.place}.{host}.{user}").change()
-            feeds[name] = FeedPolicy(
-                is_authorized=each.flag("isAuthorized"),
-                is_impersonation_allowed=each.flag("isImpersonationAllowed"),
-                is_proxy_allowed=each.flag("isProxyAllowed"),
-                change=each.change(),
-                users=users,
+        return cls.from_table(Table(values, "", POLICY_KEYS))
+
+    @classmethod
+    def from_table(cls, table: Table) -> Self:
+        """Read what a table says of roles; its other keys are somebody else's.
+
+        Raises:
+            BadOption: A value does not fit, or a key inside is unknown.
+        """
+        feeds = {
+            name: FeedPolicy.from_table(
+                Table(listed, f"{table.where('feed_roles')}.{name}", FEED_KEYS)
             )
-        allow = reader.roles("allow", default=Role.ALL)
+            for name, listed in table.named("feed_roles")
+        }
+        if feeds and "allow" not in table:
+            # For the original that is nothing, for a file of ours that says nothing it is
+            # everything. Whoever lists feeds must not get the other one of what they mean.
+            raise bad_value(
+                "allow",
+                f"missing beside {table.where('feed_roles')}",
+                'write allow = ["All"], or ["None"] if only listed feeds may be used',
+            )
         return cls(
-            change=RoleChange(allow, reader.roles("deny")),
-            is_authorization_required=reader.flag("isAuthorizationRequired"),
-            is_impersonation_allowed=reader.flag("isImpersonationAllowed"),
-            is_proxy_allowed=reader.flag("isProxyAllowed"),
+            change=RoleChange(_roles(table, "allow", Role.ALL), _roles(table, "deny")),
+            is_authorization_required=table.flag("is_authorization_required"),
+            is_impersonation_allowed=table.flag("is_impersonation_allowed"),
+            is_proxy_allowed=table.flag("is_proxy_allowed"),
             feeds=feeds,
         )
 
 
-class _Reader:
-    """One table of a file, under the original's names or Python's."""
-
-    def __init__(self, values: object, place: str) -> None:
-        if not isinstance(values, Mapping):
-            raise BadOption(f"{place} is no table", option=place, backend="messagebus")
-        self.values: Mapping[str, Any] = {str(k): v for k, v in values.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-        self.place = place
-
-    def get(self, name: str) -> Any:
-        snake = re.sub(r"(?<=[a-z])([A-Z])", lambda found: "_" + found[1].lower(), name)
-        return self.values.get(name, self.values.get(snake))
-
-    def table(self, name: str) -> Mapping[str, Any]:
-        value = self.get(name)
-        return {} if value is None else _Reader(value, self._at(name)).values
-
-    def flag(self, name: str) -> bool:
-        value = self.get(name)
-        if value is None:
-            return False
-        if not isinstance(value, bool):
-            raise self._bad(name, value, "true or false")
-        return value
-
-    def roles(self, name: str, default: Role = Role.NONE) -> Role:
-        value = self.get(name)
-        if value is None:
-            return default
-        names: Iterable[Any] = value.split(",") if isinstance(value, str) else value
-        found = Role.NONE
-        try:
-            for each in names:
-                found |= Role[str(each).strip().upper()]
-        except (KeyError, TypeError):
-            choice = ", ".join(role for role in Role.__members__)
-            raise self._bad(name, value, f"a list of {choice}") from None
-        return found
-
-    def change(self) -> RoleChange:
-        return RoleChange(self.roles("allow"), self.roles("deny"))
-
-    def _at(self, name: str) -> str:
-        return f"{self.place}.{name}" if self.place else name
-
-    def _bad(self, name: str, value: object, wanted: str) -> BadOption:
-        return BadOption(
-            f"{self._at(name)}={value!r} does not fit",
-            option=self._at(name),
-            hint=f"use {wanted}",
-            backend="messagebus",
-        )
+def _change(table: Table) -> RoleChange:
+    return RoleChange(_roles(table, "allow"), _roles(table, "deny"))
 
 
-def load_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a TOML or JSON file; a section ``distributor`` stands for the whole.
-
-    Raises:
-        BadOption: It is not there, or is not what its name says.
-    """
-    file = Path(path)
+def _roles(table: Table, name: str, default: Role = Role.NONE) -> Role:
+    """Read a list of roles, or a text with commas; case does not count."""
+    if name not in table:
+        return default
+    value = table.value(name)
+    names: Iterable[Any] = value.split(",") if isinstance(value, str) else value
+    found = Role.NONE
     try:
-        text = file.read_text(encoding="utf-8")
-        values: Any = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise BadOption(
-            f"{file} cannot be read: {error.strerror}", option="config", backend="messagebus"
-        ) from error
-    except ValueError as error:
-        raise BadOption(
-            f"{file} is not valid: {error}", option="config", backend="messagebus"
-        ) from error
-    return dict(_Reader(values.get("distributor", values), str(file)).values)
+        for each in names:
+            found |= Role[str(each).strip().upper()]
+    except (KeyError, TypeError):
+        choice = ", ".join(role.capitalize() for role in Role.__members__)
+        raise bad_value(
+            table.where(name), f"{value!r}, which does not fit", f"use a list of {choice}"
+        ) from None
+    return found

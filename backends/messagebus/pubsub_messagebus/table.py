@@ -1,0 +1,225 @@
+"""A table of a distributor's configuration file, read strictly.
+
+A key that is passed over in silence opens a server: with ``alow`` or, in a reader that minds
+case, ``Deny``, everybody may do everything. So every table names its legal keys, and all others
+are refused. Keys ignore case, as the original's do, and underscores, so ``isAuthorized``,
+``IsAuthorized`` and ``is_authorized`` are one key; a table that has it twice is refused.
+
+Names of feeds, hosts and users are no keys: case counts there, as in the original.
+
+Source: Microsoft.Extensions.Configuration, with which the original reads its file; it raises
+for a key that stands twice, and passes over unknown ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from pubsub_core.errors import BadOption
+from pubsub_core.options import unknown_option
+
+__all__ = ["Table", "bad_value", "load_file"]
+
+BACKEND = "messagebus"
+
+
+class Table:
+    """One table. Names given to its methods are Python's, e.g. ``is_authorized``.
+
+    Args:
+        values: What stands there; refused unless it is a table.
+        place: Where it stands, for errors; empty for the file itself.
+        legal: Names of all keys that may stand there.
+        folder: Where relative paths start.
+    """
+
+    def __init__(
+        self, values: object, place: str, legal: Iterable[str], folder: Path | None = None
+    ) -> None:
+        self.place = place
+        self.folder = folder or Path()
+        names = {_normal(name): name for name in legal}
+        self._found: dict[str, tuple[str, Any]] = {}
+        for key, value in entries(values, place):
+            name = names.get(_normal(key))
+            if name is None:
+                camel = any(letter.isupper() for letter in key)
+                raise unknown_option(
+                    key,
+                    [_camel(each) if camel else each for each in names.values()],
+                    place=self._at(key),
+                    backend=BACKEND,
+                    what="key",
+                )
+            if name in self._found:
+                raise bad_value(self._at(key), f"there twice, as {self._found[name][0]!r} too")
+            self._found[name] = (key, value)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def value(self, name: str) -> Any:
+        """Return what stands there as it is, or None."""
+        return self._found[name][1] if name in self._found else None
+
+    def where(self, name: str) -> str:
+        """Return the place of a key, as the file spells it."""
+        return self._at(self._found[name][0] if name in self._found else name)
+
+    def either(self, *names: str) -> str:
+        """Return which of several names for one thing is there; the first when none is.
+
+        Raises:
+            BadOption: Two are there.
+        """
+        found = [name for name in names if name in self]
+        if len(found) > 1:
+            raise bad_value(self.where(found[1]), f"given beside {self._found[found[0]][0]}")
+        return found[0] if found else names[0]
+
+    def only(self, name: str, *others: str) -> None:
+        """Refuse what stands beside *name*, except for *others*.
+
+        Raises:
+            BadOption: Something does.
+        """
+        for each in self._found:
+            if each not in (name, *others):
+                raise bad_value(
+                    self.where(each),
+                    f"given beside {self.where(name)}",
+                    f"put it into {self.where(name)}",
+                )
+
+    def table(self, name: str, legal: Iterable[str]) -> Table:
+        """Return a table inside; an absent one is empty."""
+        return Table(self.value(name) if name in self else {}, self.where(name), legal, self.folder)
+
+    def named(self, name: str) -> list[tuple[str, Any]]:
+        """Return the entries of a table whose keys are names of somebody's choice."""
+        return list(entries(self.value(name), self.where(name))) if name in self else []
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return true or false."""
+        value = self.value(name) if name in self else default
+        if not isinstance(value, bool):
+            raise bad_value(self.where(name), "neither true nor false")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """Return a text; without a default it must be there."""
+        if name not in self:
+            if default is None:
+                raise bad_value(self.where(name), "missing")
+            return default
+        value = self.value(name)
+        if not isinstance(value, str):
+            raise bad_value(self.where(name), "no text")
+        return value
+
+    def texts(self, name: str, default: Iterable[str]) -> list[str]:
+        """Return a list of texts; a single text is one."""
+        value: Any = self.value(name) if name in self else list(default)
+        found = cast("list[Any]", [value] if isinstance(value, str) else value)
+        if not isinstance(value, (str, list)) or not all(isinstance(each, str) for each in found):
+            raise bad_value(self.where(name), "no list of texts")
+        return found
+
+    def path(self, name: str, default: str | None = "") -> str:
+        """Return a path, or nothing; a relative one starts at the file's folder."""
+        text = self.text(name, default)
+        return str(self.folder / text) if text else ""
+
+    def number(self, name: str, default: float) -> float:
+        """Return a number of seconds."""
+        value = self.value(name) if name in self else default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise bad_value(self.where(name), "no number of seconds")
+        return float(value)
+
+    def port(self, name: str) -> int | None:
+        """Return a port; None where the file says nothing."""
+        if name not in self:
+            return None
+        value = self.value(name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
+            raise bad_value(self.where(name), "no port")
+        return value
+
+    def _at(self, key: str) -> str:
+        return f"{self.place}.{key}" if self.place else key
+
+
+def entries(values: object, place: str) -> Iterator[tuple[str, Any]]:
+    """Return what a table has.
+
+    Raises:
+        BadOption: It is no table.
+    """
+    if not isinstance(values, Mapping):
+        raise bad_value(place, "no table")
+    table: Mapping[object, Any] = values  # pyright: ignore[reportUnknownVariableType]
+    for key, value in table.items():
+        yield str(key), value
+
+
+def load_file(path: str | Path) -> dict[str, Any]:
+    """Read a TOML or JSON file.
+
+    JSON is taken as the original takes it, except that comments and commas before a closing
+    bracket are not.
+
+    Raises:
+        BadOption: It is not there, is not what its name says, or has a key twice.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".toml":
+            return tomllib.loads(text)
+        values: Any = json.loads(text, object_pairs_hook=_once)
+    except OSError as error:
+        raise BadOption(
+            f"{file} cannot be read: {error.strerror}", option="config", backend=BACKEND
+        ) from error
+    except ValueError as error:
+        raise BadOption(
+            f"{file} is not valid: {error}", option="config", backend=BACKEND
+        ) from error
+    if not isinstance(values, dict):
+        raise BadOption(f"{file} holds no table", option="config", backend=BACKEND)
+    found: dict[str, Any] = values  # pyright: ignore[reportUnknownVariableType]
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Python's reader keeps the last of two; of two roles that is as good as a guess.
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one table")
+    return found
+
+
+def bad_value(place: str, what: str, hint: str = "") -> BadOption:
+    """Make the error for something that does not fit; its value is not shown."""
+    return BadOption(
+        f"the configuration's {place or 'content'} is {what}",
+        option=place,
+        hint=hint,
+        backend=BACKEND,
+    )
+
+
+def _normal(key: str) -> str:
+    return key.replace("_", "").lower()
+
+
+def _camel(name: str) -> str:
+    return re.sub("_([a-z])", lambda found: found[1].upper(), name)
