@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import signal
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,13 @@ topic readwrite bob/#
 def pytest_xdist_auto_num_workers() -> int:
     """Two workers per core: most tests wait for a socket or a timer most of their time."""
     return 2 * (os.cpu_count() or 1)
+
+
+def pytest_configure() -> None:
+    # A shell that starts a command in the background lets it ignore interrupts, and programs
+    # inherit that; those that the tests start are to be interrupted.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

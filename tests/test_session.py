@@ -109,7 +109,7 @@ def session_of(backend: Backend, owner: Owner, clock: VirtualClock, **options: A
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0)
 

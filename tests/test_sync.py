@@ -45,8 +45,9 @@ from pubsub_core.sync import (
     SyncSubscription,
 )
 from pubsub_mqtt.server import MosquittoServer
+from tests.servers import SLOW_STEPS_UNTOLD
 
-WITHIN = 10.0
+WITHIN = 20.0
 
 _names = itertools.count()
 
@@ -526,7 +527,11 @@ def run_program(program: str, *, stop: signal.Signals | None = None) -> tuple[in
 
 
 def program(text: str) -> str:
-    return "from pubsub_core import sync\nimport os, sys, time, threading\n" + textwrap.dedent(text)
+    return (
+        SLOW_STEPS_UNTOLD
+        + "from pubsub_core import sync\nimport os, sys, time, threading\n"
+        + textwrap.dedent(text)
+    )
 
 
 def test_a_program_that_forgets_to_close_ends_all_the_same() -> None:

@@ -46,7 +46,7 @@ def forged(factory: str, capabilities: Mapping[Cap, Support] | None = None) -> B
     )
 
 
-Announce = Callable[[BackendInfo], Suite]
+Announce = Callable[..., Suite]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def announce() -> Iterator[Announce]:
     """Return a function that makes the tests of a forged backend."""
     with contextlib.ExitStack() as stack:
 
-        def make(info: BackendInfo) -> Suite:
+        def make(info: BackendInfo, deadline: float = 20.0) -> Suite:
             class Plugin:
                 @hookimpl
                 def pubsub_backends(self) -> list[BackendInfo]:
@@ -63,7 +63,7 @@ def announce() -> Iterator[Announce]:
             stack.enter_context(use_registry(Registry.from_plugins({"liar": Plugin()})))
 
             class Liar(suite("liar")):  # type: ignore[misc]  # the base is made at run time
-                harness = Harness(url="liar://{unique}", deadline=0.5)
+                harness = Harness(url="liar://{unique}", deadline=deadline)
 
             made: Suite = Liar()
             return made
@@ -88,7 +88,7 @@ def run(tests: Suite, name: str) -> None:
     ],
 )
 def test_a_defect_is_found(announce: Announce, defect: str, case: str) -> None:
-    tests = announce(forged(defect))
+    tests = announce(forged(defect), 0.5)  # which some wait out
     with pytest.raises(AssertionError):
         run(tests, case)
 

@@ -23,6 +23,7 @@ import msgspec
 import pytest
 
 from pubsub_core.errors import ConnectError, NotConnected, PayloadTooLarge
+from pubsub_core.testing.stopwatch import Stopwatch
 from pubsub_emitter import (
     BadRequestError,
     Client,
@@ -55,7 +56,7 @@ EVERYTHING = KEYS["#/ rwslp"]
 def leaks() -> Iterator[None]:
     check = LeakCheck()
     yield
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 20
     while (found := check.leaks()) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)
@@ -103,7 +104,7 @@ def linked(where: Running | Place, *, start: bool = True, **options: Any) -> Ite
         client.loop_stop()
 
 
-def wait(condition: Callable[[], object], what: str = "", *, within: float = 5.0) -> None:
+def wait(condition: Callable[[], object], what: str = "", *, within: float = 20.0) -> None:
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, what
@@ -306,10 +307,10 @@ def test_other_threads_need_not_wait_for_loop_forever(running: Running) -> None:
     client.connect(running.url)
     thread = threading.Thread(target=client.loop_forever)
     thread.start()
-    began = time.monotonic()
+    watch = Stopwatch()
     for _ in range(8):
         client.me().result()
-    assert time.monotonic() - began < 4  # paho's loop looks for what is due once a second
+    assert watch.seconds < 4  # paho's loop looks for what is due once a second
     client.disconnect()
     thread.join(5)
     assert not thread.is_alive()
@@ -525,10 +526,10 @@ def test_a_reply_runs_the_loop_where_none_runs(place: Place) -> None:
 def test_a_reply_is_waited_for_no_longer_than_asked_where_no_loop_runs(running: Running) -> None:
     with linked(running, start=False) as client:
         running.server.pause()
-        began = time.monotonic()
+        watch = Stopwatch()
         with pytest.raises(EmitterError, match=r"within 0\.3 s"):
             client.me().result(0.3)
-        assert time.monotonic() - began < 0.55
+        assert watch.seconds < 0.55
         running.do(_resumed(running.server))
 
 
@@ -790,11 +791,11 @@ def test_q14_the_loop_can_be_started_first_and_connecting_again_leaves_nothing(
 
 def test_the_loop_stops_at_once_and_leaves_nothing(running: Running) -> None:
     with linked(running, start=False) as client:
-        began = time.monotonic()
+        watch = Stopwatch()
         for _ in range(20):
             client.loop_start()
             client.loop_stop()
-        assert time.monotonic() - began < 10  # with paho's own it takes 20
+        assert watch.seconds < 10  # with paho's own it takes 20
 
 
 @pytest.mark.parametrize("form", ["{0}", "{0}:{1}", "mqtt://{0}:{1}", "tcp://{0}", "ws://{0}:{1}"])

@@ -21,9 +21,9 @@ from pubsub_mqtt.endpoint.packets import (
     encode_publish,
 )
 
-__all__ = ["SmallDialect", "Wire"]
+__all__ = ["DEADLINE", "SmallDialect", "Wire"]
 
-DEADLINE = 5.0
+DEADLINE = 20.0
 
 
 class Wire:

@@ -352,7 +352,7 @@ class Events:
         return [each[1:] for each in self.seen if each[0] == name]
 
 
-def turn_until(device: Device, condition: Callable[[], object], *, within: float = 5.0) -> None:
+def turn_until(device: Device, condition: Callable[[], object], *, within: float = 20.0) -> None:
     """Run the loop until *condition* is true."""
     deadline = time.monotonic() + within
     while not condition():
@@ -360,7 +360,7 @@ def turn_until(device: Device, condition: Callable[[], object], *, within: float
         device.loop(0.02)
 
 
-def wait_until(condition: Callable[[], object], *, within: float = 5.0) -> None:
+def wait_until(condition: Callable[[], object], *, within: float = 20.0) -> None:
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, f"not within {within} s"

@@ -102,7 +102,7 @@ def test_the_guard_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     with scripted() as broker, connected(broker, rate_guard="wait") as (device, _):
         began = time.monotonic()
         assert all(device.send_state({"n": n}) for n in range(61))
-        assert 0.5 < time.monotonic() - began < 10
+        assert time.monotonic() - began > 0.5
         wait_until(lambda: len(broker.of(PUBLISH)) == 61)
         found = [json.loads(packet.payload)["data"]["n"] for packet in broker.of(PUBLISH)]
         assert found == list(range(61))

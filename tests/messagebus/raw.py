@@ -15,7 +15,7 @@ from pubsub_messagebus.protocol import (
     encode_subscription_request,
 )
 
-WITHIN = 5.0
+WITHIN = 20.0
 
 
 class Raw:

@@ -183,11 +183,11 @@ async def test_900_half_handshakes(tmp_path: Path) -> None:
                 _, writer = await asyncio.open_connection("127.0.0.1", server.port)
                 writer.write(handshake[: number % len(handshake)])
                 half.append(writer)
-        began = time.monotonic()
+        worked = server.worked
         async with Raw(server.port) as good:
             good.send(handshake)
             await good.fence()
-            assert time.monotonic() - began < 1
+            assert server.worked - worked < 1
         assert server.resident - before < 20 * MIB
         # It is the server that ends them, although bytes may still dribble in.
         dribbling = half[0]

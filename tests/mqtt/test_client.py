@@ -8,7 +8,6 @@ import random
 import ssl
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -20,6 +19,7 @@ import pytest
 from pubsub_core import errors as core
 from pubsub_core.testing.clock import VirtualClock
 from pubsub_core.testing.proxy import Direction, FaultProxy
+from pubsub_core.testing.stopwatch import Stopwatch
 from pubsub_mqtt.client import (
     QOS_0,
     QOS_1,
@@ -223,12 +223,12 @@ class TestDefectsOfAmqtt:
     async def test_a_dead_peer_is_noticed(self, proxy: FaultProxy, traffic: bool) -> None:
         async with client(url_of(proxy), keep_alive=2) as one:
             proxy.blackhole()
-            began = time.monotonic()
+            watch = Stopwatch()
             while one.connected:
                 if traffic:
                     await one.publish("t", b"into the void")
                 await asyncio.sleep(0.01)
-                assert time.monotonic() - began < 2 * 1.5 + 1
+                assert watch.seconds < 2 * 1.5 + 1
             proxy.heal()
             await eventually(lambda: one.connected, what="it reconnects")
 
@@ -626,7 +626,7 @@ class TestConnecting:
 
     async def test_a_ping_is_sent_in_time(self, broker: ScriptedBroker) -> None:
         async with client(broker.url, keep_alive=1):
-            await broker.arrived(wire.PINGREQ, 2, within=3)
+            await broker.arrived(wire.PINGREQ, 2)
 
     @pytest.mark.parametrize("clean", [True, False])
     async def test_cleansession_is_on_the_wire(self, broker: ScriptedBroker, clean: bool) -> None:
@@ -940,7 +940,7 @@ class TestPublishing:
         async with asyncio.timeout(10):
             await one.connect(mosquitto.url)
             await one.disconnect()
-        async with asyncio.timeout(0.5):
+        async with asyncio.timeout(20):
             with pytest.raises(ClientError, match="disconnected"):
                 await one.publish("t", b"x")
             with pytest.raises(ClientError, match="disconnected"):
@@ -1161,10 +1161,10 @@ class TestReceiving:
 
     async def test_timeout(self, mosquitto: MosquittoServer) -> None:
         async with client(mosquitto.url) as one:
-            began = time.monotonic()
+            watch = Stopwatch()
             with pytest.raises(asyncio.TimeoutError, match=r"0\.05 s"):
                 await one.deliver_message(timeout_duration=0.05)
-            assert time.monotonic() - began < 2
+            assert watch.seconds < 2
             assert not one._receivers
 
     async def test_iterating(self, mosquitto: MosquittoServer, unique: Unique) -> None:
@@ -1316,9 +1316,9 @@ class TestReconnecting:
             proxy.refuse()
             await proxy.cut()
             await eventually(lambda: not one.connected)
-            began = time.monotonic()
+            watch = Stopwatch()
             await one.disconnect()
-            assert time.monotonic() - began < 1
+            assert watch.seconds < 1
 
     async def test_disconnect_waits_for_what_is_under_way(
         self, proxy: FaultProxy, unique: Unique

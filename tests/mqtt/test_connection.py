@@ -29,6 +29,7 @@ from pubsub_core.errors import (
 )
 from pubsub_core.secrets import Secret
 from pubsub_core.testing.proxy import Direction, FaultProxy
+from pubsub_core.testing.stopwatch import Stopwatch
 from pubsub_mqtt import driver as driver_module
 from pubsub_mqtt.connection import Connection, Incoming, Session, SessionSettings, Subscribe, Will
 from pubsub_mqtt.driver import AsyncioDriver, BlockingDriver, dial
@@ -37,6 +38,7 @@ from pubsub_mqtt.server import AmqttServer, MosquittoServer
 from pubsub_mqtt.transport import BufferedSocket, Endpoint, TLSSettings, WebSocketTarget
 from tests.conftest import PASSWORD
 from tests.mqtt.scripted import DISCONNECT, PUBLISH, SUBSCRIBE, scripted
+from tests.promises.support import Lag
 from tests.servers import Authority, Certificate, eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -109,10 +111,10 @@ def silent() -> Iterator[int]:
 
 async def test_connack_that_never_comes(silent: int) -> None:
     made = Peer()
-    began = time.monotonic()
+    watch = Stopwatch()
     with pytest.raises(ConnectTimeout):
         await made.open(tcp(silent), timeout=0.3)
-    assert time.monotonic() - began < 1.0
+    assert watch.seconds < 1.0
     assert made.connection.socket is None
     assert made.lost == []
 
@@ -122,7 +124,7 @@ async def test_cancelling_a_connect_closes_its_socket(silent: int) -> None:
     task = asyncio.create_task(made.open(tcp(silent)))
     await eventually(lambda: made.connection.connecting)
     task.cancel()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         with pytest.raises(asyncio.CancelledError):
             await task
     assert made.connection.socket is None
@@ -184,11 +186,11 @@ async def test_a_name_server_that_hangs_does_not_hold_the_deadline_up(
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
-    began = time.monotonic()
+    watch = Stopwatch()
     try:
         with pytest.raises(ConnectTimeout):
             await Peer().open(Endpoint("slow.example", 1883), timeout=0.2)
-        assert time.monotonic() - began < 1.0
+        assert watch.seconds < 1.0
     finally:
         release.set()
 
@@ -203,9 +205,9 @@ async def test_the_next_address_is_tried_while_the_first_hangs(
         ]
 
     monkeypatch.setattr(driver_module, "_addresses", addresses)
-    began = time.monotonic()
+    watch = Stopwatch()
     async with peer(Endpoint("two.example", mosquitto.port)):
-        assert time.monotonic() - began < 2.0
+        assert watch.seconds < 2.0
 
 
 async def test_garbage_instead_of_connack() -> None:
@@ -270,18 +272,8 @@ async def test_wrong_credentials(mosquitto_users: MosquittoServer) -> None:
 async def test_dialling_never_blocks_the_loop(
     mosquitto_tls: MosquittoServer, authority: Authority
 ) -> None:
-    longest = 0.0
-
-    async def watch() -> None:
-        nonlocal longest
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(0)
-            longest = max(longest, time.perf_counter() - before)
-
-    watching = asyncio.create_task(watch())
     tls = TLSSettings(ca_file=authority.cafile)
-    try:
+    async with Lag() as lag:
         for endpoint in (
             Endpoint("localhost", mosquitto_tls.port, tls=tls),
             Endpoint(
@@ -293,9 +285,7 @@ async def test_dialling_never_blocks_the_loop(
         ):
             async with peer(endpoint):
                 pass
-    finally:
-        watching.cancel()
-    assert longest < 0.05
+    assert lag.worst < 0.05
 
 
 # --- transports -----------------------------------------------------------------------
@@ -647,12 +637,12 @@ async def test_cancelling_one_publish_does_not_break_others() -> None:
             await first
         assert len(broker.of(PUBLISH)) == 2
         broker.send(b"\x40\x02\x00\x02")
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             await second
         third_packet = (await broker.arrived(PUBLISH, 3))[2]
         assert third_packet.packet_id == 3, "1 is not answered yet"
         broker.send(b"\x40\x02\x00\x03\x40\x02\x00\x01")
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             await third
         await eventually(lambda: made.connection.unfinished == 0)
         await made.driver.close()
@@ -848,9 +838,9 @@ async def test_close_is_bounded_and_tells_what_was_abandoned() -> None:
             asyncio.create_task(made.driver.publish("t", b"", qos=1)) for _ in range(2)
         )
         await broker.arrived(PUBLISH)
-        began = time.monotonic()
+        watch = Stopwatch()
         await made.driver.close(drain=0.2)
-        assert time.monotonic() - began < 2.0
+        assert watch.seconds < 2.0
         with pytest.raises(PublishFailed) as caught:
             await sent
         assert caught.value.outcome is Outcome.UNKNOWN
@@ -877,13 +867,13 @@ async def test_closing_ends_an_attempt_to_connect(silent: int) -> None:
     connecting = asyncio.create_task(made.open(tcp(silent)))
     await eventually(lambda: made.connection.connecting)
     await made.driver.close(drain=5)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         with pytest.raises(ConnectError, match="closed while"):
             await connecting
     dialling = asyncio.create_task(made.open(tcp(silent)))
     await asyncio.sleep(0)
     await made.driver.close()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         with pytest.raises(ConnectError, match="closed while"):
             await dialling
 
@@ -898,7 +888,7 @@ async def test_closing_twice_at_once_waits_once() -> None:
         closing = asyncio.gather(made.driver.close(drain=5), made.driver.close(drain=5))
         await asyncio.sleep(0)
         broker.send(b"\x40\x02\x00\x01")
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(20):
             await closing
             await publishing
 
@@ -929,7 +919,7 @@ async def test_requests_end_with_the_session() -> None:
         ]
         await broker.arrived(12)
         broker.cut()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             results = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(result) for result in results] == [NotConnected] * 3
         await made.driver.close()
@@ -942,10 +932,12 @@ async def test_a_dead_peer_is_noticed_in_time() -> None:
     async with scripted() as broker:
         broker.pingresp = False
         made = Peer(keepalive=2)
-        await made.open(tcp(broker.port))
         began = time.monotonic()
-        await eventually(lambda: len(made.lost) == 1, within=6)
-        assert 2.5 <= time.monotonic() - began <= 4.0
+        await made.open(tcp(broker.port))
+        watch = Stopwatch()
+        await eventually(lambda: len(made.lost) == 1)
+        assert watch.seconds <= 4.0
+        assert time.monotonic() - began >= 2.5
         assert len(broker.of(12)) >= 1
 
 
@@ -954,7 +946,7 @@ async def test_a_dead_peer_is_noticed_while_publishing_without_pause() -> None:
         broker.pingresp = False
         made = Peer(keepalive=2)
         await made.open(tcp(broker.port))
-        began = time.monotonic()
+        watch = Stopwatch()
 
         async def flood() -> None:
             while True:
@@ -962,15 +954,15 @@ async def test_a_dead_peer_is_noticed_while_publishing_without_pause() -> None:
                 await asyncio.sleep(0.01)
 
         flooding = asyncio.create_task(flood())
-        await eventually(lambda: len(made.lost) == 1, within=6)
-        assert time.monotonic() - began <= 4.0
+        await eventually(lambda: len(made.lost) == 1)
+        assert watch.seconds <= 4.0
         with pytest.raises((NotConnected, PublishFailed)):
             await flooding
 
 
 async def test_a_living_peer_is_kept(mosquitto: MosquittoServer) -> None:
     async with peer(tcp(mosquitto.port), keepalive=1) as made:
-        await eventually(lambda: made.connection.stats.pings >= 4, within=6)
+        await eventually(lambda: made.connection.stats.pings >= 4)
         assert made.lost == []
 
 

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 from pubsub_core import Bus, Message, Status, connect
 from pubsub_core.errors import PubSubError
 from pubsub_core.events import BusEvent
+from pubsub_core.testing.stopwatch import Stopwatch
 
 T = TypeVar("T")
 
@@ -51,6 +52,14 @@ async def until(condition: Callable[[], object], what: str, seconds: float = DEA
 
 async def offline(bus: Bus) -> None:
     await until(lambda: bus.status is not Status.ONLINE, "the loss is noticed")
+
+
+async def lost(bus: Bus, sessions: int) -> None:
+    """Wait until session number *sessions* has ended; the next one may be there already."""
+    await until(
+        lambda: bus.status is not Status.ONLINE or bus.stats.sessions > sessions,
+        "the loss is noticed",
+    )
 
 
 async def online(bus: Bus, seconds: float = DEADLINE) -> None:
@@ -192,7 +201,10 @@ async def pumping(bus: Bus, topic: str, **options: Any) -> AsyncIterator[Pump]:
 
 
 class Lag:
-    """Measures the longest time that the event loop did not come round."""
+    """Measures the longest time that the event loop did not come round.
+
+    Time in which it could have, but got no processor, does not count.
+    """
 
     def __init__(self) -> None:
         self.worst = 0.0
@@ -208,12 +220,10 @@ class Lag:
         await asyncio.wait([self._task])
 
     async def _measure(self) -> None:
-        last = time.perf_counter()
         while True:
+            watch = Stopwatch()
             await asyncio.sleep(0.002)
-            now = time.perf_counter()
-            self.worst = max(self.worst, now - last - 0.002)
-            last = now
+            self.worst = max(self.worst, watch.seconds - 0.002)
 
 
 @asynccontextmanager

@@ -30,7 +30,7 @@ from pubsub_mqtt.server import MosquittoServer
 from tests.conftest import PASSWORD
 from tests.servers import Authority
 
-from .support import SOON, VERSIONS, noting, offline, opened, resumed, soon
+from .support import SOON, VERSIONS, lost, noting, opened, resumed, soon
 
 pytestmark = [pytest.mark.usefixtures("no_leaks"), pytest.mark.timeout(60)]
 
@@ -144,7 +144,7 @@ async def test_a_password_through_all_faults(
                         written.add(await soon(bus.publish("open/a", b"x")))
                     except PubSubError as error:
                         written.add(error)
-                    await offline_or_later(bus, sessions)
+                    await lost(bus, sessions)
                     written.add(*told(bus))
                     proxy.refuse(False)
                     await resumed(bus, sessions)
@@ -155,11 +155,6 @@ async def test_a_password_through_all_faults(
             await soon(bus.close())
             written.add(*events, *told(bus))
     written.check(PASSWORD)
-
-
-async def offline_or_later(bus: Bus, sessions: int) -> None:
-    if bus.stats.sessions == sessions:
-        await offline(bus)
 
 
 @pytest.mark.parametrize("version", ["3.1.1", "5", "auto"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from pubsub_core import Bus, BusClosed, Message, Outcome, PublishFailed, Status, connect
 from pubsub_core.memory import Space
 from pubsub_core.testing.proxy import Direction, FaultProxy
+from pubsub_core.testing.stopwatch import Stopwatch
 from pubsub_mqtt.backend import MQTTBackend
 from pubsub_mqtt.server import MosquittoServer
 
@@ -117,10 +117,10 @@ async def test_closing_a_broken_link_is_bounded_and_raises_nothing(
             asyncio.create_task(bus.publish(unique(), b"x", qos=qos)) for qos in (0, 1, 2)
         ]
         await asyncio.sleep(0)
-        began = time.monotonic()
+        watch = Stopwatch()
         await soon(asyncio.gather(*(bus.close(drain=0.5) for _ in range(3))), 5)
         # The time to drain, and half a second for the broker to see the end.
-        assert time.monotonic() - began <= 0.5 + 0.5 + 1.0
+        assert watch.seconds <= 0.5 + 0.5 + 1.0
         results = await soon(asyncio.gather(*publishing, return_exceptions=True), 1)
         for qos, result in enumerate(results):
             if qos or isinstance(result, BaseException):
@@ -167,9 +167,9 @@ async def test_closing_while_it_reconnects_or_connects(
             await offline(bus)
             if fault != "refuse":
                 await until(partial(_more, proxy, accepted), "an attempt is under way")
-            began = time.monotonic()
+            watch = Stopwatch()
             await soon(bus.close(drain=5), 5)
-            assert time.monotonic() - began < 2.0
+            assert watch.seconds < 2.0
             proxy.heal()
             await soon(proxy.cut())
 

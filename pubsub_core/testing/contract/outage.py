@@ -20,6 +20,7 @@ from pubsub_core.message import InFrame, Message
 from pubsub_core.testing.case import Need, case, needs
 from pubsub_core.testing.clock import VirtualClock
 from pubsub_core.testing.harness import Recorder, Trial, resident_bytes, resources
+from pubsub_core.testing.stopwatch import Stopwatch
 
 __all__: list[str] = []
 
@@ -294,10 +295,10 @@ async def half_open_connection_detected(t: Trial) -> None:
     bus = await t.connect(link=link, **options, **SOON)
     await t.within(bus.publish(t.topic(), b"x"))
     await t.within(link.freeze())
-    began = time.monotonic()
+    watch = Stopwatch()
     limit = 1.5 * seconds + 1
-    await t.eventually(lambda: bus.status is not Status.ONLINE, "the silence is noticed", limit + 2)
-    assert time.monotonic() - began <= (limit + 0.25) * t.harness.slow
+    await t.eventually(lambda: bus.status is not Status.ONLINE, "the silence is noticed", 4 * limit)
+    assert watch.seconds <= (limit + 0.25) * t.harness.slow
     await t.within(link.thaw())
     await _online(t, bus)
     await t.within(bus.publish(t.topic(), b"y"))
@@ -438,7 +439,7 @@ async def network_partition_and_heal(t: Trial) -> None:
     await t.eventually(lambda: len(confirmed) > 50, "traffic")
     await t.within(link.freeze())
     await t.eventually(
-        lambda: bus.status is not Status.ONLINE, "the partition is noticed", 1.5 * seconds + 3
+        lambda: bus.status is not Status.ONLINE, "the partition is noticed", 6 * seconds + 4
     )
     held = len(confirmed)
     await t.within(link.thaw())

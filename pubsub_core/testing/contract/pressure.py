@@ -261,7 +261,8 @@ async def rate_limit_delays_or_raises_before_the_broker_acts(t: Trial) -> None:
     refused: RateLimited | None = None
     for number in range(count + 1):
         try:
-            await bus.publish(t.topic(), b"%d" % number, timeout=0.05)
+            # Shorter than the rate makes one wait, and long enough for a busy machine.
+            await bus.publish(t.topic(), b"%d" % number, timeout=seconds / 2)
         except RateLimited as error:
             refused = error
             break

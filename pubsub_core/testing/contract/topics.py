@@ -11,6 +11,7 @@ from pubsub_core.errors import InvalidFilter, InvalidTopic, SubscribeFailed
 from pubsub_core.subscription import Subscription
 from pubsub_core.testing.case import Need, case, needs
 from pubsub_core.testing.harness import Trial
+from pubsub_core.testing.stopwatch import Stopwatch
 from pubsub_core.trie import HandlerTrie
 
 __all__: list[str] = []
@@ -324,10 +325,10 @@ async def matching_time_linear(t: Trial) -> None:
             trie.add("/".join([*parts, "b"]), number)
         trie.add("/".join(["+"] * depth + ["b"]), depth)
         topic = "/".join(["a"] * depth + ["c"])
-        began = time.perf_counter()
+        began = time.thread_time()
         for _ in range(20):
             assert trie.match(topic) == ()
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     # Twice as many levels and filters make four times the work; trying every combination
     # of "+" and "a" would make a million times.
@@ -338,11 +339,11 @@ async def matching_time_linear(t: Trial) -> None:
     for wanted in dict.fromkeys(filters):
         await t.subscribed(bus, t.topic(f"{wanted}/never"))
     last = await t.subscribed(bus, t.topic("/".join("a" * 12)))
-    began = time.monotonic()
+    watch = Stopwatch()
     for _ in range(20):
         await t.within(bus.publish(t.topic("/".join("a" * 12)), b"x"))
     await t.take(last, 20)
-    assert time.monotonic() - began < 5 * t.harness.slow
+    assert watch.seconds < 5 * t.harness.slow
 
 
 @case(64)
