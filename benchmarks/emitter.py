@@ -42,9 +42,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pubsub_emitter import EmitterServer, License
-from pubsub_emitter.broker import EmitterDialect
 from pubsub_emitter.keys import Permission
-from pubsub_emitter.storage import MemoryStorage
+from pubsub_emitter.server.broker import EmitterDialect
+from pubsub_emitter.server.storage import MemoryStorage
 from pubsub_mqtt.endpoint.packets import (
     ConnAck,
     Connect,

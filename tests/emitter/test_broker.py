@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from pubsub_emitter import License
-from pubsub_emitter.broker import EmitterDialect
 from pubsub_emitter.keys import Permission, encode_target
 from pubsub_emitter.protocol import (
     FORBIDDEN,
@@ -28,7 +27,8 @@ from pubsub_emitter.protocol import (
     Fault,
     MessageId,
 )
-from pubsub_emitter.storage import MemoryStorage
+from pubsub_emitter.server.broker import EmitterDialect
+from pubsub_emitter.server.storage import MemoryStorage
 from pubsub_mqtt.endpoint import Client, EndpointStats
 from pubsub_mqtt.endpoint.packets import (
     ConnAck,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pubsub_emitter import EmitterServer
-from pubsub_emitter.broker import Matcher
+from pubsub_emitter.server.broker import Matcher
 from pubsub_mqtt.endpoint.packets import (
     Packet,
     PingReq,

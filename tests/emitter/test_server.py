@@ -24,7 +24,7 @@ from wsproto import events as ws
 from pubsub_core.errors import BadOption, ConnectError
 from pubsub_core.interfaces import DevServer
 from pubsub_emitter import EmitterServer, License
-from pubsub_emitter.storage import FileStorage, MemoryStorage, StorageFull
+from pubsub_emitter.server.storage import FileStorage, MemoryStorage, StorageFull
 from pubsub_mqtt.endpoint.journal import Done
 from pubsub_mqtt.endpoint.packets import ConnAck, Connect, Decoder, Packet, PubAck, Publish, encode
 from tests.emitter.support import Peer, broker

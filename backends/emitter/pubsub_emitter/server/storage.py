@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from pubsub_core.errors import ConnectError
+from pubsub_emitter.keys import hash_text
+from pubsub_emitter.protocol import MAX_PACKET, SHARE, MessageId
 from pubsub_mqtt.endpoint.journal import Done, Journal
-
-from .keys import hash_text
-from .protocol import MAX_PACKET, SHARE, MessageId
 
 __all__ = ["FileStorage", "MemoryStorage", "Storage", "StorageFull", "Stored"]
 

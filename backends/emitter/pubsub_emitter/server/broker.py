@@ -38,21 +38,10 @@ from typing import Any, Final, Literal
 import msgspec
 
 from pubsub_core.trie import HandlerTrie, Rule
-from pubsub_mqtt.endpoint import Client, Dialect, HttpRequest, HttpResponse, Leniency, Profile
-from pubsub_mqtt.endpoint.packets import (
-    REFUSED,
-    Connect,
-    Publish,
-    Subscribe,
-    Unsubscribe,
-    encode_publish,
-)
-from pubsub_mqtt.errors import printable
-
-from . import protocol
-from .keys import InvalidKey, InvalidTarget, Key, License, Permission, TargetTooLong
-from .keys import is_useless_target as useless
-from .protocol import (
+from pubsub_emitter import protocol
+from pubsub_emitter.keys import InvalidKey, InvalidTarget, Key, License, Permission, TargetTooLong
+from pubsub_emitter.keys import is_useless_target as useless
+from pubsub_emitter.protocol import (
     API,
     BAD_REQUEST,
     ERROR_TOPIC,
@@ -77,6 +66,17 @@ from .protocol import (
     parse_channel,
     split_share,
 )
+from pubsub_mqtt.endpoint import Client, Dialect, HttpRequest, HttpResponse, Leniency, Profile
+from pubsub_mqtt.endpoint.packets import (
+    REFUSED,
+    Connect,
+    Publish,
+    Subscribe,
+    Unsubscribe,
+    encode_publish,
+)
+from pubsub_mqtt.errors import printable
+
 from .storage import Storage, StorageFull
 
 __all__ = ["EmitterDialect", "Matcher"]

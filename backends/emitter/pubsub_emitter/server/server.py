@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from pubsub_core.errors import BadOption
+from pubsub_emitter.keys import InvalidLicense, License
 from pubsub_mqtt.endpoint import EndpointServer
 from pubsub_mqtt.server import ServerTLS
 
 from .broker import EmitterDialect, Matcher
-from .keys import InvalidLicense, License
 from .storage import FileStorage, MemoryStorage, Storage
 
 __all__ = ["EmitterServer"]
