@@ -37,7 +37,7 @@ from pubsub_emitter import (
     UnauthorizedError,
     connect,
 )
-from pubsub_emitter.handlers import Handlers
+from pubsub_emitter.client.handlers import Handlers
 from pubsub_emitter.protocol import OLDEST_TIME, YOUNGEST_TIME
 from pubsub_mqtt.connection import Will
 from pubsub_mqtt.endpoint import Client as Peer

@@ -9,8 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .client import Client, HistoryMessage
-    from .compat import Emitter, connect
+    from .client import Client, Emitter, EmitterMessage, HistoryMessage, Reply, connect
     from .errors import (
         BadRequestError,
         EmitterError,
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
         UnauthorizedError,
     )
     from .keys import InvalidKey, InvalidLicense, InvalidTarget, Key, License, Permission
-    from .message import EmitterMessage
-    from .reply import Reply
     from .server import EmitterServer
 
 __all__ = [
@@ -47,9 +44,9 @@ __all__ = [
 _HOMES = {
     "BadRequestError": "errors",
     "Client": "client",
-    "Emitter": "compat",
+    "Emitter": "client",
     "EmitterError": "errors",
-    "EmitterMessage": "message",
+    "EmitterMessage": "client",
     "EmitterServer": "server",
     "ForbiddenError": "errors",
     "HistoryMessage": "client",
@@ -60,9 +57,9 @@ _HOMES = {
     "License": "keys",
     "NotFoundError": "errors",
     "Permission": "keys",
-    "Reply": "reply",
+    "Reply": "client",
     "UnauthorizedError": "errors",
-    "connect": "compat",
+    "connect": "client",
 }
 
 

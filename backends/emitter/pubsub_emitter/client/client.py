@@ -34,6 +34,8 @@ import msgspec
 
 from pubsub_core.errors import ConnectError, NotConnected, PayloadTooLarge, PubSubError
 from pubsub_core.secrets import Secret
+from pubsub_emitter.errors import EmitterError, refusal
+from pubsub_emitter.protocol import MAX_PACKET, build_topic
 from pubsub_mqtt.connection import Outgoing, Request, Session, SessionSettings, Subscribe, Will
 from pubsub_mqtt.driver import BlockingDriver
 from pubsub_mqtt.packets import Incoming
@@ -50,10 +52,8 @@ from .arguments import (
     subscription_topic,
     unix_seconds,
 )
-from .errors import EmitterError, refusal
 from .handlers import Handler, Handlers, canonical
 from .message import EmitterMessage
-from .protocol import MAX_PACKET, build_topic
 from .reply import Reply
 
 __all__ = ["Client", "HistoryMessage", "Options", "Reply"]

@@ -14,9 +14,8 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias, cast
 
 from pubsub_core.errors import BadOption
+from pubsub_emitter.protocol import OLDEST_TIME, YOUNGEST_TIME, build_topic
 from pubsub_mqtt.transport import Endpoint, TLSSettings, WebSocketTarget
-
-from .protocol import OLDEST_TIME, YOUNGEST_TIME, build_topic
 
 __all__ = [
     "Options",

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
-from .errors import EmitterError
+from pubsub_emitter.errors import EmitterError
 
 __all__ = ["Reply"]
 
