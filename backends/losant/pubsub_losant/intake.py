@@ -94,7 +94,7 @@ def read_states(
         return [], ["a number is out of range"]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return [], ["it is no JSON"]
-    items = cast("list[Any]", found) if isinstance(found, list) else [found]
+    items = cast("list[object]", found) if isinstance(found, list) else [found]
     if not 1 <= len(items) <= MAX_BATCH:
         return [], [f"an array of {len(items)} states; 1 to {MAX_BATCH} are allowed"]
     states: list[Intake] = []
