@@ -53,6 +53,7 @@ from .errors import (
     WrongLoop,
 )
 from .events import (
+    AccessRefused,
     Gap,
     GapReason,
     InterestEvent,
@@ -74,6 +75,7 @@ from .trie import HandlerTrie
 
 __all__ = [
     "EVERYTHING",
+    "AccessRefused",
     "App",
     "AuthenticationFailed",
     "AuthorizationRequest",

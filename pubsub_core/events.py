@@ -11,6 +11,7 @@ from .errors import PubSubError
 from .message import Member
 
 __all__ = [
+    "AccessRefused",
     "BusEvent",
     "Gap",
     "GapReason",
@@ -105,7 +106,7 @@ class Notice(msgspec.Struct, frozen=True):
     topic: str = ""
 
 
-class KeyRefused(Notice, frozen=True):
+class AccessRefused(Notice, frozen=True):
     """A key, token or right that worked before works no longer: it expired or was revoked.
 
     Its kind is ``key_expired`` where that is known, else ``key_refused``.
@@ -116,6 +117,9 @@ class KeyRefused(Notice, frozen=True):
 
     operation: str = ""
 
+
+KeyRefused = AccessRefused
+"""Its name until 0.2."""
 
 BusEvent: TypeAlias = StatusChanged | Gap | SubscriptionRefused | Notice
 

@@ -27,7 +27,7 @@ from pubsub_core.errors import (
     PubSubError,
     SubscribeFailed,
 )
-from pubsub_core.events import Gap, InterestKind, KeyRefused, Notice, Status
+from pubsub_core.events import AccessRefused, Gap, InterestKind, Notice, Status
 from pubsub_core.message import InFrame, Origin
 from pubsub_core.testing.proxy import FaultProxy
 from pubsub_emitter import EmitterError, EmitterServer, License
@@ -311,7 +311,7 @@ async def test_a_key_that_is_banned_is_an_event(place: Place) -> None:
             await bus.publish(at("b"), b"x")
         await eventually(lambda: bool(told))
         event = told[0]
-        assert isinstance(event, KeyRefused)
+        assert isinstance(event, AccessRefused)
         assert (event.kind, event.topic, event.operation) == ("key_refused", at("a/b"), "publish")
         assert len(told) == 1, "only what worked before is told, and once"
         await bus.native(EmitterBackend).keyban(key, banned=False)
@@ -331,7 +331,7 @@ async def test_a_key_that_has_expired_is_named_so_where_that_is_known(
             with pytest.raises(NotAuthorized):
                 await bus.publish("a/b", b"x")
         await eventually(lambda: bool(told))
-        assert isinstance(told[0], KeyRefused)
+        assert isinstance(told[0], AccessRefused)
         assert told[0].kind == "key_expired"
         assert len(told) == 1
     task.cancel()

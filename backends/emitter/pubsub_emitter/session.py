@@ -36,7 +36,7 @@ from pubsub_core.errors import (
     PublishNotAuthorized,
     PubSubError,
 )
-from pubsub_core.events import KeyRefused, Notice
+from pubsub_core.events import AccessRefused, Notice
 from pubsub_core.interfaces import (
     Backend,
     BackendContext,
@@ -428,8 +428,7 @@ class EmitterSession(Backend):
     def _refused(self, key: RingKey, topic: str, operation: str) -> None:
         """Tell that a key is refused which worked before, or whose time is over."""
         expired = bool(key.expires) and self._time() >= key.expires
-        worked = (operation, topic) in key.worked
-        key.worked.discard((operation, topic))
+        worked = key.worked.pop((operation, topic), False)
         self._ring.forget(key)
         # Of an expired key once, or a program that goes on publishing would flood its events.
         if self._sink is None or not (worked or (expired and not key.told)):
@@ -441,7 +440,7 @@ class EmitterSession(Backend):
         else:
             kind = "key_refused"
             text = f"the key to {doing} {topic!r} is no longer accepted: banned or expired"
-        self._sink.notice(KeyRefused(kind, text, topic, operation=operation))
+        self._sink.notice(AccessRefused(kind, text, topic, operation=operation))
 
     # --- requests to the broker ---------------------------------------------------------------
 
