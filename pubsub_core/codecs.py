@@ -32,6 +32,7 @@ from .errors import (
     InvalidFilter,
     PubSubError,
 )
+from .keyed import BoundedCache
 from .settings import CodecRule
 from .topics import TopicFilter, overlap, parse_filter
 
@@ -234,7 +235,7 @@ class CodecSet:
             (_filter_of(rule), self._get(rule.codec, option="codecs")) for rule in rules
         ]
         self._text = self._codecs["text"]
-        self._ruled: dict[str, Codec | None] = {}
+        self._ruled = BoundedCache[str, Codec | None](_RULE_CACHE_SIZE)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -341,15 +342,12 @@ class CodecSet:
         )
 
     def _rule(self, topic: str) -> Codec | None:
-        try:
-            return self._ruled[topic]
-        except KeyError:
-            pass
-        found = next((codec for rule, codec in self._rules if rule.matches(topic)), None)
-        if len(self._ruled) >= _RULE_CACHE_SIZE:
-            self._ruled.clear()
-        self._ruled[topic] = found
-        return found
+        known = self._ruled.get(topic, ...)
+        if known is not ...:
+            return known
+        return self._ruled.keep(
+            topic, next((codec for rule, codec in self._rules if rule.matches(topic)), None)
+        )
 
     def _relevant(self, filter: str) -> Iterator[Codec]:
         # A codec that only other topics use need not be able to produce the type.

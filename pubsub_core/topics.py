@@ -23,6 +23,7 @@ from typing import Final
 
 from .capabilities import Limits
 from .errors import InvalidFilter, InvalidTopic
+from .keyed import BoundedCache
 
 __all__ = [
     "MAX_TOPIC_BYTES",
@@ -49,7 +50,7 @@ _WILDCARDS = frozenset("+#")
 
 # --- topics ------------------------------------------------------------------------------
 
-_valid_topics: set[str] = set()
+_valid_topics = BoundedCache[str, bool](_KEPT_TOPICS)
 
 
 def validate_topic(topic: str) -> None:
@@ -71,7 +72,7 @@ def validate_topic(topic: str) -> None:
 publish to one exact topic
     """
     try:
-        if topic in _valid_topics:
+        if _valid_topics.get(topic):
             return
     except TypeError:  # not hashable, so no str: said in words below
         pass
@@ -87,11 +88,7 @@ publish to one exact topic
             min(found),
         )
     if len(topic) <= _KEPT_LENGTH:
-        if len(_valid_topics) >= _KEPT_TOPICS:
-            # Emptying at once costs less over time than keeping an order of use: topics in
-            # use are back after one full check each.
-            _valid_topics.clear()
-        _valid_topics.add(topic)
+        _valid_topics.keep(topic, True)
 
 
 # --- filters -----------------------------------------------------------------------------

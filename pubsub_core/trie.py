@@ -19,6 +19,7 @@ from collections.abc import Hashable
 from threading import RLock
 from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar, get_args
 
+from .keyed import BoundedCache
 from .topics import check_wildcards
 
 __all__ = ["HandlerTrie", "Rule"]
@@ -275,8 +276,7 @@ class HandlerTrie(Generic[V]):
             if len(topic) <= _KEPT_LENGTH:
                 cache[topic] = found
         else:
-            # Dropping all is cheaper than keeping an order of use, and what is in use is
-            # out for one match only.
+            # As `BoundedCache` does; through one of those a hit took 10 ns more, a tenth.
             cache.clear()
         return found
 
@@ -469,14 +469,11 @@ def _name(value: Hashable) -> Hashable:
 # Filters of one program have few different levels. Nodes share the text of theirs: less
 # memory, and comparing two of the same object reads less of it. sys.intern would keep a
 # peer's words for ever on some versions of Python.
-_words: Final[dict[str, str]] = {}
-_KEPT_WORDS = 32768
+_words: Final = BoundedCache[str, str](32768)
 _WORD_LENGTH = 64
 
 
 def _shared(word: str) -> str:
     if len(word) > _WORD_LENGTH:
         return word
-    if len(_words) >= _KEPT_WORDS:
-        _words.clear()
-    return _words.setdefault(word, word)
+    return _words.get(word) or _words.keep(word, word)

@@ -20,6 +20,7 @@ from .clock import Clock
 from .errors import NotConnected, OperationTimeout, PubSubError, SubscribeFailed
 from .events import BusEvent, Gap, GapReason, Notice, SubscriptionRefused
 from .interfaces import Backend, HasHistory, HistoryQuery, SessionFacts, WireSub
+from .keyed import KeyedLocks
 from .message import InFrame
 from .router import Router, Wire
 from .session import Session
@@ -73,7 +74,7 @@ class Wiring:
         self._clock = clock
         self._stats = stats
         self._owner = owner
-        self._locks: dict[tuple[str, str | None], asyncio.Lock] = {}
+        self._locks = KeyedLocks[tuple[str, str | None]]()
         self._pausing: set[Subscription[Any]] = set()
         # Ended without the broker knowing; one that resumes the session still has them.
         self._left_behind: dict[tuple[str, str | None], WireSub] = {}
@@ -122,7 +123,7 @@ class Wiring:
 
     async def _forget(self, wire: Wire) -> None:
         key = wire.key
-        async with self._lock(key):
+        async with self._locks.of(key):
             # Somebody may have subscribed again while we waited for our turn.
             if wire.tried == self._session.generation and self.router.find(*key) is None:
                 try:
@@ -134,9 +135,6 @@ class Wiring:
                     # Locally it is gone; what the broker still sends is not routed.
                     logger.info("%s", error)
                     self._left_behind[key] = wire.want
-        lock = self._locks.get(key)
-        if lock is not None and not lock.locked() and self.router.find(*key) is None:
-            del self._locks[key]
 
     async def _confirm(self, wire: Wire) -> None:
         session = self._session
@@ -144,7 +142,7 @@ class Wiring:
         async def confirmed() -> None:
             while True:
                 await session.wait_online()
-                async with self._lock(wire.key):
+                async with self._locks.of(wire.key):
                     generation = session.generation
                     if not session.online:
                         continue
@@ -162,12 +160,6 @@ class Wiring:
                     wire.generation, wire.asked = generation, want
 
         await self._deadline(confirmed, f"subscribing to {wire.want.filter!r}")
-
-    def _lock(self, key: tuple[str, str | None]) -> asyncio.Lock:
-        lock = self._locks.get(key)
-        if lock is None:
-            lock = self._locks[key] = asyncio.Lock()
-        return lock
 
     async def _within(self, call: Callable[[], Awaitable[Any]], what: str) -> None:
         if self._session.online:

@@ -426,7 +426,7 @@ def test_the_shared_words_are_bounded() -> None:
         trie.remove(f"{number}/+", 0)
     assert len(trie_module._words) <= 32768
     trie.add("x" * 1000 + "/+", 0)
-    assert max(map(len, trie_module._words)) < 100
+    assert trie_module._words.get("x" * 1000) is None
 
 
 def test_a_trie_gives_back_what_it_took() -> None:

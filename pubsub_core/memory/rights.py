@@ -16,6 +16,7 @@ import msgspec
 
 from pubsub_core.events import Notice
 from pubsub_core.interfaces import AuthorizationRequest, Entitlements, Everything
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame
 from pubsub_core.topics import TopicFilter, parse_filter
 
@@ -52,7 +53,7 @@ class Rights:
     def __init__(self, may_authorize: Callable[[MemoryBackend, str], bool]) -> None:
         self._may_authorize = may_authorize
         self._filters: dict[str, TopicFilter] = {}
-        self._guarded: dict[str, bool] = {}
+        self._guarded = BoundedCache[str, bool](_MOST_CACHED)
         self._authorizers: dict[MemoryBackend, dict[str, TopicFilter]] = {}
         # An answer of None is a no.
         self._known: dict[MemoryBackend, dict[str, Entitlements | _Question | None]] = {}
@@ -75,10 +76,8 @@ class Rights:
             return False
         found = self._guarded.get(topic)
         if found is None:
-            if len(self._guarded) >= _MOST_CACHED:
-                self._guarded.clear()
-            found = any(each.matches(topic) for each in self._filters.values())
-            self._guarded[topic] = found
+            guarded = any(each.matches(topic) for each in self._filters.values())
+            found = self._guarded.keep(topic, guarded)
         return found
 
     def held(self, client: MemoryBackend, topic: str) -> Entitlements | None:

@@ -31,6 +31,7 @@ from pubsub_core.interfaces import (
     WatchKind,
     WireSub,
 )
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, Member, Origin, OutFrame, Receipt
 from pubsub_core.topics import overlap, parse_filter
 from pubsub_core.trie import HandlerTrie
@@ -120,7 +121,7 @@ class Space:
         # Ids of the clients that asked to be spared for now.
         self.paused: set[str] = set()
         # Who receives a topic, worked out once and kept until a subscription changes.
-        self._plans: dict[str, tuple[_Route, ...]] = {}
+        self._plans = BoundedCache[str, tuple[_Route, ...]](_MOST_PLANS)
 
     @classmethod
     def named(cls, name: str, *, history: int = 10_000) -> Space:
@@ -586,13 +587,8 @@ class Space:
                 rest.append(_Route(target.client, (target.want.id,), True, None))
             else:
                 plain.setdefault(target.client, []).append(target.want.id)
-        if len(self._plans) >= _MOST_PLANS:
-            self._plans.clear()
-        plan = self._plans[topic] = (
-            *(_Route(client, tuple(ids), False, None) for client, ids in plain.items()),
-            *rest,
-        )
-        return plan
+        routes = (_Route(client, tuple(ids), False, None) for client, ids in plain.items())
+        return self._plans.keep(topic, (*routes, *rest))
 
     def give_retained(self, subscription: LocalSub, only: str | None = None) -> None:
         """Deliver what is retained for a subscription, of all topics or of one."""

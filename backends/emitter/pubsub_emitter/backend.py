@@ -51,9 +51,9 @@ from pubsub_core.interfaces import (
     Watch,
     WireSub,
 )
+from pubsub_core.keyed import BoundedCache, KeyedLocks
 from pubsub_core.message import InFrame, Member, Origin, OutFrame, Receipt
 from pubsub_core.topics import overlap
-from pubsub_mqtt.base import Turns
 from pubsub_mqtt.connection import Incoming, Outgoing, Request
 
 from .errors import EmitterError
@@ -94,7 +94,7 @@ class EmitterBackend(EmitterSession):
 
     def __init__(self, context: BackendContext) -> None:
         super().__init__(context)
-        self._routes: dict[tuple[str, str], _Route] = {}
+        self._routes = BoundedCache[tuple[str, str], _Route](_KEPT)
         # Publishes that wait for a key, and those behind them.
         self._queued: deque[tuple[OutFrame, asyncio.Future[tuple[Outgoing, RingKey]]]] = deque()
         self._serving: asyncio.Task[None] | None = None
@@ -102,7 +102,7 @@ class EmitterBackend(EmitterSession):
         self._groups: dict[str | None, dict[int, WireSub]] = {}
         self._holders: dict[str, set[int]] = {}
         self._held: dict[int, list[str]] = {}
-        self._turns = Turns()
+        self._turns = KeyedLocks[str]()
         self._learning = asyncio.Lock()
         self._learned = False
         self._probe_topic = ""
@@ -179,10 +179,7 @@ class EmitterBackend(EmitterSession):
         key = self._ring.peek(letters, channel)
         if key is None:
             return None
-        if len(self._routes) >= _KEPT:
-            self._routes.clear()
-        found = self._routes[out.topic, letters] = _Route(key, channel)
-        return found
+        return self._routes.keep((out.topic, letters), _Route(key, channel))
 
     def _options_of(self, out: OutFrame) -> str:
         ttl = out.ttl

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pubsub_core.errors import BadOption
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.secrets import Secret
 from pubsub_core.topics import validate_filter
 
@@ -67,13 +68,13 @@ class RingKey:
     expires: float = 0.0
     made: bool = False
     told: bool = False
-    worked: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]], repr=False)
+    worked: BoundedCache[tuple[str, str], bool] = field(
+        default_factory=lambda: BoundedCache[tuple[str, str], bool](_KEPT), repr=False
+    )
 
     def accepted(self, operation: str, topic: str) -> None:
         """Note that the broker accepted it."""
-        if len(self.worked) >= _KEPT:
-            self.worked.clear()
-        self.worked.add((operation, topic))
+        self.worked.keep((operation, topic), True)
 
 
 def covers(pattern: str, channel: str) -> bool:
@@ -165,7 +166,7 @@ class KeyRing:
         if key is not None:
             given.append(self._given("#", _ALL, key))
         self._keys = tuple(given)
-        self._found: dict[tuple[str, str], RingKey] = {}
+        self._found = BoundedCache[tuple[str, str], RingKey](_KEPT)
         self._made: OrderedDict[tuple[str, str], RingKey] = OrderedDict()
         self._making: dict[tuple[str, str], asyncio.Task[RingKey]] = {}
 
@@ -218,9 +219,7 @@ class KeyRing:
             if found is None:
                 self._found.pop(wanted, None)
                 return None
-            if len(self._found) >= _KEPT:
-                self._found.clear()
-            self._found[wanted] = found
+            self._found.keep(wanted, found)
         return found
 
     def _look_up(self, letters: str, channels: tuple[str, ...]) -> RingKey | None:
@@ -288,9 +287,7 @@ class KeyRing:
         for place, made in tuple(self._made.items()):
             if made is key:
                 del self._made[place]
-        for wanted, found in tuple(self._found.items()):
-            if found is key:
-                del self._found[wanted]
+        self._found.clear()  # what is still right costs one look-up
 
 
 def _check_pattern(pattern: str) -> None:

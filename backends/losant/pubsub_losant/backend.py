@@ -37,6 +37,7 @@ from pubsub_core.errors import (
     TakenOver,
 )
 from pubsub_core.interfaces import Address, BackendContext, SessionFacts, Sink, WireSub
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, OutFrame, Receipt
 from pubsub_mqtt.backend import endpoint_of, settings_of
 from pubsub_mqtt.base import ConnectionBackend
@@ -125,8 +126,8 @@ class LosantBackend(ConnectionBackend):
         self._options = options
         self._clock = context.clock
         self._peripherals = frozenset(options.peripherals) - {self.device_id}
-        self._wire: dict[str, str] = {}
-        self._incoming: dict[str, tuple[str, Kind]] = {}
+        self._wire = BoundedCache[str, str](_KEPT)
+        self._incoming = BoundedCache[str, tuple[str, Kind]](_KEPT)
         self._guards = options.guards
         self._throttle = Throttle()
         self._pacing = asyncio.Lock()
@@ -346,9 +347,7 @@ class LosantBackend(ConnectionBackend):
                     backend=self._name,
                     topic=out.topic,
                 )
-            if len(self._wire) >= _KEPT:
-                self._wire.clear()
-            self._wire[out.topic] = wire
+            self._wire.keep(out.topic, wire)
         if _kind(wire) != "state":
             return wire, out.payload
         try:
@@ -517,9 +516,7 @@ class LosantBackend(ConnectionBackend):
         known = self._incoming.get(message.topic)
         if known is None:
             known = self.from_wire(message.topic), _kind(message.topic)
-            if len(self._incoming) >= _KEPT:
-                self._incoming.clear()
-            self._incoming[message.topic] = known
+            self._incoming.keep(message.topic, known)
         topic, kind = known
         now = self._clock.time()
         if kind == "own":

@@ -19,6 +19,8 @@ from typing import Any, Final, TypeAlias, cast
 
 import msgspec
 
+from pubsub_core.keyed import BoundedCache
+
 from .access import AttributeType
 from .times import FUTURE_LIMIT, PAST_LIMIT, resolve_time
 
@@ -37,7 +39,7 @@ _NUMBER: Final = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASC
 _MAX_DIGITS: Final = 400
 _WHOLE: Final = 2**63
 _MAX_NAMES: Final = 4096
-_names: Final = set[str]()
+_names: Final = BoundedCache[str, bool](_MAX_NAMES)
 
 
 class _State(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -130,7 +132,7 @@ def _take(state: _State, now: int, attributes: Mapping[str, AttributeType] | Non
     dropped: list[str] = []
     for name, value in state.data.items():
         kept: Value | None = None
-        if name in _names or _is_name(name):
+        if _names.get(name) or _is_name(name):
             if attributes is None:
                 kept = value if type(value) in (bool, float) else convert(value, None)
             elif name in attributes:
@@ -146,10 +148,7 @@ def _is_name(name: str) -> bool:
     """Whether an attribute may be called so; what may is remembered, in bounds."""
     if _NAME.fullmatch(name) is None:
         return False
-    if len(_names) >= _MAX_NAMES:
-        _names.clear()
-    _names.add(name)
-    return True
+    return _names.keep(name, True)
 
 
 def convert(value: Any, kind: AttributeType | None) -> Value | None:

@@ -47,6 +47,7 @@ from pubsub_core.interfaces import (
     Watch,
     WireSub,
 )
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, Member, Origin, OutFrame, Part, Receipt
 from pubsub_core.topics import TopicFilter, parse_filter
 
@@ -220,7 +221,7 @@ class MessageBusBackend(Backend):
         self._pairs: dict[int, _Pair] = {}
         self._topics: dict[_Pair | tuple[str, str], str] = {}
         self._views: dict[str, _FeedView] = {}
-        self._sources: dict[tuple[str, str], Member] = {}
+        self._sources = BoundedCache[tuple[str, str], Member](_SOURCES)
         self._authorizing: dict[str, TopicFilter] = {}
         # What was asked before anybody here was there to answer; a new authorizer is asked
         # at once about every client that waits.
@@ -690,9 +691,7 @@ class MessageBusBackend(Backend):
         key = (user, host)
         found = self._sources.get(key)
         if found is None:
-            if len(self._sources) >= _SOURCES:
-                self._sources.clear()
-            found = self._sources[key] = Member(f"{user}@{host}", user, host)
+            found = self._sources.keep(key, Member(f"{user}@{host}", user, host))
         return found
 
     async def _tell_apart(self, pair: tuple[str, str], topic: str) -> None:

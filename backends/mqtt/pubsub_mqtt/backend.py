@@ -25,6 +25,7 @@ from pubsub_core.errors import (
     SubscribeFailed,
 )
 from pubsub_core.interfaces import Address, BackendContext, SessionFacts, Sink, WireSub
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import NO_HEADERS, Headers, InFrame, Origin, OutFrame, Receipt, Verdict
 from pubsub_core.topics import overlap
 from pubsub_core.trie import HandlerTrie
@@ -192,7 +193,7 @@ class MQTTBackend(ConnectionBackend):
         self._captures: dict[str, _Capture] = {}
         self._captured = 0
         self._defaults: HandlerTrie[tuple[str, TopicDefaults]] | None = None
-        self._defaults_cache: dict[str, tuple[int | None, bool | None]] = {}
+        self._defaults_cache = BoundedCache[str, tuple[int | None, bool | None]](_CACHED_DEFAULTS)
         if options.topics or options.default_retain:
             self.topic_defaults = self._topic_defaults
         if options.topics:
@@ -320,10 +321,7 @@ class MQTTBackend(ConnectionBackend):
             for _, defaults in matching:
                 qos = qos if defaults.qos is None else defaults.qos
                 retain = retain if defaults.retain is None else defaults.retain
-            cached = qos, retain
-            if len(self._defaults_cache) >= _CACHED_DEFAULTS:
-                self._defaults_cache.clear()
-            self._defaults_cache[topic] = cached
+            cached = self._defaults_cache.keep(topic, (qos, retain))
         return cached
 
     def _properties(self, out: OutFrame) -> bytes:

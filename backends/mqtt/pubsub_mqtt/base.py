@@ -6,54 +6,17 @@ others. Each adds how it publishes, subscribes and receives, and what it can do.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncGenerator
-
 from pubsub_core import interfaces
 from pubsub_core.errors import ConnectError
 from pubsub_core.events import Notice
 from pubsub_core.interfaces import Backend, BackendContext, Sink
+from pubsub_core.keyed import KeyedLocks
 
 from .connection import Connection, Session
 from .driver import AsyncioDriver
 from .transport import Endpoint
 
-__all__ = ["ConnectionBackend", "Turns"]
-
-
-class _Turn:
-    """Whose turn it is with one name."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
-
-
-class Turns:
-    """Keeps operations on the same name apart: subscribing to a filter and leaving it, say."""
-
-    def __init__(self) -> None:
-        self._turns: dict[str, _Turn] = {}
-
-    def __len__(self) -> int:
-        """Return how many names somebody works with or waits for."""
-        return len(self._turns)
-
-    @contextlib.asynccontextmanager
-    async def of(self, name: str) -> AsyncGenerator[None]:
-        """Wait until nobody else works with *name*; in the order of the calls."""
-        turn = self._turns.get(name)
-        if turn is None:
-            turn = self._turns[name] = _Turn()
-        turn.users += 1
-        try:
-            async with turn.lock:
-                yield
-        finally:
-            turn.users -= 1
-            if not turn.users:
-                del self._turns[name]
+__all__ = ["ConnectionBackend"]
 
 
 class ConnectionBackend(Backend):
@@ -73,7 +36,8 @@ class ConnectionBackend(Backend):
         connection.on_notice = self._notice
         self.driver.on_lost = self._lost
         self._sink: Sink | None = None
-        self._turns = Turns()
+        # One operation at a time for each filter: subscribing and leaving it, say.
+        self._turns = KeyedLocks[str]()
         self._closed = False
 
     @property

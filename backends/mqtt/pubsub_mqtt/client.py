@@ -31,6 +31,7 @@ from pubsub_core import errors as core
 from pubsub_core.clock import Clock, SystemClock
 from pubsub_core.errors import NotConnected, OperationTimeout, Outcome, PublishFailed, PubSubError
 from pubsub_core.interfaces import Address
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.options import build, parse_url
 from pubsub_core.session import Backoff
 from pubsub_core.topics import parse_filter, split_shared, validate_filter, validate_topic
@@ -176,7 +177,7 @@ class MQTTClient:
         self._inbox: deque[tuple[Incoming, int | None, int]] = deque()
         self._receivers: deque[asyncio.Future[None]] = deque()
         self._paused = False
-        self._defaults: dict[str, tuple[int, bool]] = {}
+        self._defaults = BoundedCache[str, tuple[int, bool]](DEFAULTS_CACHED)
 
     # --- what is known -----------------------------------------------------------------
 
@@ -432,9 +433,7 @@ class MQTTClient:
                 settings = self.config.topics[text]
                 qos = qos if settings.qos is None else settings.qos
                 retain = retain if settings.retain is None else settings.retain
-            if len(self._defaults) >= DEFAULTS_CACHED:
-                self._defaults.clear()
-            found = self._defaults[topic] = (qos, retain)
+            found = self._defaults.keep(topic, (qos, retain))
         return found
 
     async def _turn(self, topic: str, size: int) -> AsyncioDriver | None:

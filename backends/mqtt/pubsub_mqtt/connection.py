@@ -46,6 +46,7 @@ from pubsub_core.errors import (
     SubscribeFailed,
     TakenOver,
 )
+from pubsub_core.keyed import BoundedCache
 
 from .errors import (
     ProtocolError,
@@ -213,8 +214,8 @@ class Connection:
         self._unflushed: deque[Outgoing] = deque()
         self._requests: dict[int, Request] = {}
         self._pings: deque[Callable[[ConnectError | None], None]] = deque()
-        self._topics: dict[bytes, str] = {}
-        self._encoded: dict[str, bytes] = {}
+        self._topics = BoundedCache[bytes, str](_TOPICS_CACHED)
+        self._encoded = BoundedCache[str, bytes](_TOPICS_CACHED)
 
         # Messages above QoS 0 that wait for `settle`, by serial number.
         self._serial = 0
@@ -820,10 +821,7 @@ class Connection:
         name = self._encoded.get(topic)
         if name is None:
             data = topic.encode()
-            name = len(data).to_bytes(2, "big") + data
-            if len(self._encoded) >= _TOPICS_CACHED:
-                self._encoded.clear()
-            self._encoded[topic] = name
+            name = self._encoded.keep(topic, len(data).to_bytes(2, "big") + data)
         if self.version == 4:
             properties = b""
         size = len(name) + len(properties) + len(payload) + (2 if qos else 0)
@@ -1316,10 +1314,7 @@ class Connection:
             raise ProtocolError("a message without a topic", reason=0x82)
         if "\0" in topic or "+" in topic or "#" in topic:
             raise ProtocolError("a message to a topic with NUL or a wildcard", reason=0x90)
-        if len(self._topics) >= _TOPICS_CACHED:
-            self._topics.clear()
-        self._topics[raw] = topic
-        return topic
+        return self._topics.keep(raw, topic)
 
     def _duplicate(self, packet_id: int, *, settled: bool) -> None:
         """Answer a QoS 2 message that was delivered before (section 4.3.3)."""

@@ -33,6 +33,7 @@ from typing import Any, Final, TypeVar, cast
 import msgspec
 
 from pubsub_core.errors import ConnectError, NotConnected, PayloadTooLarge, PubSubError
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.secrets import Secret
 from pubsub_emitter.errors import EmitterError, refusal
 from pubsub_emitter.protocol import MAX_PACKET, build_topic
@@ -125,7 +126,7 @@ class Client:
         self._links: dict[str, dict[str, Any]] = {}
         self._watched: dict[str, str] = {}
         # Topics without options by key and channel, since most programs publish to a few.
-        self._topics: dict[tuple[str, str], str] = {}
+        self._topics = BoundedCache[tuple[str, str], str](_TOPICS_KEPT)
         self._sessions = 0
         self._connected = False
         self._wants_thread = False
@@ -388,11 +389,7 @@ class Client:
         return self._publish(topic, message, header, channel)
 
     def _new_topic(self, key: str, channel: str) -> str:
-        topic = build_topic(key, channel)
-        if len(self._topics) >= _TOPICS_KEPT:
-            self._topics.clear()
-        self._topics[key, channel] = topic
-        return topic
+        return self._topics.keep((key, channel), build_topic(key, channel))
 
     def publish_with_link(
         self, link: str, message: Payload, options: Options = None

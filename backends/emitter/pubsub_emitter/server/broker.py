@@ -37,6 +37,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.trie import HandlerTrie, Rule
 from pubsub_emitter import protocol
 from pubsub_emitter.keys import InvalidKey, InvalidTarget, Key, License, Permission, TargetTooLong
@@ -175,8 +176,8 @@ class EmitterDialect(Dialect):
         self._subscribers: HandlerTrie[Client] = HandlerTrie(rule)
         self._members: HandlerTrie[tuple[str, Client]] = HandlerTrie(rule)
         self._listeners: HandlerTrie[Client] = HandlerTrie(rule)
-        self._parsed: dict[str, Channel] = {}
-        self._keys: dict[str, Key | None] = {}
+        self._parsed = BoundedCache[str, Channel](_KEPT)
+        self._keys = BoundedCache[str, Key | None](_KEPT)
         self._log = _Log()
         self._requests: Mapping[str, Callable[[Client, bytes, int], bytes]] = {
             "keygen": self._keygen,
@@ -390,24 +391,17 @@ class EmitterDialect(Dialect):
             raise _Refused(BAD_REQUEST, str(exc)) from None
         if found.name.count("/") > _MAX_LEVELS:
             raise _Refused(BAD_REQUEST, f"a channel of more than {_MAX_LEVELS} segments")
-        if len(topic) <= _KEPT_LENGTH:
-            if len(self._parsed) >= _KEPT:
-                self._parsed.clear()
-            self._parsed[topic] = found
-        return found
+        return self._parsed.keep(topic, found) if len(topic) <= _KEPT_LENGTH else found
 
     def _decrypt(self, text: str) -> Key:
-        try:
-            found = self._keys[text]
-        except KeyError:
+        found = self._keys.get(text, ...)
+        if found is ...:
             try:
                 found = self.license.decrypt(text)
             except InvalidKey:
                 found = None
             if len(text) <= _KEPT_LENGTH:
-                if len(self._keys) >= _KEPT:
-                    self._keys.clear()
-                self._keys[text] = found
+                self._keys.keep(text, found)
         if found is None:
             raise _Refused(UNAUTHORIZED, "the key has not the form of one")
         return found
