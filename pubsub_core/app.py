@@ -61,8 +61,8 @@ from .message import Message
 from .middleware import Middleware
 from .settings import OverflowPolicy
 from .subscription import Subscription
-from .sync import SyncBus, is_async, marked, wrap
-from .threads import in_thread
+from .sync import SyncBus, marked, wrap
+from .threads import in_thread, is_async
 from .topics import TopicFilter, parse_filter
 
 __all__ = ["App", "Running"]
@@ -617,7 +617,9 @@ class Running:
         plain = not is_async(hook)
         arguments = _Arguments(_fillers(hook, None, plain=plain, namespace=None)[0], self, _MAIN)
         if plain:
-            await in_thread(lambda: arguments.call(hook, None), name="pubsub-hook")
+            result = await in_thread(lambda: arguments.call(hook, None), name="pubsub-hook")
+            if inspect.isawaitable(result):
+                await result
         else:
             await arguments.call(hook, None)
 
@@ -771,8 +773,8 @@ class _Handler(_Planned):
         async def handle(message: Any) -> None:
             await arguments.call(function, message)
 
-        def handle_plainly(message: Any) -> None:
-            arguments.call(function, message)
+        def handle_plainly(message: Any) -> Any:
+            return arguments.call(function, message)
 
         return handle if is_async(function) else marked(handle_plainly, running.bus(self.bus))
 

@@ -269,11 +269,12 @@ class Authorizer:
 
     async def _asked(self, request: AuthorizationRequest) -> Any:
         """Call the handler; wait for it no longer than allowed, whatever it does."""
-        future: asyncio.Future[Any]
-        if self._thread is not None:
-            future = self._thread.call(self._handler, request)
-        else:
-            future = asyncio.ensure_future(self._handler(request))
+        asking = (
+            self._handler(request)
+            if self._thread is None
+            else self._thread.call(self._handler, request)
+        )
+        future: asyncio.Future[Any] = asyncio.ensure_future(asking)
         worker = cast("asyncio.Task[None]", asyncio.current_task())
         self._workers[worker] = future
         in_time = False

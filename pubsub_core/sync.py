@@ -23,8 +23,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import functools
-import inspect
 import os
 import threading
 from collections.abc import (
@@ -39,7 +37,7 @@ from collections.abc import (
 )
 from concurrent.futures import CancelledError, Future
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
+from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 from . import bus as _bus
 from .authorization import AuthorizationHandler, Authorizer, AuthorizerStats
@@ -58,6 +56,7 @@ from .middleware import Middleware
 from .settings import BusOptions, OverflowPolicy
 from .stats import BusStats
 from .subscription import Handler, Subscription, SubscriptionStats
+from .threads import is_async
 
 __all__ = [
     "SyncAuthorizer",
@@ -150,16 +149,6 @@ def marked(handler: Handler, bus: Bus) -> Handler:
             _here.bus = None
 
     return call
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling *function* gives something to await; looks through partials."""
-    target: Any = function
-    while isinstance(target, functools.partial):
-        target = cast("Any", target).func
-    return inspect.iscoroutinefunction(target) or (
-        not inspect.isroutine(target) and inspect.iscoroutinefunction(type(target).__call__)
-    )
 
 
 class _Synchronous:

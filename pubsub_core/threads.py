@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 __all__ = ["HandlerThread", "in_thread", "is_async"]
 
@@ -56,11 +57,19 @@ async def in_thread(function: Callable[[], T], *, name: str = "pubsub") -> T:
             thread.join()
 
 
-def is_async(handler: Callable[[Any], Any]) -> bool:
-    """Whether calling *handler* gives an awaitable."""
-    call = handler if inspect.isroutine(handler) else getattr(handler, "func", handler)
-    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
-        getattr(call, "__call__", None)  # noqa: B004 - an instance with an async __call__
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether *function* is to be called on the event loop: its call itself is async.
+
+    Looks through partials and at ``__call__`` of instances. A plain callable that returns
+    something to await is not async: nothing tells so before it is called, least of all an
+    async function in an attribute of it. It runs in a thread like any plain one, and
+    `HandlerThread.call` awaits what it returned.
+    """
+    target: Any = function
+    while isinstance(target, functools.partial):
+        target = cast("Any", target).func
+    return inspect.iscoroutinefunction(target) or (
+        not inspect.isroutine(target) and inspect.iscoroutinefunction(type(target).__call__)
     )
 
 
@@ -78,8 +87,16 @@ class HandlerThread:
         self._thread: threading.Thread | None = None
         self._busy = False
 
-    def call(self, handler: Callable[[Any], Any], argument: Any) -> asyncio.Future[Any]:
-        """Run ``handler(argument)`` after what was asked before; await the result."""
+    async def call(self, handler: Callable[[Any], Any], argument: Any) -> Any:
+        """Run ``handler(argument)`` after what was asked before; return its result.
+
+        Where it returns something to await, as a plain wrapper of an async function does,
+        that is awaited here, on the loop.
+        """
+        result = await self._submit(handler, argument)
+        return await result if inspect.isawaitable(result) else result
+
+    def _submit(self, handler: Callable[[Any], Any], argument: Any) -> asyncio.Future[Any]:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
@@ -121,6 +138,8 @@ class HandlerThread:
 
 def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
     if future.done():
+        if inspect.iscoroutine(result):
+            result.close()  # nobody awaits it any more
         return
     if error is None:
         future.set_result(result)

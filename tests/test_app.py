@@ -231,6 +231,41 @@ async def test_methods_partials_and_callable_objects_are_handlers(url: str) -> N
     assert sorted(got) == [("call", 1), ("method", 1), ("partial", 1)]
 
 
+async def test_a_plain_wrapper_of_an_async_function_is_a_handler_and_a_hook(url: str) -> None:
+    """Nothing about it says that it returns something to await."""
+    app, got = App(), list[Any]()
+
+    async def work(message: Message[bytes]) -> None:
+        got.append(message.payload)
+
+    async def prepare() -> None:
+        got.append("started")
+
+    class WithMessage:
+        func = staticmethod(work)
+
+        def __call__(self, message: Message[bytes]) -> Any:
+            return self.func(message)
+
+    class WithMessageAndBus:
+        func = staticmethod(work)
+
+        def __call__(self, message: Message[bytes], bus: SyncBus) -> Any:
+            return self.func(message)
+
+    class Hook:
+        func = staticmethod(prepare)
+
+        def __call__(self) -> Any:
+            return self.func()
+
+    app.on("a")(WithMessage())
+    app.on("a")(WithMessageAndBus())
+    app.on_start(Hook())
+    await feed(app, url, ("a", b"1"), until=lambda: len(got) == 3)
+    assert got[0] == "started"
+
+
 async def test_a_function_can_be_declared_twice_and_stays_itself(url: str) -> None:
     app, got = App(), list[str]()
 
