@@ -398,8 +398,11 @@ class Bus:
             codec=codec,
             parts=parts,
         )
-        receipt = publisher.send_now(out) if confirm is None else None
-        return await publisher.send(out, timeout, confirm) if receipt is None else receipt
+        if confirm is not None:
+            return await publisher.send(out, timeout, confirm)
+        # Where nothing has to wait, no further coroutine is made: that is half of the time.
+        receipt = publisher.send_now(out)
+        return receipt if receipt is not None else await publisher.send_later(out, timeout, None)
 
     async def publish_many(
         self, items: Iterable[tuple[str, Any]], **options: Any
@@ -448,10 +451,14 @@ class Bus:
         )
         identity = member.id if isinstance(member, Member) else member
         backend = cast("HasUnicast", engine.backend)
+        patience = engine.options.timeout if timeout is None else timeout
+
+        async def send() -> Receipt:
+            await engine.publisher.pace(topic, patience)
+            return await backend.send_to(identity, out)
+
         return await engine.publisher.counted(
-            engine.request(
-                lambda: backend.send_to(identity, out), f"sending to a member of {topic!r}", timeout
-            )
+            engine.request(send, f"sending to a member of {topic!r}", timeout)
         )
 
     async def clear(self, topic: str) -> Receipt:

@@ -364,6 +364,10 @@ class Engine:
         async with asyncio.timeout(self.options.timeout):
             await cast("HasAuthorization", self.backend).authorize(request, entitlements)
 
+    def sent_again(self, topic: str) -> None:
+        """Count a message that the backend sent once more."""
+        self.publisher.sent_again(topic)
+
     def notice(self, notice: Notice) -> None:
         """Pass a notice on to who listens."""
         self.note(notice)

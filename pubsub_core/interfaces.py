@@ -273,6 +273,13 @@ class Sink(Protocol):
         """Tell something that belongs to no call."""
         ...
 
+    def sent_again(self, topic: str) -> None:
+        """Say that a message of an earlier session was sent once more.
+
+        For brokers with a rate limit, which counts it again.
+        """
+        ...
+
     def lost(self, error: BaseException) -> None:
         """Say that the session ended. The core decides what happens next; call it once."""
         ...

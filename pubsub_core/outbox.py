@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
+from .clock import Clock
 from .errors import NotConnected, Outcome, Overflow, PublishFailed, PubSubError
 from .message import OutFrame, Receipt
+from .rate import RateGuard
 from .settings import OfflineOverflow
 
 __all__ = ["Outbox", "Waiting"]
@@ -71,11 +72,11 @@ class Outbox:
         messages: int,
         bytes: int,
         overflow: OfflineOverflow,
-        age: float | None = None,
-        now: Callable[[], float] = time.monotonic,
+        age: float | None,
+        clock: Clock,
     ) -> None:
         self._age = age
-        self._now = now
+        self._clock = clock
         self._most = messages
         self._most_bytes = bytes
         self._overflow = overflow
@@ -135,7 +136,7 @@ class Outbox:
                 topic=frame.topic,
             )
         future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
-        waiting = Waiting(next(self._numbers), frame, future, self._now())
+        waiting = Waiting(next(self._numbers), frame, future, self._clock.monotonic())
         self._queue.append(waiting)
         self._bytes += size
         return waiting
@@ -156,16 +157,32 @@ class Outbox:
         self._wake()
 
     async def flush(
-        self, send: Callable[[OutFrame], Awaitable[Receipt]], online: Callable[[], bool]
+        self,
+        send: Callable[[OutFrame], Awaitable[Receipt]],
+        online: Callable[[], bool],
+        rate: Callable[[], RateGuard | None],
     ) -> None:
-        """Send what waits, in order, as long as there is a session."""
+        """Send what waits, in order, as long as there is a session.
+
+        Args:
+            send: Hands one message to the backend.
+            online: Whether there is a session.
+            rate: Returns the limits of the session, where it has any.
+        """
         if self._flushing:
             return
         self._flushing = True
         pending: set[asyncio.Future[None]] = set()
         try:
             while len(self) and online():
-                pending.add(asyncio.ensure_future(self._send_next(send)))
+                limits = rate()
+                # Nothing is taken out of the queue before its turn: while this waits, the
+                # oldest may be withdrawn and the session lost. A limit of its topic alone
+                # holds up the others too, since they stay in the order of the calls.
+                if limits is not None and (delay := limits.delay(self._oldest().frame.topic)) > 0:
+                    await self._clock.sleep(delay)
+                    continue
+                pending.add(asyncio.ensure_future(self._send_next(send, limits)))
                 if len(pending) >= _AT_ONCE:
                     _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 else:
@@ -209,16 +226,20 @@ class Outbox:
     def _full(self, size: int) -> bool:
         return len(self) >= self._most or self._bytes + size > self._most_bytes
 
+    def _oldest(self) -> Waiting:
+        """Return the oldest message that nobody withdrew; there must be one."""
+        while (waiting := self._queue[0]).future.cancelled():
+            self._queue.popleft()
+            self._withdrawn -= 1
+        return waiting
+
     def _take(self) -> Waiting:
         """Take the oldest message that nobody withdrew; there must be one."""
-        while True:
-            waiting = self._queue.popleft()
-            if waiting.future.cancelled():
-                self._withdrawn -= 1
-                continue
-            self._bytes -= len(waiting.frame.payload)
-            self._wake()
-            return waiting
+        waiting = self._oldest()
+        self._queue.popleft()
+        self._bytes -= len(waiting.frame.payload)
+        self._wake()
+        return waiting
 
     def _drop_oldest(self, backend: str) -> None:
         waiting = self._take()
@@ -233,14 +254,20 @@ class Outbox:
         )
         waiting.future.exception()
 
-    async def _send_next(self, send: Callable[[OutFrame], Awaitable[Receipt]]) -> None:
+    async def _send_next(
+        self, send: Callable[[OutFrame], Awaitable[Receipt]], limits: RateGuard | None
+    ) -> None:
         if not len(self):
             return  # withdrawn since this was planned
         waiting = self._take()
         future = waiting.future
-        if self._age is not None and self._now() - waiting.since > self._age:
+        if self._age is not None and self._clock.monotonic() - waiting.since > self._age:
             self._expire(waiting, self._age)
             return
+        if limits is not None:
+            # Here, and not when `flush` looked: the oldest may be another by now. It takes
+            # the place all the same, as everything else queues up meanwhile.
+            limits.reserve(waiting.frame.topic)
         waiting.sent = True
         try:
             receipt = await send(waiting.frame)
@@ -274,7 +301,7 @@ class Outbox:
         self.dropped += 1
         waiting.future.set_exception(
             PublishFailed(
-                f"waited longer than {age:g} s for a session",
+                f"waited longer than {age:g} s to be sent",
                 outcome=Outcome.NOT_SENT,
                 hint="publish it again, or raise offline_age",
                 topic=waiting.frame.topic,

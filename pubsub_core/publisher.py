@@ -90,7 +90,7 @@ class Publisher:
             bytes=options.offline_bytes,
             overflow=options.offline_overflow,
             age=options.offline_age,
-            now=clock.monotonic,
+            clock=clock,
         )
         self._flushes: set[asyncio.Task[Any]] = set()
         self._deadlines = Deadlines(options.timeout)
@@ -218,6 +218,7 @@ class Publisher:
 
     def send_now(self, out: OutFrame) -> Receipt | None:
         """Send one message if that needs no waiting at all; None where `send` must."""
+        # `_may_pass`, without its call.
         if self._rate is not None or not self._session.online or self._outbox.busy:
             return None
         try:
@@ -242,8 +243,12 @@ class Publisher:
                 self._stats.failed += 1
                 raise
         receipt = self.send_now(out)
-        if receipt is not None:
-            return receipt
+        return receipt if receipt is not None else await self.send_later(out, timeout, confirm)
+
+    async def send_later(
+        self, out: OutFrame, timeout: float | None, confirm: ConfirmedBy | str | None
+    ) -> Receipt:
+        """Do what is left of `send` once `send_now` could not and *confirm* was checked."""
         try:
             receipt = await self._send_waiting(out, timeout, confirm)
         except PubSubError:
@@ -318,9 +323,11 @@ class Publisher:
         sent = False
         try:
             with deadlines.wait():
-                if self._rate is not None:
-                    await self._pace(self._rate, out.topic, deadlines.seconds)
-                if self._session.online and not self._outbox.busy:
+                # What goes through the outbox gets its place when it leaves there. A place
+                # taken here would be over by then, and a full outbox would leave at once.
+                if self._rate is not None and self._may_pass:
+                    await self.pace(out.topic, deadlines.seconds)
+                if self._may_pass:
                     sent = True
                     try:
                         return await self._backend.publish(out)
@@ -378,9 +385,29 @@ class Publisher:
         session = self._session
         # Without the last condition a second flush would spin and never let the first go on.
         while session.online and len(self._outbox) and not self._outbox.flushing:
-            await self._outbox.flush(self._backend.publish, lambda: session.online)
+            await self._outbox.flush(
+                self._backend.publish, lambda: session.online, lambda: self._rate
+            )
 
-    async def _pace(self, rate: RateGuard, topic: str, seconds: float) -> None:
+    @property
+    def _may_pass(self) -> bool:
+        """Whether a message can go to the backend and overtakes nothing by that."""
+        return self._session.online and not self._outbox.busy
+
+    def sent_again(self, topic: str) -> None:
+        """Count a message that the backend sent once more: the broker counts it too."""
+        if self._rate is not None:
+            self._rate.note(topic)
+
+    async def pace(self, topic: str, seconds: float) -> None:
+        """Wait until the broker's rate limits allow a message to *topic*.
+
+        Raises:
+            RateLimited: That takes longer than *seconds*.
+        """
+        rate = self._rate
+        if rate is None:
+            return
         delay = rate.delay(topic)
         if delay > seconds:
             raise RateLimited(

@@ -59,7 +59,14 @@ class RateGuard:
     def reserve(self, topic: str) -> float:
         """Take a place for one publish; return the seconds to wait before it."""
         delay = self.delay(topic)
-        at = self._clock.monotonic() + delay
+        self._note(topic, self._clock.monotonic() + delay)
+        return delay
+
+    def note(self, topic: str) -> None:
+        """Count one publish that nobody asked about."""
+        self._note(topic, self._clock.monotonic())
+
+    def _note(self, topic: str, at: float) -> None:
         if self._all is not None:
             self._all.note(at)
         if self._per_topic is not None:
@@ -70,4 +77,3 @@ class RateGuard:
                     self._topics.popitem(last=False)
             self._topics.move_to_end(topic)
             window.note(at)
-        return delay

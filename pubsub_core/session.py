@@ -92,6 +92,10 @@ class SessionOwner(Protocol):
         """Pass one notice on."""
         ...
 
+    def sent_again(self, topic: str) -> None:
+        """Count a message that was sent once more."""
+        ...
+
     async def restore(self, facts: SessionFacts, generation: int) -> None:
         """Bring subscriptions and watches back in a session that was just opened."""
         ...
@@ -120,6 +124,9 @@ class _SessionSink:
 
     def notice(self, notice: Notice) -> None:
         self.inbox.call(lambda: self._owner.notice(notice))
+
+    def sent_again(self, topic: str) -> None:
+        self.inbox.call(lambda: self._owner.sent_again(topic))
 
     def lost(self, error: BaseException) -> None:
         try:

@@ -31,6 +31,7 @@ from pubsub_core import (
     PayloadTooLarge,
     PublishFailed,
     PublishTimeout,
+    RateLimited,
     Receipt,
     Status,
     SubscriptionOverflow,
@@ -40,6 +41,7 @@ from pubsub_core import (
 )
 from pubsub_core.memory import Space
 from pubsub_core.memory.backend import MemoryBackend
+from pubsub_core.message import OutFrame
 from pubsub_core.middleware import CallNext, Context
 from pubsub_core.testing.clock import VirtualClock
 from pubsub_mqtt.server import MosquittoServer
@@ -102,6 +104,43 @@ async def test_sending_to_a_member_counts_as_publishing_does(lab: str) -> None:
             await bus.send_to(member, "a", b"x", timeout=0.05)
         assert (bus.stats.published, bus.stats.failed) == (1, 3)
         space_of(lab).refuse(False)
+
+
+async def test_sending_to_a_member_keeps_the_rate(lab: str) -> None:
+    clock = VirtualClock()
+    async with (
+        connect(lab, clock=clock, rate=2) as bus,
+        connect(lab) as other,
+        other.subscribe("a") as messages,
+    ):
+        member = (await bus.members("a"))[0]
+        await bus.publish("a", b"0")
+        await bus.send_to(member, "a", b"1")
+        with pytest.raises(RateLimited) as caught:
+            await bus.send_to(member, "a", b"2", timeout=0.5)
+        assert caught.value.retry_after == 1.0
+        late = asyncio.create_task(bus.send_to(member, "a", b"3"))
+        await clock.asleep()
+        await clock.advance(1.0)
+        await late
+        assert [(await messages.get(1)).payload for _ in range(3)] == [b"0", b"1", b"3"]
+
+
+async def test_a_publish_that_has_to_wait_is_tried_at_once_one_time_only(
+    lab: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    def hesitate(self: MemoryBackend, out: OutFrame) -> None:
+        nonlocal asked
+        asked += 1
+
+    monkeypatch.setattr(MemoryBackend, "try_publish", hesitate)
+    async with connect(lab) as bus:
+        await bus.publish("a", b"x")
+        assert asked == 1
+        await bus.publish("a", b"x", confirm="broker")
+        assert asked == 2
 
 
 async def test_sending_to_a_member_where_nobody_can_counts_as_failed(

@@ -28,6 +28,15 @@ def test_topics_have_their_own_limit() -> None:
     assert guard.delay("a") == 10
 
 
+def test_what_the_backend_sent_again_counts_too() -> None:
+    guard = RateGuard(Limits(rate=(3, 15.0), rate_per_topic=(2, 15.0)), VirtualClock())
+    guard.note("a")
+    assert guard.reserve("a") == 0
+    assert (guard.delay("a"), guard.delay("b")) == (15, 0)
+    guard.note("b")
+    assert guard.delay("b") == 15
+
+
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=60), st.integers(1, 5))
 @example(
     [0.610826463606612, 0, 0, 0, 0.610826463606612, 0.32550600716991457, 0.020652247794946486,

@@ -91,6 +91,8 @@ class Owner:
 
     def notice(self, notice: Notice) -> None: ...
 
+    def sent_again(self, topic: str) -> None: ...
+
     async def restore(self, facts: SessionFacts, generation: int) -> None:
         if self._restore is not None:
             await self._restore(generation)

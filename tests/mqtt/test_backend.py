@@ -85,6 +85,9 @@ class Recorder:
     def notice(self, notice: Notice) -> None:
         self.notices.append(notice)
 
+    def sent_again(self, topic: str) -> None:
+        raise AssertionError(f"MQTT has no rate limit that counts {topic!r} again")
+
     def lost(self, error: BaseException) -> None:
         self.errors.append(error)
 

@@ -13,6 +13,7 @@ import pytest
 
 from pubsub_core import Bus, Outcome, Overflow, PublishFailed, PublishTimeout, Status, connect
 from pubsub_core.memory import Space
+from pubsub_core.testing import VirtualClock
 
 from .support import SOON, offline, online, opened, soon, until
 
@@ -207,3 +208,127 @@ async def test_memory_of_what_was_withdrawn_is_freed(room: Room) -> None:
             tracemalloc.stop()
         assert bus.status is not Status.ONLINE
         assert bus.stats.offline == 1
+
+
+class Paced:
+    """A bus that may send two messages a second, and time that a test moves."""
+
+    def __init__(self, room: Room, bus: Bus, clock: VirtualClock) -> None:
+        self.room = room
+        self.bus = bus
+        self.clock = clock
+
+    async def lose(self) -> None:
+        """Take the session away until `regain`."""
+        self.room.space.refuse(True)
+        self.room.space.disconnect_all()
+        await self.clock.asleep()
+
+    async def regain(self) -> None:
+        self.room.space.refuse(False)
+        await self.clock.advance_to_next()
+        assert self.bus.status is Status.ONLINE
+
+    async def keep(self, count: int) -> None:
+        """Publish so many to the offline buffer."""
+        for number in range(count):
+            await soon(self.bus.publish("a", b"%d" % number, confirm="nobody"))
+
+
+@asynccontextmanager
+async def paced(room: Room, **options: Any) -> AsyncIterator[Paced]:
+    clock = VirtualClock()
+    async with opened(room.url, offline="buffer", rate=2, clock=clock, **options) as bus:
+        yield Paced(room, bus, clock)
+
+
+async def test_what_was_kept_leaves_no_faster_than_the_broker_allows(room: Room) -> None:
+    """Twelve at two a second need five seconds; the rate is kept, and no more than that."""
+    async with paced(room) as it:
+        await it.lose()
+        await it.keep(12)
+        await it.regain()
+        left = []
+        for _ in range(5):
+            left.append(it.bus.stats.offline)
+            await it.clock.advance(0.9)
+            assert it.bus.stats.offline == left[-1]
+            await it.clock.advance(0.1 + 1e-9)
+        left.append(it.bus.stats.offline)
+        assert left == [10, 8, 6, 4, 2, 0]
+    assert await room.stored("a") == list(range(12))
+
+
+async def test_what_is_published_meanwhile_keeps_the_rate_and_the_order(room: Room) -> None:
+    async with paced(room) as it:
+        await it.lose()
+        await it.keep(4)
+        await it.regain()
+        late = asyncio.create_task(it.bus.publish("a", b"4"))
+        await it.clock.advance(1.0)
+        assert not late.done()
+        await it.clock.advance(1.0)
+        await soon(late)
+        direct = asyncio.create_task(it.bus.publish("a", b"5"))
+        over = asyncio.create_task(it.bus.publish("a", b"6"))
+        await it.clock.asleep()
+        assert (direct.done(), over.done()) == (True, False)
+        await it.clock.advance(1.0)
+        await soon(over)
+    assert await room.stored("a") == list(range(7))
+
+
+async def test_a_session_lost_while_its_backlog_is_paced_goes_on_in_the_next(room: Room) -> None:
+    async with paced(room) as it:
+        await it.lose()
+        await it.keep(6)
+        await it.regain()
+        assert it.bus.stats.offline == 4
+        await it.lose()
+        await it.clock.advance(1.0)
+        assert it.bus.stats.offline == 4
+        it.room.space.refuse(False)
+        await it.clock.advance(60.0)
+        assert it.bus.stats.offline == 0
+    assert await room.stored("a") == list(range(6))
+
+
+async def test_a_message_withdrawn_before_its_turn_takes_no_place(room: Room) -> None:
+    async with paced(room) as it:
+        await it.lose()
+        await it.keep(2)
+        given_up = asyncio.create_task(it.bus.publish("a", b"x"))
+        last = asyncio.create_task(it.bus.publish("a", b"2"))
+        also_last = asyncio.create_task(it.bus.publish("a", b"3"))
+        await turns()
+        await it.regain()
+        given_up.cancel()
+        await it.clock.advance(1.0)
+        await soon(asyncio.gather(last, also_last))
+    assert await room.stored("a") == [0, 1, 2, 3]
+
+
+async def test_a_message_that_grows_too_old_behind_the_rate_is_dropped(room: Room) -> None:
+    async with paced(room, offline_age=2.5) as it:
+        await it.lose()
+        await it.keep(8)
+        await it.regain()
+        await it.clock.advance(10.0)
+        assert (it.bus.stats.offline, it.bus.stats.dropped) == (0, 2)
+    assert await room.stored("a") == list(range(6))
+
+
+async def test_closing_ends_a_backlog_that_is_paced(room: Room) -> None:
+    async with paced(room) as it:
+        await it.lose()
+        waiting = [asyncio.create_task(it.bus.publish("a", b"x")) for _ in range(4)]
+        await turns()
+        await it.regain()
+        await soon(it.bus.close(drain=0))
+        results = await soon(asyncio.gather(*waiting, return_exceptions=True))
+        assert [getattr(each, "outcome", None) for each in results] == [
+            None,
+            None,
+            Outcome.NOT_SENT,
+            Outcome.NOT_SENT,
+        ]

@@ -13,7 +13,6 @@ reports of what it does to forbidden publishes.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Generator
@@ -41,7 +40,7 @@ from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, OutFrame, Receipt
 from pubsub_mqtt.backend import endpoint_of, settings_of
 from pubsub_mqtt.base import ConnectionBackend
-from pubsub_mqtt.connection import Connection, Incoming, Outgoing, Subscribe
+from pubsub_mqtt.connection import Connection, Incoming, Subscribe
 from pubsub_mqtt.errors import CredentialsRefused
 from pubsub_mqtt.options import WillOptions
 from pubsub_mqtt.transport import PeerClosed
@@ -130,9 +129,6 @@ class LosantBackend(ConnectionBackend):
         self._incoming = BoundedCache[str, tuple[str, Kind]](_KEPT)
         self._guards = options.guards
         self._throttle = Throttle()
-        self._pacing = asyncio.Lock()
-        self._paced = 0
-        self._over = asyncio.Event()
         self._ban = BAN
         self._banned_at = self._banned_until = -math.inf
         below = _below(context.address, options)
@@ -145,7 +141,7 @@ class LosantBackend(ConnectionBackend):
         self._line = _Connection(settings_of(below, mqtt), clock=context.clock.monotonic)
         super().__init__(context, endpoint_of(below, mqtt), self._line)
         self._line.on_message = self._received
-        self._line.on_again = self._note
+        self._line.on_again = self._sent_again
 
     def _make_will(self, will: WillOptions) -> WillOptions:
         topic = self.to_wire(will.topic)
@@ -235,29 +231,14 @@ class LosantBackend(ConnectionBackend):
                 retry_after=left,
                 hint="it is tried again after that; publish less often",
             )
-        self._over.clear()
         try:
             await self._dial(sink)
         except ConnectError as error:
-            self._over.set()
             found = self._refusal(error)
             if found is error:
                 raise
             raise found from error
-        except BaseException:
-            self._over.set()
-            raise
         return SessionFacts(client_id=self.device_id, server="Losant")
-
-    async def drop(self) -> None:
-        """End the session as if it had been lost; unanswered publishes wait for the next."""
-        self._over.set()
-        await super().drop()
-
-    async def close(self, *, drain: float) -> None:
-        """Flush, say DISCONNECT, close; see `Backend.close`."""
-        self._over.set()
-        await super().close(drain=drain)
 
     def _refusal(self, error: ConnectError) -> ConnectError:
         """Return the error for an attempt that failed."""
@@ -283,7 +264,6 @@ class LosantBackend(ConnectionBackend):
         return error
 
     def _lost(self, error: ConnectError) -> None:
-        self._over.set()
         super()._lost(self._cause(error))
 
     def _cause(self, error: ConnectError) -> ConnectError:
@@ -372,10 +352,16 @@ class LosantBackend(ConnectionBackend):
         return wire, payload
 
     def _note(self, wire: str) -> None:
+        """Count one message on its way, for when the platform ends the connection."""
         now = self._clock.monotonic()
         self._line.published = wire, now
         if self._guards:
             self._throttle.note(wire, now)
+
+    def _sent_again(self, wire: str) -> None:
+        self._note(wire)
+        if self._sink is not None:
+            self._sink.sent_again(self.from_wire(wire))
 
     def try_publish(self, out: OutFrame) -> Receipt | None:
         """Hand a QoS 0 message to the operating system without waiting, if that is possible."""
@@ -390,11 +376,7 @@ class LosantBackend(ConnectionBackend):
         return Receipt(out.topic, ConfirmedBy.TRANSPORT if went else ConfirmedBy.NOBODY)
 
     async def publish(self, out: OutFrame) -> Receipt:
-        """Publish; at QoS 1 a lost session does not end the wait, closing does.
-
-        What the core kept while there was no session comes all at once; where the limits are
-        kept, it leaves here no faster than they allow.
-        """
+        """Publish; at QoS 1 a lost session does not end the wait, closing does."""
         if out.qos == 2:
             raise NotSupported(
                 Cap.ACK,
@@ -404,18 +386,9 @@ class LosantBackend(ConnectionBackend):
                 topic=out.topic,
             )
         wire, payload = self._prepare(out)
-        if self._guards and (self._paced or self._delay(wire) > 0):
-            # In the order of the calls.
-            self._paced += 1
-            try:
-                async with self._pacing:
-                    while (delay := self._delay(wire)) > 0 and not self._over.is_set():
-                        await self._wait(delay)
-                    sent = self._submit(wire, payload, out)
-            finally:
-                self._paced -= 1
-        else:
-            sent = self._submit(wire, payload, out)
+        with self._ours(out.topic):
+            sent = self.driver.submit(wire, payload, qos=out.qos)
+        self._note(wire)
         try:
             with self._ours(out.topic):
                 await self.driver.outcome(sent)
@@ -429,26 +402,6 @@ class LosantBackend(ConnectionBackend):
                 topic=out.topic,
             ) from error
         return Receipt(out.topic, ConfirmedBy.BROKER if out.qos else ConfirmedBy.TRANSPORT)
-
-    def _delay(self, wire: str) -> float:
-        return self._throttle.delay(wire, self._clock.monotonic())
-
-    async def _wait(self, seconds: float) -> None:
-        """Wait so long, or until the session is over; then `_submit` will say so."""
-        sleeping = asyncio.ensure_future(self._clock.sleep(seconds))
-        ending = asyncio.ensure_future(self._over.wait())
-        both = (sleeping, ending)
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in both:
-                each.cancel()
-
-    def _submit(self, wire: str, payload: bytes, out: OutFrame) -> Outgoing:
-        with self._ours(out.topic):
-            sent = self.driver.submit(wire, payload, qos=out.qos)
-        self._note(wire)
-        return sent
 
     @contextlib.contextmanager
     def _ours(self, topic: str) -> Generator[None]:
