@@ -34,8 +34,8 @@ from pubsub_core.events import Notice
 from pubsub_core.testing import FaultProxy
 from pubsub_core.testing.harness import ServerThread
 from pubsub_messagebus import BasicAuthenticator, CallbackClient
-from pubsub_messagebus.roles import FeedPolicy, Policy, Role, RoleChange
 from pubsub_messagebus.server import MessageBusServer
+from pubsub_messagebus.server.roles import FeedPolicy, Policy, Role, RoleChange
 from pubsub_mqtt.server import MosquittoServer
 from tests.servers import eventually
 

@@ -8,7 +8,7 @@ import pytest
 
 from pubsub_core.capabilities import Cap
 from pubsub_core.testing import Harness, suite
-from pubsub_messagebus.roles import FeedPolicy, Policy, Role, RoleChange
+from pubsub_messagebus.server.roles import FeedPolicy, Policy, Role, RoleChange
 
 EXEMPT = {
     "presence_denied_is_notauthorized": "the distributor ignores what is not allowed, in silence",

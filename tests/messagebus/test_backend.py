@@ -24,8 +24,8 @@ from pubsub_core.interfaces import EVERYTHING, AuthorizationRequest
 from pubsub_core.message import Origin, Part
 from pubsub_messagebus import CallbackClient
 from pubsub_messagebus.backend import MessageBusBackend
-from pubsub_messagebus.roles import FeedPolicy, Policy, Role, RoleChange
 from pubsub_messagebus.server import MessageBusServer
+from pubsub_messagebus.server.roles import FeedPolicy, Policy, Role, RoleChange
 from tests.servers import eventually
 
 from .raw import Raw

@@ -10,7 +10,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pubsub_messagebus.broker import Broker, Identity
 from pubsub_messagebus.protocol import (
     HEARTBEAT,
     ProtocolError,
@@ -20,7 +19,8 @@ from pubsub_messagebus.protocol import (
     encode_forwarded_unicast,
     notice,
 )
-from pubsub_messagebus.roles import FeedPolicy, Permissions, Policy, Role, RoleChange
+from pubsub_messagebus.server.broker import Broker, Identity
+from pubsub_messagebus.server.roles import FeedPolicy, Permissions, Policy, Role, RoleChange
 
 from .vectors import CAPTURES
 from .world import World, packet, texts

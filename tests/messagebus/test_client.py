@@ -30,9 +30,9 @@ from pubsub_messagebus.protocol import (
     encode_forwarded_unicast,
     encode_subscription_request,
 )
-from pubsub_messagebus.roles import FeedPolicy, Policy
 from pubsub_messagebus.server import MessageBusServer
-from pubsub_messagebus.server_auth import PasswordFile
+from pubsub_messagebus.server.authenticators import PasswordFile
+from pubsub_messagebus.server.roles import FeedPolicy, Policy
 from tests.servers import Authority, LeakCheck, eventually
 
 from .scripted import Scripted

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from pubsub_core.errors import BadOption
-from pubsub_messagebus.config import ServerConfig
 from pubsub_messagebus.protocol import basic_handshake, token_handshake
-from pubsub_messagebus.roles import Role
 from pubsub_messagebus.server import ListenerOptions, MessageBusServer
-from pubsub_messagebus.server_auth import (
+from pubsub_messagebus.server.authenticators import (
     JwtServerAuthenticator,
     LdapServerAuthenticator,
     NullServerAuthenticator,
     PasswordFileAuthenticator,
 )
+from pubsub_messagebus.server.config import ServerConfig
+from pubsub_messagebus.server.roles import Role
 from tests.servers import Authority
 
 from .raw import Raw

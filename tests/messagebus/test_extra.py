@@ -26,7 +26,7 @@ for module in {modules}:
 PROGRAM = """
 from pubsub_core.errors import MissingDependency
 from pubsub_messagebus.server import MessageBusServer
-from pubsub_messagebus.server_auth import JwtServerAuthenticator, LdapServerAuthenticator
+from pubsub_messagebus.server.authenticators import JwtServerAuthenticator, LdapServerAuthenticator
 
 MessageBusServer()
 for make in (

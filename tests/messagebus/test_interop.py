@@ -19,9 +19,9 @@ import pytest
 
 from pubsub_core.bus import connect
 from pubsub_core.message import Part
-from pubsub_messagebus.roles import FeedPolicy, Policy, Role, RoleChange
 from pubsub_messagebus.server import ListenerOptions, MessageBusServer
-from pubsub_messagebus.server_auth import PasswordFile
+from pubsub_messagebus.server.authenticators import PasswordFile
+from pubsub_messagebus.server.roles import FeedPolicy, Policy, Role, RoleChange
 from tests.servers import Authority, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]

@@ -20,7 +20,7 @@ import pytest
 from pubsub_core.secrets import Secret
 from pubsub_messagebus.protocol import Credentials, basic_handshake
 from pubsub_messagebus.server import MessageBusServer
-from pubsub_messagebus.server_auth import LdapServerAuthenticator, Refused
+from pubsub_messagebus.server.authenticators import LdapServerAuthenticator, Refused
 from tests.servers import Authority
 
 from .raw import Raw

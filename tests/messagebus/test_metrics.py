@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from pubsub_messagebus.broker import MAX_COUNTED_FEEDS, OTHER_FEEDS
 from pubsub_messagebus.protocol import (
     DataPacket,
     basic_handshake,
@@ -22,8 +21,9 @@ from pubsub_messagebus.protocol import (
     encode_notification_request,
     encode_unicast,
 )
-from pubsub_messagebus.roles import FeedPolicy, Policy
 from pubsub_messagebus.server import MessageBusServer
+from pubsub_messagebus.server.broker import MAX_COUNTED_FEEDS, OTHER_FEEDS
+from pubsub_messagebus.server.roles import FeedPolicy, Policy
 from tests.servers import LeakCheck, eventually
 
 from .raw import Raw

@@ -20,7 +20,7 @@ import pytest
 from pubsub_messagebus import CallbackClient, DataPacket
 from pubsub_messagebus.protocol import Credentials
 from pubsub_messagebus.server import MessageBusServer
-from pubsub_messagebus.server_auth import CallableServerAuthenticator, Refused, User
+from pubsub_messagebus.server.authenticators import CallableServerAuthenticator, Refused, User
 from tests.servers import Authority, eventually
 
 EXAMPLES = re.findall(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pubsub_core.bus import connect
-from pubsub_messagebus.roles import Role
 from pubsub_messagebus.server import MessageBusServer
-from pubsub_messagebus.server_auth import PasswordFile
+from pubsub_messagebus.server.authenticators import PasswordFile
+from pubsub_messagebus.server.roles import Role
 from tests.servers import Authority, eventually
 
 README = Path(__file__).parents[2] / "backends" / "messagebus" / "README.md"

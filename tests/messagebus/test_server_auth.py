@@ -16,7 +16,7 @@ from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
 from pubsub_messagebus import passwords
 from pubsub_messagebus.protocol import Credentials
-from pubsub_messagebus.server_auth import (
+from pubsub_messagebus.server.authenticators import (
     JwtServerAuthenticator,
     PasswordFile,
     PasswordFileAuthenticator,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from pubsub_messagebus.broker import Broker, Effects, Identity
 from pubsub_messagebus.protocol import (
     DataPacket,
     Decoder,
@@ -17,6 +16,7 @@ from pubsub_messagebus.protocol import (
     encode_subscription_request,
     encode_unicast,
 )
+from pubsub_messagebus.server.broker import Broker, Effects, Identity
 
 from .vectors import plain
 

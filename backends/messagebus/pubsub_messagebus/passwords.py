@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from pubsub_core.errors import PubSubError
 
-from .server_auth import PasswordFile
+from .server.authenticators import PasswordFile
 
 __all__ = ["main"]
 

@@ -1,6 +1,6 @@
 """The messagebus wire protocol, with no sockets in it.
 
-`wire` holds primitives, limits and encoders, `decoder` the receiving half, `handshake` what a
+`encoding` holds primitives, limits and encoders, `decoder` the receiving half, `handshake` what a
 client says first. The client, the server and the tests all run the same code.
 """
 
@@ -21,16 +21,7 @@ from .decoder import (
     SubscriptionRequest,
     UnicastData,
 )
-from .handshake import (
-    AuthenticationMethod,
-    Credentials,
-    HandshakeDecoder,
-    HandshakeForm,
-    basic_handshake,
-    parse_connection_string,
-    token_handshake,
-)
-from .wire import (
+from .encoding import (
     ADMIN_FEED,
     DEFAULT_LIMITS,
     FENCE_FEEDS,
@@ -58,6 +49,15 @@ from .wire import (
     encode_subscription_request,
     encode_unicast,
     notice,
+)
+from .handshake import (
+    AuthenticationMethod,
+    Credentials,
+    HandshakeDecoder,
+    HandshakeForm,
+    basic_handshake,
+    parse_connection_string,
+    token_handshake,
 )
 
 __all__ = [

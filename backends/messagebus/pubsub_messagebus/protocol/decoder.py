@@ -14,7 +14,7 @@ from uuid import UUID
 
 import msgspec
 
-from .wire import (
+from .encoding import (
     DEFAULT_LIMITS,
     DataPacket,
     Dialect,

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 from pubsub_core.secrets import Secret
 
 from .decoder import LengthUnit, codepoints_end
-from .wire import (
+from .encoding import (
     DEFAULT_LIMITS,
     ProtocolError,
     Truncated,

@@ -21,14 +21,14 @@ from typing import Any, Final, Self
 
 from pubsub_core.secrets import Secret
 
-from .roles import POLICY_KEYS, Policy
-from .server_auth import (
+from .authenticators import (
     JwtServerAuthenticator,
     LdapServerAuthenticator,
     NullServerAuthenticator,
     PasswordFileAuthenticator,
     ServerAuthenticator,
 )
+from .roles import POLICY_KEYS, Policy
 from .table import Table, bad_value, load_file
 
 __all__ = ["ServerConfig"]

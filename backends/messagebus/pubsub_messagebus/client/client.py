@@ -26,9 +26,15 @@ from types import TracebackType
 from typing import Any, Literal, Self
 from uuid import UUID
 
-from .authentication import Authenticator
-from .io import DataReader, DataWriter
-from .protocol import (
+from pubsub_messagebus.authentication import Authenticator
+from pubsub_messagebus.handlers import (
+    AuthorizationHandler,
+    ClosedHandler,
+    DataHandler,
+    NotificationHandler,
+)
+from pubsub_messagebus.io import DataReader, DataWriter
+from pubsub_messagebus.protocol import (
     ADMIN_FEED,
     FENCE_FEEDS,
     HEARTBEAT_TOPIC,
@@ -49,25 +55,9 @@ from .protocol import (
     encode_unicast,
 )
 
-__all__ = [
-    "AuthorizationHandler",
-    "CallbackClient",
-    "Client",
-    "ClosedHandler",
-    "DataHandler",
-    "NotificationHandler",
-]
+__all__ = ["CallbackClient", "Client"]
 
 logger = logging.getLogger("pubsub_messagebus.client")
-
-DataHandler = Callable[[str, str, str, str, list[DataPacket] | None, Any], Awaitable[None]]
-"""``(user, host, feed, topic, data_packets, is_image)``."""
-NotificationHandler = Callable[[UUID, str, str, str, str, bool], Awaitable[None]]
-"""``(client_id, user, host, feed, topic, is_add)``."""
-AuthorizationHandler = Callable[[UUID, str, str, str, str], Awaitable[None]]
-"""``(client_id, host, user, feed, topic)``: here the host comes first."""
-ClosedHandler = Callable[[bool], Awaitable[None]]
-"""``(is_faulted)``."""
 
 _HIGH = 1024 * 1024
 _LOW = 256 * 1024

@@ -50,10 +50,9 @@ from pubsub_core.interfaces import (
 from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, Member, Origin, OutFrame, Part, Receipt
 from pubsub_core.topics import TopicFilter, parse_filter
-
-from .client import AuthorizationHandler
-from .options import MessageBusOptions
-from .protocol import (
+from pubsub_messagebus.handlers import AuthorizationHandler
+from pubsub_messagebus.options import MessageBusOptions
+from pubsub_messagebus.protocol import (
     ADMIN_FEED,
     FENCE_FEEDS,
     DataPacket,
@@ -72,7 +71,7 @@ from .protocol import (
     encode_unicast,
     token_handshake,
 )
-from .protocol import AuthorizationRequest as WireAuthorizationRequest
+from pubsub_messagebus.protocol import AuthorizationRequest as WireAuthorizationRequest
 
 __all__ = ["MessageBusBackend"]
 

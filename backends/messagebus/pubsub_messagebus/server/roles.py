@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Any, Final, Self
 
-from .protocol import ADMIN_FEED, FENCE_FEEDS
+from pubsub_messagebus.protocol import ADMIN_FEED, FENCE_FEEDS
+
 from .table import Table, bad_value, entries
 
 __all__ = ["POLICY_KEYS", "FeedPolicy", "Permissions", "Policy", "Role", "RoleChange"]

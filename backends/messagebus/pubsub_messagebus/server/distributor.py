@@ -25,11 +25,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
 from pubsub_core.errors import BadOption, PubSubError
-
-from .broker import MAX_COUNTED_NAME, Broker, Effects, Identity
-from .config import ServerConfig
-from .metrics import MetricsEndpoint
-from .protocol import (
+from pubsub_messagebus.protocol import (
     DEFAULT_LIMITS,
     Credentials,
     Decoder,
@@ -40,13 +36,17 @@ from .protocol import (
     ProtocolError,
     WireLimits,
 )
-from .roles import Policy
-from .server_auth import (
+
+from .authenticators import (
     NullServerAuthenticator,
     PasswordFileAuthenticator,
     Refused,
     ServerAuthenticator,
 )
+from .broker import MAX_COUNTED_NAME, Broker, Effects, Identity
+from .config import ServerConfig
+from .metrics import MetricsEndpoint
+from .roles import Policy
 
 __all__ = ["ListenerOptions", "MessageBusServer", "ServerStats"]
 
@@ -559,7 +559,7 @@ class MessageBusServer:
         port: 0 for a free one. It stays the same when the server is started again.
         dialect: Of this listener; `add_listener` makes more, with other dialects.
         handshake: Which form is taken; ``auto`` recognises both.
-        config: Path of a TOML or JSON file; see `pubsub_messagebus.config`. What is given
+        config: Path of a TOML or JSON file; see `pubsub_messagebus.server.config`. What is given
             here wins.
         password_file: Users must log in; see `pubsub_messagebus.passwords`.
         authenticator: Anything else that checks credentials; wins over *password_file*.

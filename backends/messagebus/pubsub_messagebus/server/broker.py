@@ -20,7 +20,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from .protocol import (
+from pubsub_messagebus.protocol import (
     ADMIN_FEED,
     FENCE_FEEDS,
     HEARTBEAT,
@@ -41,11 +41,12 @@ from .protocol import (
     encode_string,
     notice,
 )
+
 from .roles import Permissions, Policy, Role
 
 __all__ = ["Broker", "BrokerStats", "Effects", "Identity", "Member", "Traffic"]
 
-logger = logging.getLogger("pubsub_messagebus.broker")
+logger = logging.getLogger("pubsub_messagebus.server.broker")
 
 Effects: TypeAlias = list[tuple[Hashable, bytes]]
 """What is to be written to which connection, in order."""

@@ -21,7 +21,7 @@ from .broker import Traffic
 from .extras import load_extra
 
 if TYPE_CHECKING:
-    from .server import MessageBusServer
+    from .distributor import MessageBusServer
 
 __all__ = ["MetricsEndpoint"]
 

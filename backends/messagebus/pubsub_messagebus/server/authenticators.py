@@ -31,9 +31,9 @@ from typing import Any, Final
 
 from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
+from pubsub_messagebus.protocol import AuthenticationMethod, Credentials
 
 from .extras import load_extra
-from .protocol import AuthenticationMethod, Credentials
 from .roles import Permissions
 
 __all__ = [

@@ -1,0 +1,7 @@
+"""What a bus uses for ``messagebus://``."""
+
+from __future__ import annotations
+
+from .backend import MessageBusBackend
+
+__all__ = ["MessageBusBackend"]

@@ -1,0 +1,21 @@
+"""The native client, with the interface of ``jetblack-messagebus-python3``."""
+
+from __future__ import annotations
+
+from pubsub_messagebus.handlers import (
+    AuthorizationHandler,
+    ClosedHandler,
+    DataHandler,
+    NotificationHandler,
+)
+
+from .client import CallbackClient, Client
+
+__all__ = [
+    "AuthorizationHandler",
+    "CallbackClient",
+    "Client",
+    "ClosedHandler",
+    "DataHandler",
+    "NotificationHandler",
+]
