@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from pubsub_losant import AccessKey, DeviceSpec, LosantServer
-from pubsub_losant.access import Registry
+from pubsub_losant.server.access import Registry
 from pubsub_mqtt.endpoint.packets import (
     ConnAck,
     Connect,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from pubsub_core.errors import BadOption, ConfigError
 from pubsub_core.topics import parse_filter
-from pubsub_losant.access import AccessKey, DeviceSpec, Registry, covers, overlaps
-from pubsub_losant.config import ApplicationConfig
+from pubsub_losant.server.access import AccessKey, DeviceSpec, Registry, covers, overlaps
+from pubsub_losant.server.config import ApplicationConfig
 from tests.losant.application import DEVICES, KEYS, A, B, registry, secret
 from tests.losant.vectors import VECTORS
 

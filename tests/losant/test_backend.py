@@ -52,8 +52,8 @@ from pubsub_losant import (
 from pubsub_losant.backend import LosantBackend
 from pubsub_losant.options import LosantOptions
 from pubsub_losant.plugin import INFO
+from pubsub_losant.server.throttle import Rules
 from pubsub_losant.states import encode_state
-from pubsub_losant.throttle import Rules
 from tests.losant.application import (
     EDGE,
     FLOATING,

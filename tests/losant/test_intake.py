@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pubsub_losant.intake import MAX_TEXT, convert, number_text, read_states
+from pubsub_losant.server.state_intake import MAX_TEXT, convert, number_text, read_states
 from tests.losant.vectors import NOW, VECTORS
 
 CASES: list[dict[str, Any]] = VECTORS["dev_broker_state_time"]["cases"]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pubsub_losant import LosantServer
-from pubsub_losant.storage import State
+from pubsub_losant.server.storage import State
 from tests.losant.application import DEVICES, GATEWAY, PERIPHERAL, A, broker
 from tests.node import environment, node_and_npm
 from tests.servers import Authority

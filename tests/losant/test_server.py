@@ -21,7 +21,7 @@ from pubsub_core.interfaces import DevServer
 from pubsub_core.testing.stopwatch import Stopwatch
 from pubsub_losant import AccessKey, DeviceSpec, LosantServer
 from pubsub_losant.commands import ABSENT
-from pubsub_losant.storage import State
+from pubsub_losant.server.storage import State
 from pubsub_mqtt.endpoint.packets import (
     REFUSED,
     ConnAck,
@@ -544,7 +544,7 @@ async def test_the_operator_is_let_in_from_this_machine_only(
     parts = urlsplit(server.operator_url)
     sign = Connect("op", parts.username, str(parts.password).encode())
     for address in ("203.0.113.7", "2001:db8::1", ""):
-        monkeypatch.setattr("pubsub_losant.broker._address", lambda client, it=address: it)
+        monkeypatch.setattr("pubsub_losant.server.broker._address", lambda client, it=address: it)
         assert await refused(server, sign) == 5
         assert "not on this machine" in server.rejections[-1].reason
 
@@ -581,7 +581,7 @@ async def test_commands_beyond_the_limit_are_dropped_and_the_device_stays() -> N
 
 
 async def test_new_connections_beyond_the_limit_are_refused_without_a_ban() -> None:
-    from pubsub_losant.throttle import Rules
+    from pubsub_losant.server.throttle import Rules
 
     clock = Clock()
     rules = Rules(new_connections=(2, 15.0))

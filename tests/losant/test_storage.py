@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pubsub_core.errors import ConnectError
 from pubsub_losant import LosantServer
-from pubsub_losant.storage import FileStorage, MemoryStorage
+from pubsub_losant.server.storage import FileStorage, MemoryStorage
 from pubsub_mqtt.endpoint.packets import ConnAck, Connect, PubAck, Publish
 from tests.endpoint.stores import check_refusals
 from tests.endpoint.wire import Wire

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pubsub_losant.throttle import Meter, Rules, Throttle, Window
+from pubsub_losant.server.throttle import Meter, Rules, Throttle, Window
 from tests.losant.vectors import VECTORS
 
 SECTION: dict[str, Any] = VECTORS["dev_broker_throttle"]

@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .access import AccessKey, DeviceSpec
     from .aio import AsyncDevice, AsyncGateway, AsyncPeripheral
     from .device import Device, Gateway, Peripheral
     from .errors import (
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
         LosantTLSError,
     )
     from .payloads import DeviceCommand, DeviceState
-    from .server import LosantServer
+    from .server import AccessKey, DeviceSpec, LosantServer
 
 __all__ = [
     "AccessKey",
@@ -44,13 +43,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AccessKey": "access",
+    "AccessKey": "server",
     "AsyncDevice": "aio",
     "AsyncGateway": "aio",
     "AsyncPeripheral": "aio",
     "Device": "device",
     "DeviceCommand": "payloads",
-    "DeviceSpec": "access",
+    "DeviceSpec": "server",
     "DeviceState": "payloads",
     "Gateway": "device",
     "LosantAuthError": "errors",

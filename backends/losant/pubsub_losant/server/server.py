@@ -2,8 +2,8 @@
 
 `LosantServer` takes devices and access keys from its arguments or a file, and without either
 makes one device and a key for it; they are in `LosantServer.describe`, so that ``pubsub serve
-losant`` prints them. The rules are `pubsub_losant.broker`'s; here are the listeners, and what a
-test wants to do to its broker.
+losant`` prints them. The rules are `LosantDialect`'s; here are the listeners, and what a test
+wants to do to its broker.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 from urllib.parse import quote
 
 from pubsub_core.errors import BadOption
+from pubsub_losant.commands import ABSENT
 from pubsub_mqtt.endpoint import EndpointServer
 from pubsub_mqtt.server import ServerTLS
 
 from .access import CONNECTABLE, AccessKey, DeviceSpec, Registry
 from .broker import OPERATOR, IntakeError, LosantDialect, Rejection, StateHook
-from .commands import ABSENT
 from .config import ApplicationConfig
-from .intake import Value
+from .state_intake import Value
 from .storage import Command, FileStorage, MemoryStorage, State, Storage
 from .throttle import Rules, Throttle
 
@@ -47,7 +47,7 @@ class LosantServer(EndpointServer):
 
     Args:
         port: 0 for a free one; it stays the same when the server is started again.
-        config: Path of a TOML or JSON file; see `pubsub_losant.config`. Arguments win over it.
+        config: Path of a TOML or JSON file; see `ApplicationConfig`. Arguments win over it.
         devices: Devices by id.
         keys: Access keys. A key for everything is made when neither these nor *config* has any.
         store: Path of a file that keeps states and histories, and the credentials made here.

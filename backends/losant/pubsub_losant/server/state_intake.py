@@ -20,9 +20,9 @@ from typing import Any, Final, TypeAlias, cast
 import msgspec
 
 from pubsub_core.keyed import BoundedCache
+from pubsub_losant.times import FUTURE_LIMIT, PAST_LIMIT, resolve_time
 
 from .access import AttributeType
-from .times import FUTURE_LIMIT, PAST_LIMIT, resolve_time
 
 __all__ = ["MAX_BATCH", "MAX_TEXT", "Intake", "Value", "convert", "number_text", "read_states"]
 

@@ -31,6 +31,9 @@ from typing import Any, Final, cast
 
 from pubsub_core.errors import OperationTimeout
 from pubsub_core.trie import HandlerTrie
+from pubsub_losant.commands import ABSENT, BadCommand, encode_command, parse_command
+from pubsub_losant.times import epoch_ms, format_date, from_epoch_ms, resolve_time
+from pubsub_losant.topics import MAX_PAYLOAD, command_topic, split_topic
 from pubsub_mqtt.endpoint import Client, Dialect, Ending, Profile
 from pubsub_mqtt.endpoint.packets import (
     REFUSED,
@@ -43,12 +46,9 @@ from pubsub_mqtt.endpoint.packets import (
 from pubsub_mqtt.errors import printable
 
 from .access import AccessKey, Registry
-from .commands import ABSENT, BadCommand, encode_command, parse_command
-from .intake import read_states
+from .state_intake import read_states
 from .storage import State, Storage
 from .throttle import Meter, Throttle
-from .times import epoch_ms, format_date, from_epoch_ms, resolve_time
-from .topics import MAX_PAYLOAD, command_topic, split_topic
 
 __all__ = [
     "OPERATOR",

@@ -21,8 +21,7 @@ from typing import Final, Literal
 
 from pubsub_core.errors import BadOption, InvalidFilter
 from pubsub_core.topics import validate_filter
-
-from .topics import check_device_id, is_platform_topic, split_topic
+from pubsub_losant.topics import check_device_id, is_platform_topic, split_topic
 
 __all__ = [
     "AccessKey",

@@ -38,9 +38,9 @@ import msgspec
 
 from pubsub_core.errors import BadOption
 from pubsub_core.secrets import parse_reference, resolve_reference
+from pubsub_losant.topics import check_device_id
 
 from .access import AccessKey, AttributeType, DeviceClass, DeviceSpec, FilterType
-from .topics import check_device_id
 
 __all__ = ["ApplicationConfig"]
 

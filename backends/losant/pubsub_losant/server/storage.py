@@ -22,7 +22,7 @@ import msgspec
 
 from pubsub_mqtt.endpoint.journal import Done, Journal
 
-from .intake import Value
+from .state_intake import Value
 
 __all__ = ["Command", "FileStorage", "MemoryStorage", "State", "Storage"]
 
