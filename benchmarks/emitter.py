@@ -44,7 +44,7 @@ from rich.table import Table
 from pubsub_emitter import EmitterServer, License
 from pubsub_emitter.keys import Permission
 from pubsub_emitter.server.broker import EmitterDialect
-from pubsub_emitter.server.storage import MemoryStorage
+from pubsub_emitter.server.storage import Storage
 from pubsub_mqtt.endpoint.packets import (
     ConnAck,
     Connect,
@@ -357,7 +357,7 @@ def measure_keys(quick: bool, console: Console) -> None:
     for column in ("license", "known, us", "new, us"):
         table.add_column(column, justify="right")
     for license_ in licenses:
-        dialect = EmitterDialect(license_, MemoryStorage())
+        dialect = EmitterDialect(license_, Storage())
         topics = [f"{license_.make_key('bench/#/', 'rw')}/{CHANNEL}" for _ in range(count)]
 
         def check(topics: list[str], dialect: EmitterDialect = dialect) -> float:

@@ -28,7 +28,7 @@ from pubsub_emitter.protocol import (
     MessageId,
 )
 from pubsub_emitter.server.broker import EmitterDialect
-from pubsub_emitter.server.storage import MemoryStorage
+from pubsub_emitter.server.storage import Storage
 from pubsub_mqtt.endpoint import Client, EndpointStats
 from pubsub_mqtt.endpoint.packets import (
     ConnAck,
@@ -162,12 +162,12 @@ async def test_nothing_before_connect_and_no_second_one() -> None:
 
 async def test_a_client_without_keepalive_may_be_silent_for_two_minutes() -> None:
     now = 0.0
-    client = Client(EmitterDialect(ours, MemoryStorage()), EndpointStats(), now=now)
+    client = Client(EmitterDialect(ours, Storage()), EndpointStats(), now=now)
     client.receive(encode(Connect("c", keepalive=0)), now)
     assert client.tick(119.9) == pytest.approx(0.1)
     assert client.tick(120.1) is None
     assert client.closed
-    other = Client(EmitterDialect(ours, MemoryStorage()), EndpointStats(), now=now)
+    other = Client(EmitterDialect(ours, Storage()), EndpointStats(), now=now)
     other.receive(encode(Connect("c", keepalive=30)), now)
     assert other.tick(44.0) == pytest.approx(1.0)
 

@@ -17,7 +17,7 @@ from pubsub_mqtt.endpoint import EndpointServer
 from pubsub_mqtt.server import ServerTLS
 
 from .broker import EmitterDialect, Matcher
-from .storage import FileStorage, MemoryStorage, Storage
+from .storage import Storage
 
 __all__ = ["EmitterServer"]
 
@@ -76,7 +76,7 @@ class EmitterServer(EndpointServer):
                 backend="emitter",
             )
         self._given = None if license is None else _parse(license)
-        self._storage: Storage = MemoryStorage() if store is None else FileStorage(store)
+        self._storage = Storage(store)
         self._emitter = EmitterDialect(
             self._given or License.generate(),
             self._storage,
@@ -116,12 +116,12 @@ class EmitterServer(EndpointServer):
 
     def describe(self) -> Mapping[str, object]:
         """Return the license and a master key, which are secrets, and how it matches and stores."""
-        store = self._storage
+        path = self._storage.path
         return {
             "license": self.license,
             "master_key": self.master_key,
             "matcher": self._emitter.matcher,
-            "store": str(store.path) if isinstance(store, FileStorage) else "memory (volatile)",
+            "store": "memory (volatile)" if path is None else str(path),
         }
 
     async def start(self) -> None:
@@ -135,7 +135,7 @@ class EmitterServer(EndpointServer):
             return
         await self._storage.open()
         try:
-            if isinstance(self._storage, FileStorage):
+            if self._storage.path is not None:
                 await self._agree(self._storage)
             await super().start()
         except BaseException:
@@ -147,7 +147,7 @@ class EmitterServer(EndpointServer):
         await super().stop()
         await self._storage.close()
 
-    async def _agree(self, storage: FileStorage) -> None:
+    async def _agree(self, storage: Storage) -> None:
         """Take the license of the file, or have the file remember ours."""
         if self._given is None and storage.license:
             self._emitter.license = _parse(storage.license)

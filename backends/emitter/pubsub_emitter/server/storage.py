@@ -1,8 +1,7 @@
-"""What an Emitter broker keeps: stored messages, bans, and with a file its license.
+"""Stored messages, bans and, in a file, the license of an Emitter broker.
 
-`MemoryStorage` forgets when the broker stops. `FileStorage` answers from memory, too, and has
-every change written by a `pubsub_mqtt.endpoint.Journal`; whoever must not lose a message waits
-for `Storage.settled` before saying that it is stored.
+`Storage` answers from memory. With a file it has every change written by a `Journal`; who must
+not lose a message waits for `Storage.settled` before confirming it.
 
 Source: emitter-io/emitter, ``internal/provider/storage`` and ``internal/message/id.go``, for
 what a query returns. Messages come strictly oldest first here, where Go's order within a
@@ -11,7 +10,6 @@ second is undefined.
 
 from __future__ import annotations
 
-import abc
 import asyncio
 import operator
 import re
@@ -28,7 +26,7 @@ from pubsub_emitter.keys import hash_text
 from pubsub_emitter.protocol import MAX_PACKET, SHARE, MessageId
 from pubsub_mqtt.endpoint.journal import Done, Journal
 
-__all__ = ["FileStorage", "MemoryStorage", "Storage", "StorageFull", "Stored"]
+__all__ = ["Storage", "StorageFull", "Stored"]
 
 _MAX_BYTES: Final = 256 * 1_048_576
 _OVERHEAD: Final = 300
@@ -78,19 +76,30 @@ class Stored:
         return MessageId(contract ^ words[1], self.time, self.counter, process, tail)
 
 
-class Storage(abc.ABC):
+class Storage:
     """Stored messages and bans. Every method is called in the broker's event loop.
 
+    Without a path everything is gone when the broker stops. A file is created readable by its
+    owner alone, since it holds the license and published messages; one broker at a time uses it.
+
     Attributes:
-        volatile: Whether all is gone when the broker stops.
+        path: The SQLite file, or None.
+        license: Text of the license that the file remembers, or ``""``.
         process: Random number that is part of message ids.
     """
 
-    volatile = True
-
     def __init__(
-        self, *, max_bytes: int = _MAX_BYTES, clock: Callable[[], float] = time.time
+        self,
+        path: str | Path | None = None,
+        *,
+        max_bytes: int = _MAX_BYTES,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        self.path = None if path is None else Path(path)
+        self.license = ""
+        self._journal: Journal | None = None
+        if path is not None:
+            self._journal = Journal(path, _SCHEMA, version=_FORMAT, backend="emitter")
         self.process = secrets.randbits(32)
         self._clock = clock
         self._max_bytes = max_bytes
@@ -101,20 +110,67 @@ class Storage(abc.ABC):
         self._messages: dict[tuple[int, str], list[Stored]] = {}
         self._banned: set[str] = set()
 
-    @abc.abstractmethod
     async def open(self) -> None:
-        """Read what is there."""
+        """Begin empty, or with the content of the file, which is created where it is missing.
 
-    @abc.abstractmethod
+        Raises:
+            ConnectError: It is another program's file, of a newer format, or in use.
+        """
+        self._clear()
+        if self._journal is not None:
+            await self._journal.open(self._read)
+
+    def _read(self, database: sqlite3.Connection) -> None:
+        database.execute("DELETE FROM messages WHERE expires <= ?", (int(self._clock()),))
+        rows: Iterator[tuple[int, int, int, int, str, bytes]] = database.execute(
+            "SELECT counter, contract, time, expires, channel, payload FROM messages "
+            "ORDER BY counter"
+        )
+        for counter, contract, when, expires, channel, payload in rows:
+            self._put(contract, Stored(channel, bytes(payload), when, counter, expires))
+            self._counter = counter
+        self._banned.update(key for (key,) in database.execute("SELECT key FROM bans"))
+        facts: dict[str, str] = dict(database.execute("SELECT name, value FROM facts"))
+        self.license = facts.get("license", "")
+        self._counter = max(self._counter, int(facts.get("counter", 0)))
+
+    async def remember_license(self, text: str) -> None:
+        """Have the file keep the license, so that keys stay valid when the broker starts again.
+
+        Raises:
+            ConnectError: The file cannot be written.
+        """
+        self.license = text
+        self._write("INSERT OR REPLACE INTO facts VALUES ('license', ?)", (text,))
+        kept: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+
+        def done(error: BaseException | None) -> None:
+            if not kept.done():
+                kept.set_result(error)
+
+        if not self.settled(done) and (error := await kept) is not None:
+            raise ConnectError(
+                f"cannot write to {self.path}: {error}",
+                hint="make room for it, or give another path",
+                backend="emitter",
+            ) from error
+
     async def close(self) -> None:
-        """Write what waits and let go of the file."""
+        """Write queued changes and close the file; gives up after some seconds."""
+        if self._journal is not None and self._journal.is_open:
+            # Numbers of expired messages must not be given out again.
+            last = str(self._counter)
+            self._write("INSERT OR REPLACE INTO facts VALUES ('counter', ?)", (last,))
+            await self._journal.close()
+        self._clear()
 
-    @abc.abstractmethod
     def settled(self, done: Done) -> bool:
         """Return whether all changes so far are safe; else call *done* once they are.
 
-        *done* is called in the event loop, with what went wrong or None.
+        *done* is called in the event loop, with the error or None. Without a file nothing ever
+        becomes safer, so the answer is True.
         """
+        return self._journal is None or self._journal.settled(done)
 
     # --- messages ---------------------------------------------------------------------
 
@@ -226,122 +282,17 @@ class Storage(abc.ABC):
 
     def _check(self) -> None:
         """Raise `StorageFull` where changes cannot be written as fast as they come."""
-        return
+        if self._journal is not None and self._journal.is_full:
+            raise StorageFull("the disk is too far behind")
 
-    @abc.abstractmethod
     def _write(self, statement: str, values: Sequence[Any]) -> None:
-        """Have a change written, in the words of SQL."""
+        if self._journal is not None:
+            self._journal.write(statement, values)
 
     def _clear(self) -> None:
         self._messages.clear()
         self._banned.clear()
         self._bytes = self._counter = 0
-
-
-class MemoryStorage(Storage):
-    """Keeps everything until the broker stops."""
-
-    async def open(self) -> None:
-        """Begin empty."""
-        self._clear()
-
-    async def close(self) -> None:
-        """Forget everything."""
-        self._clear()
-
-    def settled(self, done: Done) -> bool:
-        """Return True: nothing here ever becomes safer than it is."""
-        return True
-
-    def _write(self, statement: str, values: Sequence[Any]) -> None:
-        return  # there is no file
-
-
-class FileStorage(Storage):
-    """Keeps everything in an SQLite file, which only one broker may use at a time.
-
-    The file is created readable by its owner alone: it holds the license and what was
-    published.
-    """
-
-    volatile = False
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        max_bytes: int = _MAX_BYTES,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        super().__init__(max_bytes=max_bytes, clock=clock)
-        self.path = Path(path)
-        self.license = ""
-        self._journal = Journal(path, _SCHEMA, version=_FORMAT, backend="emitter")
-
-    async def open(self) -> None:
-        """Read the file, or create it.
-
-        Raises:
-            ConnectError: It is another program's file, of a newer format, or in use.
-        """
-        self._clear()
-        await self._journal.open(self._read)
-
-    def _read(self, database: sqlite3.Connection) -> None:
-        database.execute("DELETE FROM messages WHERE expires <= ?", (int(self._clock()),))
-        rows: Iterator[tuple[int, int, int, int, str, bytes]] = database.execute(
-            "SELECT counter, contract, time, expires, channel, payload FROM messages "
-            "ORDER BY counter"
-        )
-        for counter, contract, when, expires, channel, payload in rows:
-            self._put(contract, Stored(channel, bytes(payload), when, counter, expires))
-            self._counter = counter
-        self._banned.update(key for (key,) in database.execute("SELECT key FROM bans"))
-        facts: dict[str, str] = dict(database.execute("SELECT name, value FROM facts"))
-        self.license = facts.get("license", "")
-        self._counter = max(self._counter, int(facts.get("counter", 0)))
-
-    async def remember_license(self, text: str) -> None:
-        """Keep the license, so that keys stay valid when the broker starts again.
-
-        Raises:
-            ConnectError: The file cannot be written.
-        """
-        self.license = text
-        self._write("INSERT OR REPLACE INTO facts VALUES ('license', ?)", (text,))
-        kept: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
-
-        def done(error: BaseException | None) -> None:
-            if not kept.done():
-                kept.set_result(error)
-
-        if not self.settled(done) and (error := await kept) is not None:
-            raise ConnectError(
-                f"cannot write to {self.path}: {error}",
-                hint="make room for it, or give another path",
-                backend="emitter",
-            ) from error
-
-    async def close(self) -> None:
-        """Write what waits and close the file; gives up after some seconds."""
-        if not self._journal.is_open:
-            return
-        # Numbers of expired messages must not be given out again.
-        last = str(self._counter)
-        self._write("INSERT OR REPLACE INTO facts VALUES ('counter', ?)", (last,))
-        await self._journal.close()
-        self._clear()
-
-    def settled(self, done: Done) -> bool:
-        """Return True when there is no file open; else call *done* when the disk has it all."""
-        return self._journal.settled(done)
-
-    def _check(self) -> None:
-        if self._journal.is_full:
-            raise StorageFull("the disk is too far behind")
-
-    def _write(self, statement: str, values: Sequence[Any]) -> None:
-        self._journal.write(statement, values)
 
 
 def _size(channel: str, payload: bytes) -> int:

@@ -27,7 +27,7 @@ from .access import CONNECTABLE, AccessKey, DeviceSpec, Registry
 from .broker import OPERATOR, IntakeError, LosantDialect, Rejection, StateHook
 from .config import ApplicationConfig
 from .state_intake import Value
-from .storage import Command, FileStorage, MemoryStorage, State, Storage
+from .storage import Command, State, Storage
 from .throttle import Rules, Throttle
 
 __all__ = ["LosantServer"]
@@ -116,7 +116,7 @@ class LosantServer(EndpointServer):
                 hint="choose another name",
                 backend="losant",
             )
-        self._storage: Storage = MemoryStorage() if store is None else FileStorage(store)
+        self._storage = Storage(store)
         self._made_device = not devices
         self._made_key = keys is None
         self._device_id = ""
@@ -239,8 +239,8 @@ class LosantServer(EndpointServer):
             found["tls_port"] = self.tls_port
         found["strict"] = self._losant.strict
         found["throttle"] = self._losant.throttle is not None
-        store = self._storage
-        found["store"] = str(store.path) if isinstance(store, FileStorage) else "memory (volatile)"
+        path = self._storage.path
+        found["store"] = "memory (volatile)" if path is None else str(path)
         return found
 
     # --- starting and stopping ------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""What the embedded broker knows of its devices: states, last values, commands, connections.
+"""States, last values, commands and connection logs of the embedded broker's devices.
 
-`MemoryStorage` forgets when the broker stops. `FileStorage` answers from memory, too, and has an
-SQLite file with all of it, which survives a crash. Both are bounded: the oldest goes first, and
-the last value of each attribute stays.
+`Storage` answers from memory. With a file it has every change written by a `Journal`, and so
+survives a crash. It is bounded: the oldest goes first, and the last value of each attribute stays.
 
 Source: Losant's documentation of device state, for what equal times do and what a composite last
 state is; its connection log, for the form of the entries.
@@ -24,7 +23,7 @@ from pubsub_mqtt.endpoint.journal import Done, Journal
 
 from .state_intake import Value
 
-__all__ = ["Command", "FileStorage", "MemoryStorage", "State", "Storage"]
+__all__ = ["Command", "State", "Storage"]
 
 logger = logging.getLogger("pubsub_losant.broker")
 
@@ -108,21 +107,32 @@ class _Device:
 class Storage:
     """States and histories of all devices. Every method is called in the broker's event loop.
 
+    Without a path everything is gone when the broker stops. A file is created readable by its
+    owner alone, since it holds credentials that the broker made, and what devices sent; one broker
+    at a time uses it.
+
     Args:
+        path: The SQLite file, or None.
         max_states: States kept for each device.
         max_entries: Commands, and entries of the connection log, kept for each device.
         max_bytes: Bytes that all states may take together, about.
-    """
 
-    volatile = True
+    Attributes:
+        unsaved: Changes that the file lacks, since the disk was too far behind.
+    """
 
     def __init__(
         self,
+        path: str | Path | None = None,
         *,
         max_states: int = _MAX_STATES,
         max_entries: int = _MAX_ENTRIES,
         max_bytes: int = _MAX_BYTES,
     ) -> None:
+        self.path = None if path is None else Path(path)
+        self._journal: Journal | None = None
+        if path is not None:
+            self._journal = Journal(path, _SCHEMA, version=_FORMAT, backend="losant")
         self._max_states = max_states
         self._max_entries = max_entries
         self._max_bytes = max_bytes
@@ -133,16 +143,24 @@ class Storage:
         self.unsaved = 0
 
     async def open(self) -> None:
-        """Read what is there."""
+        """Begin empty, or with the content of the file, which is created where it is missing.
+
+        Raises:
+            ConnectError: It is another program's file, of a newer format, or in use.
+        """
         self._clear()
+        if self._journal is not None:
+            await self._journal.open(self._read)
 
     async def close(self) -> None:
-        """Write what waits, and forget."""
+        """Write queued changes, let go of the file, and forget."""
+        if self._journal is not None:
+            await self._journal.close()
         self._clear()
 
     def settled(self, done: Done) -> bool:
         """Return whether everything so far is as safe as it gets; else call *done* then."""
-        return True
+        return self._journal is None or self._journal.settled(done)
 
     # --- states -------------------------------------------------------------------------
 
@@ -298,81 +316,22 @@ class Storage:
             self._facts[name] = value
             self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
-    # --- for the subclasses ---------------------------------------------------------------
+    # --- the file -----------------------------------------------------------------------
 
     def _write(self, statement: str, values: Sequence[Any]) -> None:
-        """Have a change written, in the words of SQL."""
-
-    def _write_state(self, device_id: str, state: State) -> None:
-        """Have a state written."""
-
-    def _device(self, device_id: str) -> _Device:
-        found = self._devices.get(device_id)
-        if found is None:
-            found = self._devices[device_id] = _Device()
-        return found
-
-    def _clear(self) -> None:
-        self._devices.clear()
-        self._facts.clear()
-        self._bytes = self._number = 0
-
-
-class MemoryStorage(Storage):
-    """Keeps everything until the broker stops."""
-
-
-class FileStorage(Storage):
-    """Keeps everything in an SQLite file, which only one broker may use at a time.
-
-    The file is created readable by its owner alone: it holds credentials that the broker made
-    itself, and what devices sent.
-
-    Attributes:
-        unsaved: Changes that the file does not have, since the disk was too far behind.
-    """
-
-    volatile = False
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        max_states: int = _MAX_STATES,
-        max_entries: int = _MAX_ENTRIES,
-        max_bytes: int = _MAX_BYTES,
-    ) -> None:
-        super().__init__(max_states=max_states, max_entries=max_entries, max_bytes=max_bytes)
-        self._journal = Journal(path, _SCHEMA, version=_FORMAT, backend="losant")
-        self.path = Path(path)
-
-    async def open(self) -> None:
-        """Read the file, or create it.
-
-        Raises:
-            ConnectError: It is another program's file, of a newer format, or in use.
-        """
-        self._clear()
-        await self._journal.open(self._read)
-
-    async def close(self) -> None:
-        """Write what waits and let go of the file."""
-        await self._journal.close()
-        self._clear()
-
-    def settled(self, done: Done) -> bool:
-        """Return True when there is no file open; else call *done* when the disk has it all."""
-        return self._journal.settled(done)
-
-    def _write(self, statement: str, values: Sequence[Any]) -> None:
-        if self._journal.is_full:
+        journal = self._journal
+        if journal is None:
+            return
+        if journal.is_full:
             if not self.unsaved % 1000:
                 logger.warning("%s cannot keep up: changes are in memory only", self.path)
             self.unsaved += 1
             return
-        self._journal.write(statement, values)
+        journal.write(statement, values)
 
     def _write_state(self, device_id: str, state: State) -> None:
+        if self._journal is None:
+            return
         self._write(
             "INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?, ?, ?)",
             (
@@ -433,6 +392,17 @@ class FileStorage(Storage):
         self._bytes += size
         for attribute, value in state.data.items():
             device.last[attribute] = value, ms
+
+    def _device(self, device_id: str) -> _Device:
+        found = self._devices.get(device_id)
+        if found is None:
+            found = self._devices[device_id] = _Device()
+        return found
+
+    def _clear(self) -> None:
+        self._devices.clear()
+        self._facts.clear()
+        self._bytes = self._number = 0
 
 
 def _merged(old: State, new: State) -> State:
