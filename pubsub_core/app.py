@@ -50,8 +50,8 @@ from typing import Any, ClassVar, Final, Literal, TypeVar, Union, cast, get_args
 
 import msgspec
 
+from ._runtime.buffer import DecodePolicy
 from .authorization import Authorizer
-from .buffer import DecodePolicy
 from .bus import Bus, connect
 from .config import Config
 from .errors import ConfigError, HandlerFailed, PubSubError, WrongLoop

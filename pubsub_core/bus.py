@@ -21,12 +21,13 @@ from collections.abc import (
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast, overload
 
+from ._runtime.buffer import DecodePolicy, SubscriptionSettings
+from ._runtime.engine import Engine
+from ._runtime.publisher import checked_headers
 from .authorization import AuthorizationHandler, Authorizer, entitlements_of
-from .buffer import DecodePolicy, SubscriptionSettings
 from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support, effective
 from .clock import Clock, SystemClock
 from .config import BusConfig, Config
-from .engine import Engine
 from .errors import (
     BadOption,
     BusClosed,
@@ -58,7 +59,6 @@ from .middleware import (
     Middleware,
 )
 from .plugins import registry
-from .publisher import checked_headers
 from .settings import BusOptions, OverflowPolicy
 from .stats import BusStats
 from .subscription import Handler, Subscription

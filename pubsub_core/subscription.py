@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
-from .buffer import Buffer, Delivery, Item, SubscriptionSettings
+from ._runtime.buffer import Buffer, Delivery, Item, SubscriptionSettings
 from .errors import BusClosed, DecodeFailed, HandlerFailed, PubSubError
 from .events import Gap
 from .message import InFrame, Message, Verdict
@@ -22,7 +22,7 @@ from .threads import HandlerThread, is_async
 from .topics import TopicFilter
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from ._runtime.engine import Engine
 
 __all__ = ["Handler", "Subscription", "SubscriptionStats"]
 

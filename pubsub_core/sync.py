@@ -40,8 +40,8 @@ from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 from . import bus as _bus
+from ._runtime.buffer import DecodePolicy
 from .authorization import AuthorizationHandler, Authorizer, AuthorizerStats
-from .buffer import DecodePolicy
 from .bus import Bus
 from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
 from .clock import Clock

@@ -56,7 +56,7 @@ async def test_what_nobody_subscribes_to_again_does_not_hold_the_rest_back(
     protocol: str,
 ) -> None:
     """Without an answer they would fill the broker's window, 20 messages at Mosquitto."""
-    monkeypatch.setattr("pubsub_core.wiring._ORPHANS_WAIT", 0.2)
+    monkeypatch.setattr("pubsub_core._runtime.broker_subscriptions._ORPHANS_WAIT", 0.2)
     options: dict[str, Any] = {
         "client_id": unique("").strip("/"),
         "clean_start": False,

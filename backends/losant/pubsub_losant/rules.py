@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Literal, TypeAlias
 
-from pubsub_core.rate import Window
+from pubsub_core.pacing import Window
 
 __all__ = [
     "BAN",

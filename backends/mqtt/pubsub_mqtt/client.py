@@ -33,7 +33,7 @@ from pubsub_core.errors import NotConnected, OperationTimeout, Outcome, PublishF
 from pubsub_core.interfaces import Address
 from pubsub_core.keyed import BoundedCache
 from pubsub_core.options import build, parse_url
-from pubsub_core.session import Backoff
+from pubsub_core.pacing import Backoff
 from pubsub_core.topics import parse_filter, split_shared, validate_filter, validate_topic
 
 from .backend import endpoint_of, settings_of

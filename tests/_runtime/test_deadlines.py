@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pubsub_core import Outcome, PublishTimeout, connect
-from pubsub_core.deadlines import Deadlines
+from pubsub_core._runtime.deadlines import Deadlines
 from pubsub_core.memory.backend import MemoryBackend
 
 Bound = Callable[[float], Any]

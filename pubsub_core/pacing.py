@@ -1,15 +1,24 @@
-"""Keeps a bus below its broker's rate limits, before the broker acts on them."""
+"""How fast to send, and how soon to try again.
+
+`RateGuard` keeps a bus below its broker's rate limits, before the broker acts on them;
+`Backoff` spreads attempts to reconnect. Backends and clients of their own use both.
+"""
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from .capabilities import Limits
 from .clock import Clock
 
-__all__ = ["RateGuard", "Window"]
+__all__ = ["SHORT_OUTAGE", "Backoff", "RateGuard", "Window"]
 
+SHORT_OUTAGE = 10.0
+"""Seconds during which attempts to reconnect follow one another closely."""
+
+_SHORT_BOUND = 1.5
 _MOST_TOPICS = 10_000
 
 
@@ -77,3 +86,36 @@ class RateGuard:
                     self._topics.popitem(last=False)
             self._topics.move_to_end(topic)
             window.note(at)
+
+
+class Backoff:
+    """Delays before reconnecting: full jitter, doubling up to a bound.
+
+    A delay is drawn evenly between 0 and a bound that starts at *first* seconds and
+    doubles up to *maximum*. During the first ten seconds of an outage the bound stays
+    below 1.5 seconds, so that a short outage is over soon after it ended.
+    """
+
+    def __init__(
+        self, first: float, maximum: float, *, rng: Callable[[], float] = random.random
+    ) -> None:
+        self._first = first
+        self._maximum = maximum
+        self._rng = rng
+        self._attempts = 0
+
+    def reset(self) -> None:
+        """Start over, after a session that stayed healthy."""
+        self._attempts = 0
+
+    def bound(self, outage: float) -> float:
+        """Return the longest next delay, *outage* seconds after the session was lost."""
+        # 2.0 ** 64 seconds is past any maximum; larger exponents would overflow.
+        bound = min(self._maximum, self._first * 2.0 ** min(self._attempts, 64))
+        return min(bound, _SHORT_BOUND) if outage < SHORT_OUTAGE else bound
+
+    def next(self, outage: float = 0.0) -> float:
+        """Return the next delay in seconds."""
+        delay = self._rng() * self.bound(outage)
+        self._attempts += 1
+        return delay

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pubsub_core.capabilities import Limits
-from pubsub_core.rate import RateGuard
+from pubsub_core.pacing import RateGuard
 from pubsub_core.testing.clock import VirtualClock
 
 

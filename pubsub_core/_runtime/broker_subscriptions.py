@@ -15,18 +15,19 @@ from typing import Any, Protocol, cast
 
 import msgspec
 
-from .capabilities import Cap
-from .clock import Clock
-from .errors import NotConnected, OperationTimeout, PubSubError, SubscribeFailed
-from .events import BusEvent, Gap, GapReason, Notice, SubscriptionRefused
-from .interfaces import Backend, HasHistory, HistoryQuery, SessionFacts, WireSub
-from .keyed import KeyedLocks
-from .message import InFrame
+from pubsub_core.capabilities import Cap
+from pubsub_core.clock import Clock
+from pubsub_core.errors import NotConnected, OperationTimeout, PubSubError, SubscribeFailed
+from pubsub_core.events import BusEvent, Gap, GapReason, Notice, SubscriptionRefused
+from pubsub_core.interfaces import Backend, HasHistory, HistoryQuery, SessionFacts, WireSub
+from pubsub_core.keyed import KeyedLocks
+from pubsub_core.message import InFrame
+from pubsub_core.settings import BusOptions
+from pubsub_core.stats import BusStats
+from pubsub_core.subscription import Subscription
+
 from .router import Router, Wire
 from .session import Session
-from .settings import BusOptions
-from .stats import BusStats
-from .subscription import Subscription
 
 __all__ = ["Wiring"]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pubsub_core.buffer import Buffer, Delivery, SubscriptionSettings
+from pubsub_core._runtime.buffer import Buffer, Delivery, SubscriptionSettings
 from pubsub_core.errors import SubscriptionOverflow
 from pubsub_core.events import Gap, GapReason
 from pubsub_core.message import InFrame, Verdict

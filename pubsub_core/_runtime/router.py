@@ -14,11 +14,12 @@ from typing import Any
 
 import msgspec
 
+from pubsub_core.interfaces import HasAcknowledgement, WireSub
+from pubsub_core.message import InFrame, Origin, Verdict
+from pubsub_core.subscription import Subscription
+from pubsub_core.trie import HandlerTrie
+
 from .buffer import Delivery
-from .interfaces import HasAcknowledgement, WireSub
-from .message import InFrame, Origin, Verdict
-from .subscription import Subscription
-from .trie import HandlerTrie
 
 __all__ = ["Inbox", "Router", "Wire"]
 

@@ -11,11 +11,10 @@ import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
-from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
-from .clock import Clock
-from .codecs import CodecSet
-from .deadlines import Deadlines
-from .errors import (
+from pubsub_core.capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
+from pubsub_core.clock import Clock
+from pubsub_core.codecs import CodecSet
+from pubsub_core.errors import (
     NotConnected,
     NotSupported,
     Outcome,
@@ -25,15 +24,17 @@ from .errors import (
     PubSubError,
     RateLimited,
 )
-from .events import Status
-from .interfaces import Backend
-from .message import NO_HEADERS, Headers, OutFrame, Part, Receipt
+from pubsub_core.events import Status
+from pubsub_core.interfaces import Backend
+from pubsub_core.message import NO_HEADERS, Headers, OutFrame, Part, Receipt
+from pubsub_core.pacing import RateGuard
+from pubsub_core.settings import BusOptions
+from pubsub_core.stats import BusStats
+from pubsub_core.topics import check_limits, validate_topic
+
+from .deadlines import Deadlines
 from .outbox import Outbox, Waiting
-from .rate import RateGuard
 from .session import Session
-from .settings import BusOptions
-from .stats import BusStats
-from .topics import check_limits, validate_topic
 
 __all__ = ["Publisher", "checked_headers"]
 

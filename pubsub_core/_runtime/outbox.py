@@ -7,11 +7,11 @@ import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from .clock import Clock
-from .errors import NotConnected, Outcome, Overflow, PublishFailed, PubSubError
-from .message import OutFrame, Receipt
-from .rate import RateGuard
-from .settings import OfflineOverflow
+from pubsub_core.clock import Clock
+from pubsub_core.errors import NotConnected, Outcome, Overflow, PublishFailed, PubSubError
+from pubsub_core.message import OutFrame, Receipt
+from pubsub_core.pacing import RateGuard
+from pubsub_core.settings import OfflineOverflow
 
 __all__ = ["Outbox", "Waiting"]
 

@@ -13,22 +13,16 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
-from .authorization import Authorizers
-from .capabilities import Cap, Level, Support, effective
-from .clock import Clock
-from .codecs import CodecSet
-from .config import BusConfig
-from .errors import (
-    BadOption,
-    HandlerFailed,
-    NotSupported,
-    OperationTimeout,
-    PubSubError,
-)
-from .events import BusEvent, InterestEvent, Notice, Status, StatusChanged
-from .eventstream import EventHub
-from .interest import Views
-from .interfaces import (
+from pubsub_core.authorization import Authorizers
+from pubsub_core.capabilities import Cap, Level, Support, effective
+from pubsub_core.clock import Clock
+from pubsub_core.codecs import CodecSet
+from pubsub_core.config import BusConfig
+from pubsub_core.errors import BadOption, HandlerFailed, NotSupported, OperationTimeout, PubSubError
+from pubsub_core.events import BusEvent, InterestEvent, Notice, Status, StatusChanged
+from pubsub_core.eventstream import EventHub
+from pubsub_core.interest import Views
+from pubsub_core.interfaces import (
     AuthorizationRequest,
     Backend,
     BackendContext,
@@ -36,8 +30,8 @@ from .interfaces import (
     HasAuthorization,
     SessionFacts,
 )
-from .message import InFrame, Receipt, Verdict
-from .middleware import (
+from pubsub_core.message import InFrame, Receipt, Verdict
+from pubsub_core.middleware import (
     CallNext,
     Context,
     Middleware,
@@ -45,12 +39,13 @@ from .middleware import (
     compose,
     dead_letter_headers,
 )
-from .plugins import Registry
+from pubsub_core.plugins import Registry
+from pubsub_core.stats import BusStats
+from pubsub_core.subscription import Subscription
+
+from .broker_subscriptions import Wiring
 from .publisher import Publisher
 from .session import Session
-from .stats import BusStats
-from .subscription import Subscription
-from .wiring import Wiring
 
 __all__ = ["Engine"]
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from .clock import Clock
-from .errors import (
+from pubsub_core.clock import Clock
+from pubsub_core.errors import (
     BusClosed,
     ConnectError,
     ConnectTimeout,
@@ -23,53 +22,20 @@ from .errors import (
     NotConnected,
     PubSubError,
 )
-from .events import InterestEvent, Notice, Status, StatusChanged
-from .interfaces import AuthorizationRequest, Backend, SessionFacts
-from .message import InFrame
-from .router import Inbox
-from .settings import BusOptions
+from pubsub_core.events import InterestEvent, Notice, Status, StatusChanged
+from pubsub_core.interfaces import AuthorizationRequest, Backend, SessionFacts
+from pubsub_core.message import InFrame
+from pubsub_core.pacing import SHORT_OUTAGE, Backoff
+from pubsub_core.settings import BusOptions
 
-__all__ = ["Backoff", "Session", "SessionOwner"]
+from .router import Inbox
+
+__all__ = ["Session", "SessionOwner"]
 
 logger = logging.getLogger("pubsub_core")
 
 _HEALTHY_AFTER = 10.0
-_SHORT_OUTAGE = 10.0
-_SHORT_BOUND = 1.5
 _SHORT_ATTEMPT = 2.0
-
-
-class Backoff:
-    """Delays before reconnecting: full jitter, doubling up to a bound.
-
-    A delay is drawn evenly between 0 and a bound that starts at *first* seconds and
-    doubles up to *maximum*. During the first ten seconds of an outage the bound stays
-    below 1.5 seconds, so that a short outage is over soon after it ended.
-    """
-
-    def __init__(
-        self, first: float, maximum: float, *, rng: Callable[[], float] = random.random
-    ) -> None:
-        self._first = first
-        self._maximum = maximum
-        self._rng = rng
-        self._attempts = 0
-
-    def reset(self) -> None:
-        """Start over, after a session that stayed healthy."""
-        self._attempts = 0
-
-    def bound(self, outage: float) -> float:
-        """Return the longest next delay, *outage* seconds after the session was lost."""
-        # 2.0 ** 64 seconds is past any maximum; larger exponents would overflow.
-        bound = min(self._maximum, self._first * 2.0 ** min(self._attempts, 64))
-        return min(bound, _SHORT_BOUND) if outage < _SHORT_OUTAGE else bound
-
-    def next(self, outage: float = 0.0) -> float:
-        """Return the next delay in seconds."""
-        delay = self._rng() * self.bound(outage)
-        self._attempts += 1
-        return delay
 
 
 class SessionOwner(Protocol):
@@ -295,7 +261,7 @@ class Session:
 
     async def _attempt(self, outage: float | None = None) -> None:
         seconds = self._options.connect_timeout
-        if outage is not None and outage < _SHORT_OUTAGE:
+        if outage is not None and outage < SHORT_OUTAGE:
             # Where packets vanish, an attempt that began during the outage hangs until its
             # deadline; a short one lets the next attempt find that the outage is over.
             seconds = min(seconds, _SHORT_ATTEMPT)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pubsub_core._runtime.session import Session
 from pubsub_core.errors import (
     AuthenticationFailed,
     BusClosed,
@@ -30,7 +31,7 @@ from pubsub_core.interfaces import (
 from pubsub_core.memory.options import MemoryOptions
 from pubsub_core.memory.plugin import INFO
 from pubsub_core.message import InFrame, OutFrame, Receipt
-from pubsub_core.session import Backoff, Session
+from pubsub_core.pacing import Backoff
 from pubsub_core.settings import BusOptions
 from pubsub_core.testing.clock import VirtualClock
 
