@@ -1,4 +1,4 @@
-"""Publishing stays below a broker's rate limits."""
+"""Publishing stays below a broker's rate limits; reconnecting is neither slow nor hasty."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pubsub_core.capabilities import Limits
-from pubsub_core.pacing import RateGuard
+from pubsub_core.pacing import Backoff, RateGuard
 from pubsub_core.testing.clock import VirtualClock
 
 
@@ -54,3 +54,32 @@ def test_no_window_ever_holds_more_than_the_limit(pauses: list[float], count: in
     assert all(later - earlier >= -1e-9 for earlier, later in pairwise(sent))
     for index in range(len(sent) - count):
         assert sent[index + count] - sent[index] >= 4.0 - 1e-9
+
+
+@given(st.lists(st.floats(0, 1, exclude_max=True), max_size=200), st.floats(10, 1e6))
+def test_backoff_stays_within_its_bound(draws: list[float], outage: float) -> None:
+    remaining = iter([*draws, *[0.999] * 200])
+    backoff = Backoff(0.5, 30.0, rng=lambda: next(remaining))
+    for attempt in range(200):
+        bound = min(30.0, 0.5 * 2.0**attempt)
+        assert backoff.bound(outage) == bound
+        assert 0 <= backoff.next(outage) <= bound
+
+
+def test_backoff_first_try_comes_within_half_a_second() -> None:
+    assert Backoff(0.5, 30.0, rng=lambda: 0.9999).next() < 0.5
+
+
+def test_backoff_keeps_short_outages_short() -> None:
+    """An outage of ten seconds at most is noticed to be over within two."""
+    backoff = Backoff(0.5, 30.0, rng=lambda: 0.9999)
+    outage = 0.0
+    while outage < 10:
+        delay = backoff.next(outage)
+        assert delay < 2
+        outage += delay
+
+
+def test_backoff_spreads_evenly_from_zero() -> None:
+    assert Backoff(0.5, 30.0, rng=lambda: 0.0).next() == 0.0
+    assert Backoff(0.5, 30.0, rng=lambda: 0.5).next() == 0.25

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -27,8 +29,6 @@ from pubsub_core.interfaces import AuthorizationRequest, Backend, SessionFacts
 from pubsub_core.message import InFrame
 from pubsub_core.pacing import SHORT_OUTAGE, Backoff
 from pubsub_core.settings import BusOptions
-
-from .router import Inbox
 
 __all__ = ["Session", "SessionOwner"]
 
@@ -69,6 +69,76 @@ class SessionOwner(Protocol):
     def status_changed(self, event: StatusChanged) -> None:
         """Learn of a change of status."""
         ...
+
+
+class Inbox:
+    """Takes frames from any thread and routes them on the loop, in order.
+
+    On the loop's own thread a frame is routed at once. From another thread frames are
+    queued, with one wake-up of the loop for a burst of them.
+    """
+
+    def __init__(
+        self, route: Callable[[InFrame], None], call_soon: Callable[[Callable[[], None]], Any]
+    ) -> None:
+        self._route = route
+        self._call_soon = call_soon
+        self._thread = threading.get_ident()
+        self._queue: deque[Callable[[], None] | InFrame] = deque()
+        self._scheduled = False
+        self._held = True
+        self._deaf = False
+        # Whether an item of the loop's own thread may pass at once.
+        self._direct = False
+
+    def frame(self, frame: InFrame) -> None:
+        """Take a frame."""
+        if self._direct and threading.get_ident() == self._thread:
+            self._route(frame)
+        else:
+            self._enqueue(frame)
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Take anything else, in order with the frames."""
+        if self._direct and threading.get_ident() == self._thread:
+            action()
+        else:
+            self._enqueue(action)
+
+    def release(self) -> None:
+        """Let what was held while the session was restored go its way."""
+        self._held = False
+        self._drain()
+
+    def close(self) -> None:
+        """Take nothing more; late frames of a dead session stop here."""
+        self._deaf = True
+        self._direct = False
+        self._queue.clear()
+
+    def _enqueue(self, item: Callable[[], None] | InFrame) -> None:
+        if self._deaf:
+            return
+        self._direct = False
+        self._queue.append(item)
+        if not self._held and not self._scheduled:
+            self._scheduled = True
+            try:
+                self._call_soon(self._drain)
+            except RuntimeError:  # the loop is closed; so is everything behind it
+                self._deaf = True
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        while self._queue and not self._deaf:
+            item = self._queue.popleft()
+            if isinstance(item, InFrame):
+                self._route(item)
+            else:
+                item()
+        # An item may have been added by another thread since the loop looked; it has
+        # scheduled another drain, and until then nothing may pass it.
+        self._direct = not (self._deaf or self._held or self._queue)
 
 
 class _SessionSink:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pubsub_core._runtime.session import Session
 from pubsub_core.errors import (
@@ -121,35 +119,6 @@ async def stop(session: Session) -> None:
     session.closing()
     await session.stop_trying()
     session.closed()
-
-
-@given(st.lists(st.floats(0, 1, exclude_max=True), max_size=200), st.floats(10, 1e6))
-def test_backoff_stays_within_its_bound(draws: list[float], outage: float) -> None:
-    remaining = iter([*draws, *[0.999] * 200])
-    backoff = Backoff(0.5, 30.0, rng=lambda: next(remaining))
-    for attempt in range(200):
-        bound = min(30.0, 0.5 * 2.0**attempt)
-        assert backoff.bound(outage) == bound
-        assert 0 <= backoff.next(outage) <= bound
-
-
-def test_backoff_first_try_comes_within_half_a_second() -> None:
-    assert Backoff(0.5, 30.0, rng=lambda: 0.9999).next() < 0.5
-
-
-def test_backoff_keeps_short_outages_short() -> None:
-    """An outage of ten seconds at most is noticed to be over within two."""
-    backoff = Backoff(0.5, 30.0, rng=lambda: 0.9999)
-    outage = 0.0
-    while outage < 10:
-        delay = backoff.next(outage)
-        assert delay < 2
-        outage += delay
-
-
-def test_backoff_spreads_evenly_from_zero() -> None:
-    assert Backoff(0.5, 30.0, rng=lambda: 0.0).next() == 0.0
-    assert Backoff(0.5, 30.0, rng=lambda: 0.5).next() == 0.25
 
 
 async def test_statuses_in_order_and_once() -> None:
