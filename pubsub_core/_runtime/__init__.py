@@ -5,3 +5,5 @@
 `publisher`, `outbox` and `deadlines` are the way out; `views` and `questions` answer who is
 subscribed and who may see what; `hub` tells events.
 """
+
+__all__: list[str] = []
