@@ -5,8 +5,9 @@ Names are imported when they are used, so that reading a key needs neither paho-
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pubsub_core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .client import Client, Emitter, EmitterMessage, HistoryMessage, Reply, connect
@@ -41,34 +42,18 @@ __all__ = [
     "connect",
 ]
 
-_HOMES = {
-    "BadRequestError": "errors",
-    "Client": "client",
-    "Emitter": "client",
-    "EmitterError": "errors",
-    "EmitterMessage": "client",
-    "EmitterServer": "server",
-    "ForbiddenError": "errors",
-    "HistoryMessage": "client",
-    "InvalidKey": "keys",
-    "InvalidLicense": "keys",
-    "InvalidTarget": "keys",
-    "Key": "keys",
-    "License": "keys",
-    "NotFoundError": "errors",
-    "Permission": "keys",
-    "Reply": "client",
-    "UnauthorizedError": "errors",
-    "connect": "client",
-}
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "client": ("Client", "Emitter", "EmitterMessage", "HistoryMessage", "Reply", "connect"),
+        "errors": (
+            "BadRequestError",
+            "EmitterError",
+            "ForbiddenError",
+            "NotFoundError",
+            "UnauthorizedError",
+        ),
+        "keys": ("InvalidKey", "InvalidLicense", "InvalidTarget", "Key", "License", "Permission"),
+        "server": ("EmitterServer",),
+    },
+)

@@ -5,8 +5,9 @@ Names are imported when they are used, so that a device needs no server and a se
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pubsub_core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .aio import AsyncDevice, AsyncGateway, AsyncPeripheral
@@ -42,33 +43,20 @@ __all__ = [
     "Peripheral",
 ]
 
-_HOMES = {
-    "AccessKey": "server",
-    "AsyncDevice": "aio",
-    "AsyncGateway": "aio",
-    "AsyncPeripheral": "aio",
-    "Device": "device",
-    "DeviceCommand": "payloads",
-    "DeviceSpec": "server",
-    "DeviceState": "payloads",
-    "Gateway": "device",
-    "LosantAuthError": "errors",
-    "LosantConnectError": "errors",
-    "LosantError": "errors",
-    "LosantProtocolError": "errors",
-    "LosantServer": "server",
-    "LosantTLSError": "errors",
-    "LosantThrottled": "errors",
-    "Peripheral": "device",
-}
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "aio": ("AsyncDevice", "AsyncGateway", "AsyncPeripheral"),
+        "device": ("Device", "Gateway", "Peripheral"),
+        "errors": (
+            "LosantAuthError",
+            "LosantConnectError",
+            "LosantError",
+            "LosantProtocolError",
+            "LosantTLSError",
+            "LosantThrottled",
+        ),
+        "payloads": ("DeviceCommand", "DeviceState"),
+        "server": ("AccessKey", "DeviceSpec", "LosantServer"),
+    },
+)
