@@ -333,7 +333,9 @@ class _Side(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.outgoing.blocked = False
-        self.outgoing.pump()
+        # Not at once: asyncio calls this in the middle of sending, and a transport that is closed,
+        # or breaks, in here tells its end twice (CPython 3.11: "Exception in callback").
+        asyncio.get_running_loop().call_soon(self.outgoing.pump)
 
     def end(self, *, reset: bool) -> None:
         if self.transport is None or self.gone:

@@ -551,7 +551,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pubsub_mqtt.endpoint.server._GRACE", 0.05)
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_a_reader_that_stops_is_closed_and_the_others_get_everything() -> None:
     profile = Profile(max_queue=2_000_000)
     async with serving(profile) as (server, dialect):
@@ -577,7 +576,7 @@ async def test_a_reader_that_stops_is_closed_and_the_others_get_everything() -> 
             reading = asyncio.create_task(read())
             for number in range(count):
                 await publisher.send(Publish("t", b"%08d" % number + bytes(8000)))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(40):
                 assert await reading == count
             assert server.stats.slow_readers == 1
             assert server.stats.dropped == 1
@@ -608,6 +607,20 @@ async def test_a_dialect_may_drop_instead_and_every_loss_is_counted() -> None:
             received = len(await slow.until(PingResp()))
             assert received + dropped == count
             assert not dialect.gone
+
+
+async def test_a_connection_is_not_closed_while_asyncio_sends_on_it() -> None:
+    """Its transport would tell twice that it is lost."""
+    async with serving() as (server, _), Wire.connected(server.port) as wire:
+        (link,) = server.links
+        transport = link._transport
+        assert transport is not None
+        link.pause_writing()
+        assert link.client is not None
+        link.client.close("enough")
+        link.resume_writing()
+        assert not transport.is_closing()
+        assert await wire.closed() == []
 
 
 @pytest.mark.parametrize("packet", [PingReq(), Publish("t", b"", 1, packet_id=1)])

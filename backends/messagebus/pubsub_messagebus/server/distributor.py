@@ -287,7 +287,11 @@ class _Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """Go on writing."""
         self._paused = False
-        self._flush()
+        # Not at once: asyncio calls this in the middle of sending, and a transport that breaks in
+        # here tells its end twice (CPython 3.11: "Exception in callback").
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
 
     # --- the handshake -----------------------------------------------------------------
 

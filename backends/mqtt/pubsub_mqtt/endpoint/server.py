@@ -322,7 +322,9 @@ class _Link(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        self._flush()
+        # Not at once: asyncio calls this in the middle of sending, and a transport that is closed,
+        # or breaks, in here tells its end twice (CPython 3.11: "Exception in callback").
+        self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
