@@ -357,6 +357,10 @@ def load(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+_SERVER_DEADLINE = 200.0
+"""Seconds that a server may take to start or stop: some are large, or installed first."""
+
+
 class ServerThread:
     """A development server on an event loop of its own, in a thread.
 
@@ -407,7 +411,7 @@ class ServerThread:
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(_SERVER_DEADLINE)
 
 
 @dataclass

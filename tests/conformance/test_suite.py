@@ -20,6 +20,7 @@ from pubsub_core.plugins import Registry, use_registry
 from pubsub_core.testing import Harness, Mode, Suite, suite
 from pubsub_core.testing.case import VARIABLE, mode
 from pubsub_core.testing.contract import CASES
+from tests.brokers import test_mqtt as test_brokers
 from tests.conformance import test_emitter, test_losant, test_memory, test_messagebus, test_mqtt
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,12 @@ LISTED: dict[str, type[Suite]] = {
     "MQTT 5 on Mosquitto": test_mqtt.TestMosquitto5,
     "MQTT 3.1.1 on Mosquitto": test_mqtt.TestMosquitto311,
     "MQTT 3.1.1 on amqtt": test_mqtt.TestAmqtt,
+    "MQTT 3.1.1 on Mosquitto with copies": test_brokers.TestMosquittoCopies,
+    "RabbitMQ": test_brokers.TestRabbitMQ,
+    "MQTT 5 on ejabberd": test_brokers.TestEjabberd5,
+    "MQTT 3.1.1 on ejabberd": test_brokers.TestEjabberd311,
+    "aedes": test_brokers.TestAedes,
+    "NATS's MQTT": test_brokers.TestNats,
     "messagebus": test_messagebus.TestMessageBus,
     "Losant": test_losant.TestLosant,
     "Emitter": test_emitter.TestEmitter,
