@@ -226,7 +226,7 @@ async def _distributor(
             await asyncio.sleep(0.01)
         grown = _resident() - grown
         publisher = await _dial(server.port)
-        host = len(server.host_name("127.0.0.1"))
+        host = len(server.peers.known("127.0.0.1"))
         size = len(wire) + 4 + len("nobody") + 4 + host
         first = subscribers[0]
         took = await _one_by_one(publisher, wire, first, size) if fan == 1 else []

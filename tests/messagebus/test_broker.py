@@ -19,7 +19,8 @@ from pubsub_messagebus.protocol import (
     encode_forwarded_unicast,
     notice,
 )
-from pubsub_messagebus.server.broker import Broker, Identity
+from pubsub_messagebus.server.broker import Broker
+from pubsub_messagebus.server.interactors import Identity
 from pubsub_messagebus.server.roles import FeedPolicy, Permissions, Policy, Role, RoleChange
 
 from .vectors import CAPTURES

@@ -22,7 +22,7 @@ from pubsub_messagebus.protocol import (
     encode_unicast,
 )
 from pubsub_messagebus.server import MessageBusServer
-from pubsub_messagebus.server.broker import MAX_COUNTED_FEEDS, OTHER_FEEDS
+from pubsub_messagebus.server.counters import MAX_COUNTED_FEEDS, OTHER_FEEDS
 from pubsub_messagebus.server.roles import FeedPolicy, Policy
 from tests.servers import LeakCheck, eventually
 

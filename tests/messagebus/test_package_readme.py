@@ -151,7 +151,7 @@ async def test_tls_and_authentication(
             lambda: running.done() or server.broker.subscribers("TEST", "FOO"), what="subscribed"
         )
         assert not running.done(), running.exception()
-        assert [member.user for member in server.broker.members()] == [user]
+        assert [member.user for member in server.broker.interactors()] == [user]
         await end(running)
         await eventually(lambda: server.broker.empty)
 

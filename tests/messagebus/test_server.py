@@ -423,8 +423,8 @@ async def test_newcomers_do_not_wait_for_all_who_are_busy() -> None:
 async def test_newcomers_are_turned_away_while_too_many_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pubsub_messagebus.server.distributor._CROWD", 3)
-    monkeypatch.setattr("pubsub_messagebus.server.distributor._ROUND", 0)  # one of those who wait
+    monkeypatch.setattr("pubsub_messagebus.server.turns._CROWD", 3)
+    monkeypatch.setattr("pubsub_messagebus.server.turns._ROUND", 0)  # one of those who wait
     burst = encode_subscription_request("F", "T", True) * 15_000
     async with MessageBusServer() as server, contextlib.AsyncExitStack() as stack:
         busy = [await stack.enter_async_context(Raw(server.port)) for _ in range(10)]

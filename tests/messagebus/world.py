@@ -16,7 +16,8 @@ from pubsub_messagebus.protocol import (
     encode_subscription_request,
     encode_unicast,
 )
-from pubsub_messagebus.server.broker import Broker, Effects, Identity
+from pubsub_messagebus.server.broker import Broker, Effects
+from pubsub_messagebus.server.interactors import Identity
 
 from .vectors import plain
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from .distributor import ListenerOptions, MessageBusServer, ServerStats
+from .connection import ListenerOptions
+from .counters import ServerStats
+from .distributor import MessageBusServer
 
 __all__ = ["ListenerOptions", "MessageBusServer", "ServerStats"]

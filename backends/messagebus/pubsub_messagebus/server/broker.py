@@ -16,9 +16,8 @@ from __future__ import annotations
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Hashable, Iterator
+from typing import Final, TypeAlias
 
 from pubsub_messagebus.protocol import (
     ADMIN_FEED,
@@ -26,9 +25,7 @@ from pubsub_messagebus.protocol import (
     HEARTBEAT,
     HEARTBEAT_TOPIC,
     AuthorizationResponse,
-    DataPacket,
     Dialect,
-    Flag,
     Message,
     MulticastData,
     NotificationRequest,
@@ -36,22 +33,21 @@ from pubsub_messagebus.protocol import (
     SubscriptionRequest,
     UnicastData,
     encode_authorization_request,
-    encode_flag,
-    encode_packets,
     encode_string,
     notice,
 )
 
-from .roles import Permissions, Policy, Role
+from .counters import BrokerStats, InteractorView, Traffic, count_feed
+from .frames import Frames
+from .interactors import Identity, Interactor, Key, Subscription
+from .roles import Policy, Role
 
-__all__ = ["Broker", "BrokerStats", "Effects", "Identity", "Member", "Traffic"]
+__all__ = ["Broker", "Effects"]
 
 logger = logging.getLogger("pubsub_messagebus.server.broker")
 
 Effects: TypeAlias = list[tuple[Hashable, bytes]]
 """What is to be written to which connection, in order."""
-
-_Key: TypeAlias = tuple[str, str]
 
 MAX_PENDING = 10_000
 """Requests that may wait for an authorizer, on the whole server."""
@@ -59,189 +55,12 @@ MAX_PENDING = 10_000
 MAX_INTERESTS = 1_000_000
 """Subscriptions, listenings and remembered rights of one connection."""
 
-MAX_COUNTED_FEEDS = 1000
-"""Feeds that are counted one by one for a connection; the names are its choice."""
 
-MAX_COUNTED_NAME = 200
-"""Characters of the names of those feeds; what is counted outlives who chose them."""
-
-OTHER_FEEDS = "…"
-"""What the others are counted under."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who a connection is, after authentication.
-
-    Attributes:
-        method: ``NULL``, ``BASIC``, ``JWT``, ``LDAP`` or an authenticator's own word.
-        impersonating: Counts instead of *user* on feeds where that is allowed.
-        forwarded_for: Counts instead of *host* on feeds where that is allowed.
-        permissions: What the authenticator knows of this user's rights, or None.
-    """
-
-    user: str = "nobody"
-    host: str = "localhost"
-    method: str = "NULL"
-    impersonating: str = ""
-    forwarded_for: str = ""
-    application: str = "unspecified"
-    permissions: Permissions | None = None
-
-
-@dataclass(slots=True)
-class BrokerStats:
-    """What happened so far, and what is there now.
-
-    Attributes:
-        delivered: Data messages handed to a subscriber, notices not counted.
-        ignored: Requests that were dropped for lack of a role or of sense.
-    """
-
-    received: int = 0
-    multicast: int = 0
-    unicast: int = 0
-    delivered: int = 0
-    notifications: int = 0
-    stale_notices: int = 0
-    not_entitled_notices: int = 0
-    authorization_requests: int = 0
-    authorization_responses: int = 0
-    ignored: int = 0
-    clients: int = 0
-    subscriptions: int = 0
-    listeners: int = 0
-    pending: int = 0
-
-
-def _by_feed() -> dict[str, int]:
-    return {}
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What went through one connection; the last three by feed.
-
-    Attributes:
-        told: Notifications that it was sent.
-    """
-
-    reads: int = 0
-    authorization_requests: int = 0
-    authorization_responses: int = 0
-    told: dict[str, int] = field(default_factory=_by_feed)
-    unicast: dict[str, int] = field(default_factory=_by_feed)
-    multicast: dict[str, int] = field(default_factory=_by_feed)
-
-    def add(self, other: Traffic) -> None:
-        """Count what *other* counted as well."""
-        self.reads += other.reads
-        self.authorization_requests += other.authorization_requests
-        self.authorization_responses += other.authorization_responses
-        for own, more in (
-            (self.told, other.told),
-            (self.unicast, other.unicast),
-            (self.multicast, other.multicast),
-        ):
-            for feed, count in more.items():
-                _count(own, feed, count)
-
-
-def _count(counted: dict[str, int], feed: str, more: int = 1) -> None:
-    if feed not in counted and (len(counted) >= MAX_COUNTED_FEEDS or len(feed) > MAX_COUNTED_NAME):
-        feed = OTHER_FEEDS
-    counted[feed] = counted.get(feed, 0) + more
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One connection as `Broker.members` shows it.
-
-    Attributes:
-        user: The effective one on feeds that are not listed; likewise *host*.
-        subscriptions: How many topics, by feed.
-        listening: Feeds of which it is told.
-    """
-
-    conn: Hashable
-    id: uuid.UUID
-    user: str
-    host: str
-    application: str
-    traffic: Traffic
-    subscriptions: dict[str, int]
-    listening: dict[str, int]
-
-
-class _Subscription:
-    """One connection's subscription to one topic.
-
-    Attributes:
-        count: How often it was added.
-        entitlements: None where packets are not filtered.
-    """
-
-    __slots__ = ("count", "entitlements")
-
-    def __init__(self, count: int, entitlements: frozenset[int] | None) -> None:
-        self.count = count
-        self.entitlements = entitlements
-
-
-class _Client:
-    """One connection."""
-
-    __slots__ = (
-        "conn",
-        "denied",
-        "dialect",
-        "granted",
-        "head",
-        "heads",
-        "id",
-        "id_bytes",
-        "identity",
-        "listening",
-        "pending",
-        "published",
-        "roles",
-        "subscriptions",
-        "traffic",
-        "usual_roles",
-    )
-
-    def __init__(
-        self, conn: Hashable, identity: Identity, dialect: Dialect, identifier: uuid.UUID
-    ) -> None:
-        self.conn = conn
-        self.identity = identity
-        self.dialect: Dialect = dialect
-        self.id = identifier
-        self.id_bytes = identifier.bytes_le
-        # User and host as they stand in forwarded messages: usually, and on listed feeds.
-        self.head = b""
-        self.heads: dict[str, bytes] = {}
-        self.usual_roles = Role.NONE
-        self.roles: dict[str, Role] = {}
-        self.subscriptions: dict[_Key, _Subscription] = {}
-        self.listening: dict[str, None] = {}
-        self.published: dict[_Key, None] = {}
-        # Rights that this connection holds, subscribed or not; None is unfiltered.
-        self.granted: dict[_Key, frozenset[int] | None] = {}
-        # Adds that wait for an answer, or got a no for one.
-        self.pending: dict[_Key, int] = {}
-        self.denied: dict[_Key, int] = {}
-        self.traffic = Traffic()
-
-    @property
-    def interests(self) -> int:
-        return (
-            len(self.subscriptions)
-            + len(self.listening)
-            + len(self.granted)
-            + len(self.pending)
-            + len(self.denied)
-        )
+# As plain numbers: `&` of an enum makes an object each time.
+_SUBSCRIBE: Final = int(Role.SUBSCRIBE)
+_PUBLISH: Final = int(Role.PUBLISH)
+_NOTIFY: Final = int(Role.NOTIFY)
+_AUTHORIZE: Final = int(Role.AUTHORIZE)
 
 
 class Broker:
@@ -263,14 +82,14 @@ class Broker:
         """What went through connections that are gone."""
         self._max_pending = max_pending
         self._max_interests = max_interests
-        self._clients: dict[Hashable, _Client] = {}
-        self._by_id: dict[bytes, _Client] = {}
+        self._clients: dict[Hashable, Interactor] = {}
+        self._by_id: dict[bytes, Interactor] = {}
         # feed → topic → subscriber; empty ones are removed, so the order is that of the
         # first subscription of those that are there.
-        self._feeds: dict[str, dict[str, dict[_Client, _Subscription]]] = {}
-        self._listeners: dict[str, dict[_Client, None]] = {}
-        self._publishers: dict[_Key, dict[_Client, None]] = {}
-        self._pending: dict[tuple[_Client, str, str], None] = {}
+        self._feeds: dict[str, dict[str, dict[Interactor, Subscription]]] = {}
+        self._listeners: dict[str, dict[Interactor, None]] = {}
+        self._publishers: dict[Key, dict[Interactor, None]] = {}
+        self._pending: dict[tuple[Interactor, str, str], None] = {}
 
     # --- what happens ------------------------------------------------------------------
 
@@ -285,14 +104,15 @@ class Broker:
         """Take a connection in; it may be asked at once for what waits for an authorizer."""
         if conn in self._clients:
             raise ValueError("this connection is already there")
-        client = _Client(conn, identity, dialect, client_id or uuid.uuid4())
-        self._describe(client)
+        client = Interactor(
+            conn, identity, self.policy, dialect=dialect, identifier=client_id or uuid.uuid4()
+        )
         self._clients[conn] = client
         self._by_id[client.id_bytes] = client
         self.stats.clients = len(self._clients)
         effects: Effects = []
         for subscriber, feed, topic in self._pending:
-            if self._roles(client, feed) & Role.AUTHORIZE:
+            if client.roles(feed) & _AUTHORIZE:
                 self._ask(client, subscriber, feed, topic, effects)
         return effects
 
@@ -363,7 +183,7 @@ class Broker:
     def names(self, conn: Hashable) -> tuple[str, str, str]:
         """Return host, user and application of a connection, as most feeds see them."""
         client = self._clients[conn]
-        user, host = self._effective(client, None)
+        user, host = client.names()
         return host, user, client.identity.application
 
     def subscribers(self, feed: str, topic: str) -> dict[Hashable, int]:
@@ -371,17 +191,17 @@ class Broker:
         found = self._feeds.get(feed, {}).get(topic, {})
         return {client.conn: subscription.count for client, subscription in found.items()}
 
-    def members(self) -> Iterator[Member]:
+    def interactors(self) -> Iterator[InteractorView]:
         """Return everybody who is connected, and what they did."""
         for client in self._clients.values():
-            user, host = self._effective(client, None)
+            user, host = client.names()
             subscriptions: dict[str, int] = {}
             for feed, count in Counter(feed for feed, _ in client.subscriptions).items():
-                _count(subscriptions, feed, count)
+                count_feed(subscriptions, feed, count)
             listening: dict[str, int] = {}
             for feed in client.listening:
-                _count(listening, feed)
-            yield Member(
+                count_feed(listening, feed)
+            yield InteractorView(
                 client.conn,
                 client.id,
                 user,
@@ -406,18 +226,18 @@ class Broker:
 
     # --- data --------------------------------------------------------------------------
 
-    def _multicast(self, client: _Client, message: MulticastData) -> Effects:
+    def _multicast(self, client: Interactor, message: MulticastData) -> Effects:
         feed, topic = message.feed, message.topic
         if not self._may_publish(client, feed):
             return []
         self.stats.multicast += 1
-        _count(client.traffic.multicast, feed)
+        count_feed(client.traffic.multicast, feed)
         topics = self._feeds.get(feed)
         subscribers = topics.get(topic) if topics is not None else None
         if not subscribers:
             return []
         self._note_publisher(client, (feed, topic))
-        frames = _Frames(8, self._head(client, feed), message)
+        frames = Frames(8, client.head(feed), message)
         effects: Effects = []
         for subscriber, subscription in subscribers.items():
             if subscription.entitlements is None:
@@ -428,18 +248,18 @@ class Broker:
         self.stats.delivered += len(effects)
         return effects
 
-    def _unicast(self, client: _Client, message: UnicastData) -> Effects:
+    def _unicast(self, client: Interactor, message: UnicastData) -> Effects:
         feed, topic = message.feed, message.topic
         if not self._may_publish(client, feed):
             return []
         self.stats.unicast += 1
-        _count(client.traffic.unicast, feed)
+        count_feed(client.traffic.unicast, feed)
         target = self._by_id.get(message.client_id.bytes_le)
         subscription = target.subscriptions.get((feed, topic)) if target is not None else None
         if target is None or subscription is None:
             return []
         self._note_publisher(client, (feed, topic))
-        frames = _Frames(9, self._head(client, feed), message)
+        frames = Frames(9, client.head(feed), message)
         if subscription.entitlements is None:
             frame = frames.whole(target.dialect)
         else:
@@ -447,19 +267,19 @@ class Broker:
         self.stats.delivered += 1
         return [(target.conn, frame)]
 
-    def _may_publish(self, client: _Client, feed: str) -> bool:
+    def _may_publish(self, client: Interactor, feed: str) -> bool:
         reserved = feed == ADMIN_FEED or feed.startswith(FENCE_FEEDS)
-        if reserved or not self._roles(client, feed) & Role.PUBLISH:
+        if reserved or not client.roles(feed) & _PUBLISH:
             self._ignore(client, f"may not publish to {feed!r:.200}")
             return False
         return True
 
-    def _note_publisher(self, client: _Client, key: _Key) -> None:
+    def _note_publisher(self, client: Interactor, key: Key) -> None:
         if key not in client.published:
             client.published[key] = None
             self._publishers.setdefault(key, {})[client] = None
 
-    def _tell_stale(self, publisher: _Client, key: _Key, effects: Effects) -> None:
+    def _tell_stale(self, publisher: Interactor, key: Key, effects: Effects) -> None:
         feed, topic = key
         for subscriber in self._feeds.get(feed, {}).get(topic, {}):
             if subscriber is not publisher:
@@ -468,8 +288,8 @@ class Broker:
 
     # --- subscriptions -----------------------------------------------------------------
 
-    def _subscribe(self, client: _Client, feed: str, topic: str) -> Effects:
-        if not self._roles(client, feed) & Role.SUBSCRIBE:
+    def _subscribe(self, client: Interactor, feed: str, topic: str) -> Effects:
+        if not client.roles(feed) & _SUBSCRIBE:
             self._ignore(client, f"may not subscribe to {feed!r:.200}")
             return []
         key = (feed, topic)
@@ -480,9 +300,9 @@ class Broker:
             self._notify(client, feed, topic, True, effects)
         elif not self.policy.authorization_required(feed):
             self._check_room(client)
-            self._add(client, key, _Subscription(1, None), effects)
+            self._add(client, key, Subscription(1, None), effects)
         elif key in client.granted:
-            self._add(client, key, _Subscription(1, client.granted[key]), effects)
+            self._add(client, key, Subscription(1, client.granted[key]), effects)
         elif key in client.pending:
             client.pending[key] += 1
         else:
@@ -495,12 +315,12 @@ class Broker:
             self._pending[client, feed, topic] = None
             self.stats.pending = len(self._pending)
             for authorizer in self._clients.values():
-                if self._roles(authorizer, feed) & Role.AUTHORIZE:
+                if authorizer.roles(feed) & _AUTHORIZE:
                     self._ask(authorizer, client, feed, topic, effects)
         return effects
 
-    def _unsubscribe(self, client: _Client, feed: str, topic: str) -> Effects:
-        if not self._roles(client, feed) & Role.SUBSCRIBE:
+    def _unsubscribe(self, client: Interactor, feed: str, topic: str) -> Effects:
+        if not client.roles(feed) & _SUBSCRIBE:
             self._ignore(client, f"may not subscribe to {feed!r:.200}")
             return []
         key = (feed, topic)
@@ -523,7 +343,7 @@ class Broker:
         return effects
 
     def _add(
-        self, client: _Client, key: _Key, subscription: _Subscription, effects: Effects
+        self, client: Interactor, key: Key, subscription: Subscription, effects: Effects
     ) -> None:
         feed, topic = key
         client.subscriptions[key] = subscription
@@ -532,7 +352,7 @@ class Broker:
         self.stats.subscriptions += 1
         self._notify(client, feed, topic, True, effects)
 
-    def _remove(self, client: _Client, feed: str, topic: str) -> None:
+    def _remove(self, client: Interactor, feed: str, topic: str) -> None:
         topics = self._feeds[feed]
         subscribers = topics[topic]
         del subscribers[client]
@@ -542,14 +362,14 @@ class Broker:
             if not topics:
                 del self._feeds[feed]
 
-    def _check_room(self, client: _Client) -> None:
+    def _check_room(self, client: Interactor) -> None:
         if client.interests >= self._max_interests:
             raise ProtocolError(f"more than {self._max_interests} subscriptions of one connection")
 
     # --- notifications -----------------------------------------------------------------
 
-    def _listen(self, client: _Client, feed: str, is_add: bool) -> Effects:
-        if not self._roles(client, feed) & Role.NOTIFY:
+    def _listen(self, client: Interactor, feed: str, is_add: bool) -> Effects:
+        if not client.roles(feed) & _NOTIFY:
             self._ignore(client, f"may not be notified of {feed!r:.200}")
             return []
         if not is_add:
@@ -570,7 +390,7 @@ class Broker:
         self._count_told(client, feed, len(effects))
         return effects
 
-    def _drop_listener(self, client: _Client, feed: str) -> None:
+    def _drop_listener(self, client: Interactor, feed: str) -> None:
         listeners = self._listeners[feed]
         del listeners[client]
         self.stats.listeners -= 1
@@ -578,7 +398,7 @@ class Broker:
             del self._listeners[feed]
 
     def _notify(
-        self, subscriber: _Client, feed: str, topic: str, is_add: bool, effects: Effects
+        self, subscriber: Interactor, feed: str, topic: str, is_add: bool, effects: Effects
     ) -> None:
         listeners = self._listeners.get(feed)
         if listeners:
@@ -587,16 +407,16 @@ class Broker:
                 effects.append((listener.conn, frame))
                 self._count_told(listener, feed, 1)
 
-    def _count_told(self, listener: _Client, feed: str, count: int) -> None:
+    def _count_told(self, listener: Interactor, feed: str, count: int) -> None:
         self.stats.notifications += count
         if count:
-            _count(listener.traffic.told, feed, count)
+            count_feed(listener.traffic.told, feed, count)
 
-    def _told(self, subscriber: _Client, feed: str, topic: str, is_add: bool) -> bytes:
+    def _told(self, subscriber: Interactor, feed: str, topic: str, is_add: bool) -> bytes:
         return b"".join(
             (
                 b"\x03",
-                self._head(subscriber, feed),
+                subscriber.head(feed),
                 subscriber.id_bytes,
                 encode_string(feed),
                 encode_string(topic),
@@ -607,18 +427,18 @@ class Broker:
     # --- authorization -----------------------------------------------------------------
 
     def _ask(
-        self, authorizer: _Client, client: _Client, feed: str, topic: str, effects: Effects
+        self, authorizer: Interactor, client: Interactor, feed: str, topic: str, effects: Effects
     ) -> None:
-        user, host = self._effective(client, feed)
+        user, host = client.names(feed)
         self.stats.authorization_requests += 1
         authorizer.traffic.authorization_requests += 1
         effects.append(
             (authorizer.conn, encode_authorization_request(client.id, host, user, feed, topic))
         )
 
-    def _authorize(self, authorizer: _Client, message: AuthorizationResponse) -> Effects:
+    def _authorize(self, authorizer: Interactor, message: AuthorizationResponse) -> Effects:
         feed, topic = key = (message.feed, message.topic)
-        if not self._roles(authorizer, feed) & Role.AUTHORIZE:
+        if not authorizer.roles(feed) & _AUTHORIZE:
             self._ignore(authorizer, f"may not authorize on {feed!r:.200}")
             return []
         client = self._by_id.get(message.client_id.bytes_le)
@@ -655,108 +475,23 @@ class Broker:
             self._forget_pending(client, key)
         client.denied.pop(key, None)
         if count:
-            self._add(client, key, _Subscription(count, entitlements), effects)
+            self._add(client, key, Subscription(count, entitlements), effects)
         return effects
 
-    def _forget_pending(self, client: _Client, key: _Key) -> None:
+    def _forget_pending(self, client: Interactor, key: Key) -> None:
         del client.pending[key]
         del self._pending[client, key[0], key[1]]
         self.stats.pending = len(self._pending)
 
-    def _tell_not_entitled(self, client: _Client, feed: str, topic: str, effects: Effects) -> None:
+    def _tell_not_entitled(
+        self, client: Interactor, feed: str, topic: str, effects: Effects
+    ) -> None:
         self.stats.not_entitled_notices += 1
         effects.append((client.conn, notice(feed, topic, client.dialect)))
 
-    # --- who is who --------------------------------------------------------------------
-
-    def _describe(self, client: _Client) -> None:
-        """Work out roles and names once, usually and for each listed feed."""
-        client.head, client.usual_roles = self._described(client, None)
-        listed: Iterable[str] = self.policy.feeds
-        if client.identity.permissions:
-            listed = {**self.policy.feeds, **client.identity.permissions}
-        for feed in listed:
-            client.heads[feed], client.roles[feed] = self._described(client, feed)
-
-    def _described(self, client: _Client, feed: str | None) -> tuple[bytes, Role]:
-        user, host = self._effective(client, feed)
-        roles = self.policy.roles(feed or "", user, host, client.identity.permissions)
-        if feed is None and ("" in self.policy.feeds or "" in (client.identity.permissions or ())):
-            # The feed without a name is listed; what is usual is what an unlisted one has.
-            roles = self.policy.change.apply(Role.NONE)
-        return encode_string(user) + encode_string(host), roles
-
-    def _effective(self, client: _Client, feed: str | None) -> tuple[str, str]:
-        identity = client.identity
-        policy = self.policy
-        if feed is not None and feed in policy.feeds:
-            impersonate, proxy = policy.may_impersonate(feed), policy.may_proxy(feed)
-        else:
-            impersonate, proxy = policy.is_impersonation_allowed, policy.is_proxy_allowed
-        user = identity.impersonating if impersonate and identity.impersonating else identity.user
-        host = identity.forwarded_for if proxy and identity.forwarded_for else identity.host
-        return user, host
-
-    def _head(self, client: _Client, feed: str) -> bytes:
-        return client.heads.get(feed, client.head) if client.heads else client.head
-
-    def _roles(self, client: _Client, feed: str) -> Role:
-        return client.roles.get(feed, client.usual_roles) if client.roles else client.usual_roles
-
-    def _ignore(self, client: _Client, why: str) -> None:
+    def _ignore(self, client: Interactor, why: str) -> None:
         self.stats.ignored += 1
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
                 "%r on %r: %s", client.identity.user[:200], client.identity.host[:200], why
             )
-
-
-class _Frames:
-    """The forms in which one data message reaches its subscribers, each made once."""
-
-    __slots__ = ("_cached", "_dialect", "_front", "_message", "_packets", "_whole")
-
-    def __init__(self, kind: int, head: bytes, message: MulticastData | UnicastData) -> None:
-        self._message = message
-        self._front = bytes((kind,)) + head
-        self._dialect: Dialect = "is_image" if isinstance(message.flag, bool) else "content_type"
-        self._whole: dict[Dialect, bytes] = {}
-        self._cached: dict[tuple[Dialect, tuple[int, ...]], bytes] = {}
-        self._packets: list[DataPacket] | None = None
-
-    def whole(self, dialect: Dialect) -> bytes:
-        frame = self._whole.get(dialect)
-        if frame is None:
-            message = self._message
-            if dialect == self._dialect:
-                frame = self._front + message.body
-            else:
-                frame = self._beginning(dialect) + message.body[message.at :]
-            self._whole[dialect] = frame
-        return frame
-
-    def filtered(self, dialect: Dialect, held: frozenset[int]) -> bytes:
-        """Return the packets that need something and no more than *held*, maybe none."""
-        if self._packets is None:
-            self._packets = self._message.data_packets or []
-        passing = tuple(
-            index
-            for index, packet in enumerate(self._packets)
-            if packet.entitlements is not None and packet.entitlements <= held
-        )
-        frame = self._cached.get((dialect, passing))
-        if frame is None:
-            packets = encode_packets([self._packets[index] for index in passing])
-            frame = self._cached[dialect, passing] = self._beginning(dialect) + packets
-        return frame
-
-    def _beginning(self, dialect: Dialect) -> bytes:
-        message = self._message
-        flag: Flag = message.flag
-        if dialect == self._dialect:
-            return self._front + message.body[: message.at]
-        # Neither dialect can say what the other says.
-        flag = False if dialect == "is_image" else ""
-        names = encode_string(message.feed) + encode_string(message.topic)
-        identifier = message.client_id.bytes_le if isinstance(message, UnicastData) else b""
-        return self._front + identifier + names + encode_flag(flag, dialect)

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, cast
 
 import h11
 
-from .broker import Traffic
+from .counters import Snapshot, Traffic
 from .extras import load_extra
-
-if TYPE_CHECKING:
-    from .distributor import MessageBusServer
 
 __all__ = ["MetricsEndpoint"]
 
@@ -62,8 +59,8 @@ _MAX_CONNECTIONS: Final = 16
 class _Collector:
     """Reads a server's counters when it is asked; nothing is kept."""
 
-    def __init__(self, server: MessageBusServer) -> None:
-        self._server = server
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self._snapshot = snapshot
         self._metric: Any = load_extra("prometheus_client.core", "the metrics endpoint").Metric
 
     def collect(self) -> Iterator[Any]:
@@ -91,20 +88,21 @@ class _Collector:
             by_feed("published_unicast_messages", traffic.unicast, who)
             by_feed("published_multicast_messages", traffic.multicast, who)
 
-        server = self._server
-        for member in server.broker.members():
-            who = _labels(member.host, member.user, str(member.id), member.application)
-            counters(who, member.traffic, server.written_to(member.conn))
+        seen = self._snapshot()
+        for counts in seen.interactors:
+            view = counts.view
+            who = _labels(view.host, view.user, str(view.id), view.application)
+            counters(who, view.traffic, counts.written)
             sample("interactors", 1, who)
-            sample("write_queue_length", server.waiting_for(member.conn), who)
-            by_feed("notification_requests", member.listening, who)
-            by_feed("subscriptions", member.subscriptions, who)
-        counters(_labels(), server.broker.ended, server.written_before)
-        for (host, user, application), count in server.faults.items():
+            sample("write_queue_length", counts.waiting, who)
+            by_feed("notification_requests", view.listening, who)
+            by_feed("subscriptions", view.subscriptions, who)
+        counters(_labels(), seen.ended, seen.ended_written)
+        for (host, user, application), count in seen.faults.items():
             sample("interactor_faults", count, _labels(host, user, "", application))
-        stats = server.stats()
-        for name in ("events_enqueued", "events_dequeued", "events_queue_length"):
-            sample(name, stats[name], {})
+        sample("events_enqueued", seen.events_enqueued, {})
+        sample("events_dequeued", seen.events_dequeued, {})
+        sample("events_queue_length", seen.events_queue_length, {})
         yield from families.values()
 
 
@@ -116,13 +114,14 @@ class MetricsEndpoint:
     """Answers ``GET /metrics``, on a port of its own.
 
     Args:
+        snapshot: Returns the numbers when somebody asks.
         port: 0 for a free one. It stays the same when it is started again.
     """
 
-    def __init__(self, server: MessageBusServer, host: str, port: int) -> None:
+    def __init__(self, snapshot: Callable[[], Snapshot], host: str, port: int) -> None:
         prometheus = load_extra("prometheus_client", "the metrics endpoint")
         self._registry: Any = prometheus.CollectorRegistry(auto_describe=False)
-        self._registry.register(_Collector(server))
+        self._registry.register(_Collector(snapshot))
         self._generate: Any = prometheus.generate_latest
         self.host = host
         self.port = port
@@ -175,12 +174,12 @@ class _Scrape(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for a request; close at once where too many do."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - TCP always is
-        self._transport = transport
+        # No isinstance: the transports of uvloop are of a class of their own.
+        self._transport = cast("asyncio.Transport", transport)
         connections = self._endpoint.connections
         connections.add(self)
         if len(connections) > _MAX_CONNECTIONS:
-            transport.abort()
+            self._transport.abort()
             return
         self._deadline = asyncio.get_running_loop().call_later(_REQUEST_TIMEOUT, self.abort)
 
