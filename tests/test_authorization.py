@@ -207,8 +207,9 @@ async def test_a_handler_that_fails_is_answered_with_a_refusal(
     async with bus_of(server.port, "tester") as warden, bus_of(server.port) as guest:
         failures: list[HandlerFailed] = []
         warden.on_handler_failure(failures.append)
+        patience = 0.05 if handler in (hangs, grants_too_late) else 20.0
         async with (
-            warden.authorize("AUTH/#", handler, timeout=0.05) as authorizer,
+            warden.authorize("AUTH/#", handler, timeout=patience) as authorizer,
             notices(warden) as events,
             notices(guest) as told,
             guest.subscribe("AUTH/T") as messages,
@@ -527,7 +528,7 @@ async def test_a_strict_application_stops_at_a_failed_authorizer(server: Message
 
     async def run() -> None:
         async with app.running({"main": url}) as running, bus_of(server.port) as guest:
-            async with guest.subscribe("AUTH/T"), asyncio.timeout(5):
+            async with guest.subscribe("AUTH/T"), asyncio.timeout(20):
                 await running.wait()
 
     with pytest.raises(HandlerFailed) as caught:

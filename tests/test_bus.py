@@ -772,7 +772,7 @@ async def test_middleware_that_raises_ends_its_message_and_not_the_iteration() -
             raise LookupError("not that one")
         return await call_next(context)
 
-    async with connect("memory://", ack_timeout=0.05) as bus:
+    async with connect("memory://", ack_timeout=30.0) as bus:
         bus.use(picky)
         async with bus.subscribe("a", ack="manual") as subscription:
             await bus.publish("a", b"bad")

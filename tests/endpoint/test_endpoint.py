@@ -734,7 +734,7 @@ def tls(authority: Authority) -> tuple[ServerTLS, ssl.SSLContext]:
 
 async def test_tls_and_what_is_not_tls(tls: tuple[ServerTLS, ssl.SSLContext]) -> None:
     settings, context = tls
-    async with serving(Profile(handshake=0.2), tls=settings) as (server, _):
+    async with serving(tls=settings) as (server, _):
         assert server.url.startswith("mqtts://")
         async with Wire.connected(server.port, tls=context) as wire:
             await wire.send(PingReq())
@@ -745,6 +745,8 @@ async def test_tls_and_what_is_not_tls(tls: tuple[ServerTLS, ssl.SSLContext]) ->
             with contextlib.suppress(ConnectionError):
                 await plain.reader.read()
         plain.close()
+        await eventually(lambda: not server.links)
+    async with serving(Profile(handshake=0.1), tls=settings) as (server, _):
         silent = await Wire.open(server.port)
         assert await silent.closed() == []
         silent.close()
@@ -989,7 +991,7 @@ class Told(SmallDialect):
 
 @pytest.mark.slow
 async def test_the_kind_of_ending_is_told_with_the_reason() -> None:
-    dialect = Told(Profile(max_packet=1000, handshake=0.3))
+    dialect = Told(Profile(max_packet=1000, handshake=1.0))
     async with EndpointServer(dialect) as server:
         async with Wire.connected(server.port) as wire:
             await wire.send(Disconnect())

@@ -337,8 +337,8 @@ class TestDefectsOfAmqtt:
 
     async def test_the_deadline_says_whether_the_message_left(self, broker: ScriptedBroker) -> None:
         broker.puback = False
-        async with client(broker.url, request_timeout=0.2, max_inflight=1) as one:
-            sent = asyncio.create_task(one.publish("t", b"x", qos=QOS_1))
+        async with client(broker.url, max_inflight=1) as one:
+            sent = asyncio.create_task(one.publish("t", b"x", qos=QOS_1, ack_timeout=1.0))
             await broker.arrived(wire.PUBLISH)
             with pytest.raises(core.PublishTimeout) as waiting:
                 await one.publish("t", b"y", qos=QOS_1, ack_timeout=0.05)

@@ -118,15 +118,15 @@ async def test_closing_a_broken_link_is_bounded_and_raises_nothing(
         ]
         await asyncio.sleep(0)
         watch = Stopwatch()
-        await soon(asyncio.gather(*(bus.close(drain=0.5) for _ in range(3))), 5)
+        await soon(asyncio.gather(*(bus.close(drain=0.5) for _ in range(3))))
         # The time to drain, and half a second for the broker to see the end.
         assert watch.seconds <= 0.5 + 0.5 + 1.0
-        results = await soon(asyncio.gather(*publishing, return_exceptions=True), 1)
+        results = await soon(asyncio.gather(*publishing, return_exceptions=True))
         for qos, result in enumerate(results):
             if qos or isinstance(result, BaseException):
                 assert isinstance(result, PublishFailed | BusClosed) or "session" in str(result)
         with pytest.raises(BusClosed):
-            await soon(getting, 1)
+            await soon(getting)
         assert bus.status is Status.CLOSED
         await soon(bus.close())
         with pytest.raises(BusClosed):
@@ -142,8 +142,8 @@ async def test_unanswered_publishes_have_an_unknown_outcome(
         proxy.blackhole(True, Direction.DOWN)
         publishing = [asyncio.create_task(bus.publish(unique(), b"x")) for _ in range(5)]
         await until(lambda: bus.native(MQTTBackend).connection.unfinished == 5, "under way")
-        await soon(bus.close(drain=0.1), 5)
-        results = await soon(asyncio.gather(*publishing, return_exceptions=True), 1)
+        await soon(bus.close(drain=0.1))
+        results = await soon(asyncio.gather(*publishing, return_exceptions=True))
         outcomes = [result.outcome for result in results if isinstance(result, PublishFailed)]
         assert outcomes == [Outcome.UNKNOWN] * 3 + [Outcome.NOT_SENT] * 2
 
@@ -168,7 +168,7 @@ async def test_closing_while_it_reconnects_or_connects(
             if fault != "refuse":
                 await until(partial(_more, proxy, accepted), "an attempt is under way")
             watch = Stopwatch()
-            await soon(bus.close(drain=5), 5)
+            await soon(bus.close(drain=5))
             assert watch.seconds < 2.0
             proxy.heal()
             await soon(proxy.cut())
