@@ -316,7 +316,7 @@ async def test_the_guard_drops_or_waits(
 async def test_close_ends_what_waits_for_the_guard(
     broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits_within(monkeypatch, 1.0)
+    limits_within(monkeypatch, 2.0)
     async with opened(broker, rate_guard="wait", buffer_offline=5) as (device, events):
         waits = asyncio.Event()
         device.add_event_observer("throttled", lambda device, seconds: waits.set())

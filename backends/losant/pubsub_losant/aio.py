@@ -11,6 +11,7 @@ Rules, events and arguments are those of `Device`; both are made from one core.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import time
 from collections import deque
@@ -105,11 +106,16 @@ class AsyncDevice(DeviceCore):
         self._ready: asyncio.Future[None] | None = None
         self._gone: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._ended = asyncio.Event()  # what waits for the guard need wait no longer
         self._draining = False
         self._tasks: set[asyncio.Future[Any]] = set()
         self._commands: dict[str, _Feed[dict[str, Any]]] = {}
         self._messages: _Feed[tuple[str, bytes]] = _Feed(self._count_dropped, self._check_loop)
         self._commands[self._device_id] = _Feed(self._count_dropped, self._check_loop)
+
+    def _over(self) -> None:
+        super()._over()
+        self._ended.set()
 
     def _count_dropped(self) -> None:
         self.stats["unread_dropped"] += 1
@@ -144,6 +150,7 @@ class AsyncDevice(DeviceCore):
             return
         loop = self._loop = asyncio.get_running_loop()
         self._open()
+        self._ended = asyncio.Event()
         ready = self._ready = loop.create_future()
         try:
             if self._secure:
@@ -439,8 +446,11 @@ class AsyncDevice(DeviceCore):
         if delay is None:
             return False
         if delay:
-            await asyncio.sleep(delay)
-            if not self._active:
+            ended = self._ended
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await ended.wait()
+            if ended.is_set():
                 return False
             if not self._online:
                 return texts is not None and self._keep(topic, texts)

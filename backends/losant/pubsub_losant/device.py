@@ -85,6 +85,7 @@ class Device(DeviceCore):
         self._polls = False  # a turn waits, and would send what it is rung for
         self._awaits_room = False  # it will send anyway: there is room, or it was rung
         self._pushed_at = 0.0
+        self._ended = threading.Event()  # what waits for the guard need wait no longer
         self._busy = 0  # turns under way in the thread that holds `_turns`
         self._blocking = False
         self._running = False
@@ -118,6 +119,7 @@ class Device(DeviceCore):
             else:
                 context = self._tls.build() if self._secure else None
                 self._open()
+                self._ended = threading.Event()
                 self._secure_with(context)
                 self._epoch += 1
                 self._blocking = blocking
@@ -160,6 +162,7 @@ class Device(DeviceCore):
             if self._calling == threading.get_ident():
                 self._closing = True
                 self._online = False
+                self._ended.set()
                 return
             self._shut_down()
         self._tell_close()
@@ -276,9 +279,9 @@ class Device(DeviceCore):
                 sent = self._write(topic, payload, level)
                 self._push()
                 return sent and self._online
-            epoch = self._epoch
+            epoch, ended = self._epoch, self._ended
             self._ring()
-        time.sleep(delay)
+        ended.wait(delay)
         with self._lock:
             if epoch != self._epoch or not self._accepting:
                 return False
@@ -287,6 +290,10 @@ class Device(DeviceCore):
             sent = self._write(topic, payload, level)
             self._push()
             return sent and self._online
+
+    def _over(self) -> None:
+        super()._over()
+        self._ended.set()
 
     @property
     def _accepting(self) -> bool:
