@@ -545,7 +545,7 @@ async def test_nothing_is_kept_of_subscriptions_that_have_gone(place: Place) -> 
         with pytest.raises(SubscribeFailed, match="told apart"):
             await bus.subscribe(place.at("b/3/c"))
         await within(asyncio.gather(*(inbox.close() for inbox in inboxes)))
-        for name in ("_current", "_groups", "_held", "_holders", "_turns"):
+        for name in ("_current", "_groups", "_held", "_holders", "turns"):
             assert not len(getattr(backend, name)), name
         async with bus.subscribe(place.at("b/3/c")) as inbox:
             await bus.publish(place.at("b/3/c"), b"x")

@@ -26,11 +26,13 @@ class Line:
         now: What the connection takes for the time.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, backend: str = "mqtt", **settings: Any) -> None:
         settings.setdefault("client_id", "me")
         settings.setdefault("versions", (4,))
         self.now = 1000.0
-        self.connection = Connection(SessionSettings(**settings), clock=lambda: self.now)
+        self.connection = Connection(
+            SessionSettings(**settings), backend=backend, clock=lambda: self.now
+        )
         self.peer: socket.socket | None = None
         self.messages: list[Incoming] = []
         self.sessions: list[Session] = []
@@ -42,12 +44,15 @@ class Line:
         self.connection.on_lost = self.lost.append
         self.connection.on_notice = lambda *notice: self.notices.append(notice)
 
-    def begin(self) -> bytes:
-        """Start a session; return the CONNECT."""
+    def begin(self, *, read: bool = True) -> bytes:
+        """Start a session; return the CONNECT, which the peer has read if *read* says so."""
         self.close_peer()
         ours, self.peer = socket.socketpair()
         self.peer.setblocking(False)
         self.connection.begin(BufferedSocket(ours), where="broker.example:1883")
+        if not read:
+            self.connection.flush()
+            return b""
         return self.sent()
 
     def open(self, accept: bytes | None = None, *, release: bool = True) -> None:
@@ -133,8 +138,8 @@ def lines() -> Iterator[type[Line]]:
     made: list[Line] = []
 
     class Kept(Line):
-        def __init__(self, **settings: Any) -> None:
-            super().__init__(**settings)
+        def __init__(self, *, backend: str = "mqtt", **settings: Any) -> None:
+            super().__init__(backend=backend, **settings)
             made.append(self)
 
     yield Kept

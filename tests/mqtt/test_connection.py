@@ -51,7 +51,7 @@ class Peer:
 
     def __init__(self, **settings: Any) -> None:
         settings.setdefault("versions", (4,))
-        self.connection = Connection(SessionSettings(**settings))
+        self.connection = Connection(SessionSettings(**settings), backend="mqtt")
         self.driver = AsyncioDriver(self.connection)
         self.messages: list[Incoming] = []
         self.lost: list[ConnectError] = []
@@ -971,7 +971,7 @@ async def test_a_living_peer_is_kept(mosquitto: MosquittoServer) -> None:
 
 def blocking(port: int, **settings: Any) -> BlockingDriver:
     settings.setdefault("versions", (5, 4))
-    return BlockingDriver(SessionSettings(**settings), tcp(port), timeout=5)
+    return BlockingDriver(SessionSettings(**settings), tcp(port), backend="mqtt", timeout=5)
 
 
 async def off_loop(function: Callable[[], None]) -> None:
@@ -1064,7 +1064,9 @@ async def test_blocking_refusal(mosquitto_users: MosquittoServer) -> None:
 
 async def test_blocking_timeout(silent: int) -> None:
     def work() -> None:
-        made = BlockingDriver(SessionSettings(versions=(4,)), tcp(silent), timeout=0.3)
+        made = BlockingDriver(
+            SessionSettings(versions=(4,)), tcp(silent), backend="mqtt", timeout=0.3
+        )
         with pytest.raises(ConnectTimeout):
             made.connect()
         made.disconnect()

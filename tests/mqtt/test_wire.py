@@ -1351,3 +1351,14 @@ def test_no_secret_is_printed(lines: type[Line], caplog: pytest.LogCaptureFixtur
 
 def test_accept_constants_are_what_they_say() -> None:
     assert (ACCEPT[2], ACCEPT_PRESENT[2], ACCEPT_5[2], ACCEPT_5_PRESENT[2]) == (0, 1, 0, 1)
+
+
+def test_a_reset_after_connect_leads_to_311(lines: type[Line]) -> None:
+    """A peer that closes with our CONNECT unread resets the connection."""
+    line = lines(versions=(5, 4))
+    line.begin(read=False)
+    line.hang_up()
+    (error,) = line.lost
+    assert isinstance(error.__cause__, ConnectionResetError)
+    assert line.connection.try_older(error)
+    assert line.connection.version == 4

@@ -80,7 +80,7 @@ def pending(bus: Bus) -> list[str]:
             "requests": connection._requests,
             "pings": connection._pings,
             "unsettled": connection._unsettled,
-            "turns": backend._turns,
+            "turns": backend.turns,
             "captures": backend._captures,
             "subscriptions": backend._current,
             "drained": backend.driver._drained,

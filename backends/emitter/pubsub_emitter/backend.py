@@ -28,17 +28,16 @@ from typing import Any, Final
 
 import msgspec
 
-from pubsub_core.capabilities import Cap, ConfirmedBy
+from pubsub_core.capabilities import Cap
 from pubsub_core.errors import (
+    ConnectError,
     InvalidFilter,
     NotAuthorized,
     NotConnected,
     NotSupported,
     Outcome,
     PayloadTooLarge,
-    PublishFailed,
     PublishNotAuthorized,
-    PubSubError,
     SubscribeFailed,
     SubscribeNotAuthorized,
 )
@@ -51,7 +50,7 @@ from pubsub_core.interfaces import (
     Watch,
     WireSub,
 )
-from pubsub_core.keyed import BoundedCache, KeyedLocks
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, Member, Origin, OutFrame, Receipt
 from pubsub_core.topics import overlap
 from pubsub_mqtt.connection import Incoming, Outgoing, Request
@@ -102,7 +101,6 @@ class EmitterBackend(EmitterSession):
         self._groups: dict[str | None, dict[int, WireSub]] = {}
         self._holders: dict[str, set[int]] = {}
         self._held: dict[int, list[str]] = {}
-        self._turns = KeyedLocks[str]()
         self._learning = asyncio.Lock()
         self._learned = False
         self._probe_topic = ""
@@ -124,8 +122,9 @@ class EmitterBackend(EmitterSession):
         self._learned = False
         return await super().open(sink)
 
-    def _end_session(self) -> None:
-        super()._end_session()
+    def session_ended(self, error: ConnectError | None) -> ConnectError | None:
+        """Let everything of the session go; see `ConnectionBackend.session_ended`."""
+        told = super().session_ended(error)
         queued, self._queued = self._queued, deque()
         for _, turn in queued:
             if not turn.done():
@@ -136,6 +135,7 @@ class EmitterBackend(EmitterSession):
         self._holders.clear()
         self._held.clear()
         self._interest.reset()
+        return told
 
     def _refused(self, key: RingKey, topic: str, operation: str) -> None:
         super()._refused(key, topic, operation)
@@ -190,7 +190,7 @@ class EmitterBackend(EmitterSession):
                 size=len(out.payload),
                 limit=MAX_STORED_PAYLOAD,
                 hint="history could not give a longer message; publish it without ttl and retain",
-                backend=self._name,
+                backend=self.name,
                 topic=out.topic,
             )
         if ttl is None:
@@ -205,14 +205,7 @@ class EmitterBackend(EmitterSession):
         route = self._route(out)
         if route is None:
             return None
-        topic = route.topic + self._options_of(out)
-        try:
-            went = self.driver.try_publish(topic, out.payload, retain=out.retain)
-        except (NotConnected, PublishFailed) as error:
-            raise self._cleaned(error, out) from None
-        if went is None:
-            return None
-        return Receipt(out.topic, ConfirmedBy.TRANSPORT if went else ConfirmedBy.NOBODY)
+        return self.send_now(out, route.topic + self._options_of(out), out.payload)
 
     async def publish(self, out: OutFrame) -> Receipt:
         """Publish; at QoS 1 the broker confirms, or refuses, which is an error of this call."""
@@ -221,30 +214,23 @@ class EmitterBackend(EmitterSession):
                 Cap.ACK,
                 why="Emitter takes quality of service 2 for 1",
                 hint="publish with qos=1",
-                backend=self._name,
+                backend=self.name,
                 topic=out.topic,
             )
         route = None if self._queued else self._route(out)
         if route is None:
             sent, key = await self._in_turn(out)
         else:
-            sent, key = self._submit(out, route), route.key
+            sent, key = self._send(out, route), route.key
         try:
-            await sent.tag
-        except asyncio.CancelledError:
-            self.connection.abandon(sent)
-            self._faults.pop(sent, None)
-            raise
-        fault = self._faults.pop(sent, None)
+            receipt = await self.receipt(sent)
+        finally:
+            fault = self._faults.pop(sent, None)
         if fault is not None:
             raise self._rejected(fault, out.topic, key)
-        if sent.error is not None:
-            sent.error.backend = self._name
-            raise sent.error
-        if out.qos == 0:
-            return Receipt(out.topic, ConfirmedBy.TRANSPORT)
-        key.accepted("publish", out.topic)
-        return Receipt(out.topic, ConfirmedBy.BROKER)
+        if out.qos:
+            key.accepted("publish", out.topic)
+        return receipt
 
     async def _in_turn(self, out: OutFrame) -> tuple[Outgoing, RingKey]:
         """Submit in the order of the calls, although one of them waits for its key."""
@@ -267,7 +253,7 @@ class EmitterBackend(EmitterSession):
             try:
                 route = None if turn.done() else self._route(out) or await self._obtain(out)
                 if route is not None and not turn.done():
-                    turn.set_result((self._submit(out, route), route.key))
+                    turn.set_result((self._send(out, route), route.key))
             except Exception as error:  # noqa: BLE001  it is raised where somebody waits
                 if not turn.done():
                     turn.set_exception(error)
@@ -283,35 +269,13 @@ class EmitterBackend(EmitterSession):
                 exc.message,
                 outcome=Outcome.NOT_SENT,
                 hint=exc.hint,
-                backend=self._name,
+                backend=self.name,
                 topic=out.topic,
             ) from exc.__cause__
         return _Route(key, channel)
 
-    def _submit(self, out: OutFrame, route: _Route) -> Outgoing:
-        topic = route.topic + self._options_of(out)
-        try:
-            sent = self.driver.submit(topic, out.payload, qos=out.qos, retain=out.retain)
-        except (NotConnected, PublishFailed) as error:
-            raise self._cleaned(error, out) from None
-        # What it is called in errors and in its repr; the wire's name is encoded already.
-        sent.topic = out.topic
-        return sent
-
-    def _cleaned(self, error: PubSubError, out: OutFrame) -> PubSubError:
-        """Return an error of the connection without the key."""
-        if isinstance(error, PayloadTooLarge):
-            return PayloadTooLarge(
-                size=error.size, limit=error.limit, backend=self._name, topic=out.topic
-            )
-        if isinstance(error, NotConnected):
-            return self._not_connected()
-        return PublishFailed(
-            f"the message for {out.topic!r} could not be sent",
-            outcome=Outcome.NOT_SENT,
-            backend=self._name,
-            topic=out.topic,
-        )
+    def _send(self, out: OutFrame, route: _Route) -> Outgoing:
+        return self.submit(out, route.topic + self._options_of(out), out.payload)
 
     # --- subscribing --------------------------------------------------------------------
 
@@ -321,7 +285,13 @@ class EmitterBackend(EmitterSession):
         if want.filter.endswith("#"):
             await self._learn()
         channels = self._channels(want.filter, want.group)
-        self._check_distinct(want)
+        others = (
+            other
+            for group, wants in self._groups.items()
+            if group != want.group
+            for other in wants.values()
+        )
+        self.check_distinct(want, others, meets=self._meets)
         new = want.id not in self._current
         self._current[want.id] = want
         self._groups.setdefault(want.group, {})[want.id] = want
@@ -330,7 +300,7 @@ class EmitterBackend(EmitterSession):
         try:
             key = await self._subscribe_key(want, channels)
             for channel in channels:
-                async with self._turns.of(channel):
+                async with self.turns.of(channel):
                     if not self._holders.get(channel):
                         await self._join(key, channel, want.filter)
                     holders = self._holders.setdefault(channel, set())
@@ -352,7 +322,7 @@ class EmitterBackend(EmitterSession):
             return await self._key("r", want.filter, *channels)
         except NotAuthorized as exc:
             raise SubscribeNotAuthorized(
-                exc.message, hint=exc.hint, backend=self._name, topic=want.filter
+                exc.message, hint=exc.hint, backend=self.name, topic=want.filter
             ) from exc.__cause__
 
     async def _join(self, key: RingKey, channel: str, filter: str) -> None:
@@ -390,13 +360,13 @@ class EmitterBackend(EmitterSession):
                 f"the broker refused a subscription to {filter!r}: {said}",
                 hint="check the channel, permissions and expiry of its key; the broker's log "
                 "says more",
-                backend=self._name,
+                backend=self.name,
                 topic=filter,
             )
         return SubscribeFailed(
             f"the broker refused a subscription to {filter!r}: {said} ({fault.status})",
             hint="look into the broker's log",
-            backend=self._name,
+            backend=self.name,
             topic=filter,
             retryable=False,
         )
@@ -407,7 +377,7 @@ class EmitterBackend(EmitterSession):
         channels = self._held.pop(want.id, [])
         try:
             for channel in channels:
-                async with self._turns.of(channel):
+                async with self.turns.of(channel):
                     await self._leave(want, channel)
         except BaseException:
             self._leave_at_once(want, channels)
@@ -451,36 +421,16 @@ class EmitterBackend(EmitterSession):
                 with contextlib.suppress(NotConnected):
                     self.connection.unsubscribe([f"{key.text}/{channel}"], _ignore)
 
-    def _check_distinct(self, want: WireSub) -> None:
-        """Refuse what could not be told apart when messages arrive.
+    def _meets(self, one: str, other: str) -> bool:
+        """Whether a message can come for both filters.
 
-        A message for a share group looks like any other, and the broker's own rule may bring
-        one from below the channel of an ordinary subscription.
+        The broker's own rule may bring one from below the channel of an ordinary subscription.
         """
-
-        def reach(filter: str) -> str:
-            return filter if self.matcher == "mqtt" else f"{filter.removesuffix('/#')}/#"
-
-        others = (
-            other
-            for group, wants in self._groups.items()
-            if group != want.group
-            for other in wants.values()
-            if other.id != want.id
-        )
-        for other in others:
-            if "#" in (other.filter, want.filter) or overlap(
-                reach(other.filter), reach(want.filter)
-            ):
-                theirs = f"group {other.group!r}" if other.group else "no group"
-                raise SubscribeFailed(
-                    f"{want.filter!r} overlaps {other.filter!r}, which is subscribed to with "
-                    f"{theirs}: their messages cannot be told apart",
-                    hint="use a second bus",
-                    backend=self._name,
-                    topic=want.filter,
-                    retryable=False,
-                )
+        if "#" in (one, other):
+            return True
+        if self.matcher == "mqtt":
+            return overlap(one, other)
+        return overlap(f"{one.removesuffix('/#')}/#", f"{other.removesuffix('/#')}/#")
 
     async def _learn(self) -> None:
         """Find out the broker's matching rule, once in a session, where keys can be made.
@@ -538,7 +488,7 @@ class EmitterBackend(EmitterSession):
                 character=filter[0],
                 reason="wildcard",
                 hint="name the first level",
-                backend=self._name,
+                backend=self.name,
             )
         key = await self._key("l", filter, channel)
         seen = self._journal.seen()
@@ -587,7 +537,7 @@ class EmitterBackend(EmitterSession):
             return
         newest = {frame.topic: frame for frame in found}
         late = self._journal.topics_since(before)
-        sink = self._sink
+        sink = self.sink
         for topic, frame in newest.items():
             if sink is not None and frame.payload and topic not in late:
                 sink.deliver(msgspec.structs.replace(frame, origin=Origin.RETAINED))
@@ -657,8 +607,8 @@ class EmitterBackend(EmitterSession):
         self._interest.event(body)
 
     def _interested(self, event: InterestEvent) -> None:
-        if self._sink is not None:
-            self._sink.interest(event)
+        if self.sink is not None:
+            self.sink.interest(event)
 
 
 def _ignore(request: Request) -> None:

@@ -139,4 +139,4 @@ class EmitterOptions(TransportOptions):
                     backend="emitter",
                 )
         # Checked now rather than when the first session is opened.
-        self.mqtt(protocol="3.1.1")
+        self.mqtt(backend="emitter", protocol="3.1.1")

@@ -22,7 +22,6 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from pubsub_core import interfaces
 from pubsub_core.capabilities import Cap, ConfirmedBy, Limits, Support
 from pubsub_core.errors import (
     BadOption,
@@ -36,17 +35,13 @@ from pubsub_core.errors import (
     PublishNotAuthorized,
     PubSubError,
 )
-from pubsub_core.events import AccessRefused, Notice
-from pubsub_core.interfaces import (
-    Backend,
-    BackendContext,
-    SessionFacts,
-    Sink,
-)
+from pubsub_core.events import AccessRefused
+from pubsub_core.interfaces import BackendContext, SessionFacts, Sink
 from pubsub_core.message import Receipt
 from pubsub_mqtt.backend import endpoint_of, settings_of
-from pubsub_mqtt.connection import Incoming, Outgoing, Will
-from pubsub_mqtt.driver import AsyncioDriver
+from pubsub_mqtt.base import ConnectionBackend
+from pubsub_mqtt.connection import Connection, Outgoing, Will
+from pubsub_mqtt.packets import Incoming
 
 from .errors import EmitterError, refusal
 from .keyring import KeyRing, RingKey
@@ -54,7 +49,6 @@ from .keys import InvalidLicense, License
 from .options import EmitterOptions, MatcherOption
 from .plugin import MAX_STORED_PAYLOAD
 from .protocol import API, ERROR_TOPIC, SHARE, Fault, is_link_name
-from .wire import EmitterConnection
 
 __all__ = ["EmitterSession"]
 
@@ -96,35 +90,32 @@ class _KeyedWill(Will):
         return f"<a will of {len(self.payload)} bytes>"
 
 
-class EmitterSession(Backend):
+class EmitterSession(ConnectionBackend):
     """What a backend for Emitter needs before it can publish or subscribe.
 
     Attributes:
-        driver: Carries the session.
-        connection: Window, outcomes and counters; outlives sessions.
         matcher: The broker's matching rule, as far as it is known.
         client_id: Our identifier in presence, in this session.
     """
 
     def __init__(self, context: BackendContext) -> None:
-        super().__init__(context)
         options = context.options
         if not isinstance(options, EmitterOptions):
             raise TypeError(f"options are a {type(options).__name__}, not EmitterOptions")
         self._options = options
-        self._name = context.info.name
+        self.name = context.info.name
         self._time = context.clock.time
         address = context.address
         if not address.host:
             raise BadOption(
-                f"{address} names no host", hint="emitter://localhost:8080", backend=self._name
+                f"{address} names no host", hint="emitter://localhost:8080", backend=self.name
             )
         scheme, port = _SCHEMES[address.scheme]
         if address.path not in ("", "/") and scheme not in ("ws", "wss"):
             raise BadOption(
                 f"the path {address.path!r} means nothing for {address.scheme}://",
                 hint="leave it out; topics are arguments of publish and subscribe",
-                backend=self._name,
+                backend=self.name,
             )
         below = replace(
             address,
@@ -132,8 +123,7 @@ class EmitterSession(Backend):
             port=port if address.port is None else address.port,
             path=(address.path or "/") if scheme in ("ws", "wss") else "",
         )
-        mqtt = options.mqtt(protocol="3.1.1", will=None)
-        self._endpoint = endpoint_of(below, mqtt)
+        mqtt = options.mqtt(backend=self.name, protocol="3.1.1", will=None)
         self._license = self._parse_license()
         self._master = options.master_key
         self._ring = KeyRing(
@@ -145,14 +135,12 @@ class EmitterSession(Backend):
             clock=self._time,
         )
         self._settings = settings_of(below, mqtt)
-        self.connection = EmitterConnection(self._settings, clock=context.clock.monotonic)
-        self.driver = AsyncioDriver(self.connection)
-        self.connection.on_message = self._received
-        self.connection.on_notice = self._told
-        self.driver.on_lost = self._lost
-        self._sink: Sink | None = None
+        super().__init__(
+            context,
+            endpoint_of(below, mqtt, backend=self.name),
+            Connection(self._settings, backend=self.name, clock=context.clock.monotonic),
+        )
         self._online = False
-        self._closed = False
         self._trouble: ConnectError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._asking: dict[Outgoing, asyncio.Future[Mapping[str, Any] | None]] = {}
@@ -174,7 +162,7 @@ class EmitterSession(Backend):
                 f"license: {exc}",
                 option="license",
                 hint="give all of its text, with :1, :2 or :3 at the end",
-                backend=self._name,
+                backend=self.name,
             ) from None
 
     # --- topics -------------------------------------------------------------------------
@@ -201,7 +189,7 @@ class EmitterSession(Backend):
                 level=0,
                 reason="reserved",
                 hint="rename the first level; groups are the argument group=",
-                backend=self._name,
+                backend=self.name,
             )
         for index, level in enumerate(levels):
             if kind is InvalidFilter and level in ("+", "#"):
@@ -216,46 +204,32 @@ class EmitterSession(Backend):
                     character=level[end],
                     reason="forbidden_character",
                     hint="use A-Z a-z 0-9 and $ - . : [ \\ ] ^ _ `",
-                    backend=self._name,
+                    backend=self.name,
                 )
 
     # --- sessions -----------------------------------------------------------------------
 
-    @property
-    def endpoint(self) -> interfaces.Endpoint:
-        """Where `open` connects to."""
-        where = self._endpoint
-        return interfaces.Endpoint(where.host, where.port, where.tls is not None)
-
     async def open(self, sink: Sink) -> SessionFacts:
         """Make one session, and have the broker say who we are there."""
-        if self._closed:
-            raise ConnectError("the backend was closed", backend=self._name, retryable=False)
-        self._end_session()
-        self._sink = sink
         self._trouble = None
         self.matcher = self._options.matcher
         if self._options.will is not None:
             self.connection.settings = replace(self._settings, will=self._make_will())
         try:
-            await self.driver.open(self._endpoint)
+            await self.dial(sink)
             answer = await self.request("me", {})
             identity = answer.get("id")
             if not isinstance(identity, str) or not identity:
                 raise ConnectError(
-                    f"{self.context.address} is no Emitter broker", backend=self._name
+                    f"{self.context.address} is no Emitter broker", backend=self.name
                 )
             self.client_id = identity
             await self._link_again()
-        except ConnectError as error:
-            self._abort()
-            error.backend = self._name
-            raise
         except (NotConnected, EmitterError) as error:
-            self._abort()
+            self.abort()
             raise self._not_accepted(error) from error
         except BaseException:
-            self._abort()
+            self.abort()
             raise
         self._online = True
         return SessionFacts(client_id=self.client_id, server="Emitter")
@@ -265,12 +239,12 @@ class EmitterSession(Backend):
             return ConnectError(
                 f"{self.context.address} ended the session at once: {self._trouble.message}",
                 hint="look into the broker's log",
-                backend=self._name,
+                backend=self.name,
             )
         return ConnectError(
             f"{self.context.address} does not answer as an Emitter broker: {error.message}",
             hint="is it a plain MQTT broker? mqtt:// is for those",
-            backend=self._name,
+            backend=self.name,
         )
 
     def _make_will(self) -> Will:
@@ -285,37 +259,22 @@ class EmitterSession(Backend):
             raise ConnectError(
                 f"no key at hand for the will's topic {will.topic!r}",
                 hint="give one in key or keys; the broker cannot make it before the connection",
-                backend=self._name,
+                backend=self.name,
                 retryable=False,
             )
         return _KeyedWill(f"{key.text}/{channel}", will.data, 0, will.retain)
 
-    async def restored(self) -> None:
-        """Send what waited: first what the last session left unanswered, in its order."""
-        self.connection.release()
-
-    async def drop(self) -> None:
-        """End the session as if it had been lost; unanswered publishes wait for the next."""
-        self._abort()
-
     async def close(self, *, drain: float) -> None:
         """Flush, say DISCONNECT, close; see `Backend.close`."""
-        self._closed = True
-        self._sink = None
-        await self.driver.close(drain=drain)
-        tasks = tuple(self._tasks)
-        self._end_session()
-        if tasks:
-            await asyncio.wait(tasks)
+        await super().close(drain=drain)
+        if self._tasks:  # those that were cancelled just now
+            await asyncio.wait(tuple(self._tasks))
 
-    def _abort(self) -> None:
-        self.driver.abort()
-        self._end_session()
-
-    def _end_session(self) -> None:
-        """Let everything that waits for the broker fail; subclasses add what is theirs."""
-        self._online = False
-        self._sink = None
+    def session_ended(self, error: ConnectError | None) -> ConnectError | None:
+        """Let everything that waits for the broker fail."""
+        # Until `open` returns, the end of the session is its error and nobody else's.
+        told, self._online = error if self._online else None, False
+        self._trouble = error or self._trouble
         asking, self._asking = self._asking, {}
         for out, waiter in asking.items():
             self.connection.abandon(out)
@@ -326,18 +285,7 @@ class EmitterSession(Backend):
         self._subscribing.clear()
         for task in tuple(self._tasks):
             task.cancel()
-
-    def _lost(self, error: ConnectError) -> None:
-        error.backend = self._name
-        sink, online = self._sink, self._online
-        self._trouble = error
-        self._end_session()
-        if sink is not None and online:
-            sink.lost(error)
-
-    def _told(self, kind: str, text: str, topic: str) -> None:
-        if self._sink is not None:
-            self._sink.notice(Notice(kind, text, topic))
+        return told
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=f"pubsub emitter {name}")
@@ -349,13 +297,9 @@ class EmitterSession(Backend):
         return NotConnected(
             f"no session with {self.context.address}",
             hint="wait until the bus is online",
-            backend=self._name,
+            backend=self.name,
             retryable=True,
         )
-
-    async def ping(self) -> float:
-        """Return the seconds between PINGREQ and PINGRESP."""
-        return await self.driver.ping()
 
     async def probe(self) -> Mapping[Cap, Support]:
         """Lower what the keys or the options at hand do not allow."""
@@ -408,7 +352,7 @@ class EmitterSession(Backend):
             raise NotAuthorized(
                 f"no key could be made to {_PERMISSIONS[letters[0]]} {topic!r}: {exc.message}",
                 hint="is master_key of this broker's license?",
-                backend=self._name,
+                backend=self.name,
                 topic=topic,
             ) from exc
         if key is None:
@@ -421,7 +365,7 @@ class EmitterSession(Backend):
             f"no key is given to {doing} {topic!r}",
             hint="set key, keys or master_key; a share group needs one that covers "
             "$share/<group>/<channel>",
-            backend=self._name,
+            backend=self.name,
             topic=topic,
         )
 
@@ -431,7 +375,7 @@ class EmitterSession(Backend):
         worked = key.worked.pop((operation, topic), False)
         self._ring.forget(key)
         # Of an expired key once, or a program that goes on publishing would flood its events.
-        if self._sink is None or not (worked or (expired and not key.told)):
+        if self.sink is None or not (worked or (expired and not key.told)):
             return
         doing = _OPERATIONS.get(operation, operation)
         if expired:
@@ -440,7 +384,7 @@ class EmitterSession(Backend):
         else:
             kind = "key_refused"
             text = f"the key to {doing} {topic!r} is no longer accepted: banned or expired"
-        self._sink.notice(AccessRefused(kind, text, topic, operation=operation))
+        self.sink.notice(AccessRefused(kind, text, topic, operation=operation))
 
     # --- requests to the broker ---------------------------------------------------------------
 
@@ -475,7 +419,7 @@ class EmitterSession(Backend):
                 f"{what} was refused: {answer.get('message', '')}",
                 hint="check the channel, permissions and expiry of its key; the broker's log "
                 "says more",
-                backend=self._name,
+                backend=self.name,
                 topic=topic,
             )
         if isinstance(status, int) and status != 200:
@@ -505,7 +449,7 @@ class EmitterSession(Backend):
                 waiter.set_result(self._answers.pop(out, None))
 
         try:
-            out = self.connection.ask(topic, payload, done)
+            out = self.connection.ask(topic, payload, done, shown="a request")
         except PublishFailed:
             raise EmitterError(
                 f"a request of {len(payload)} bytes is too long", hint="shorten it"
@@ -617,7 +561,7 @@ class EmitterSession(Backend):
                 f"the session ended before the broker confirmed a message to {topic!r}",
                 outcome=Outcome.UNKNOWN,
                 hint="publish again if a duplicate does no harm",
-                backend=self._name,
+                backend=self.name,
                 topic=topic,
             ) from None
         if fault is not None:
@@ -633,7 +577,7 @@ class EmitterSession(Backend):
                 reason=401,
                 hint="check the channel, permissions and expiry of its key; the broker's log "
                 "says more",
-                backend=self._name,
+                backend=self.name,
                 topic=topic,
             )
         failed = fault.status >= 500
@@ -642,18 +586,19 @@ class EmitterSession(Backend):
             outcome=Outcome.UNKNOWN if failed else Outcome.REJECTED,
             reason=fault.status,
             hint="it was delivered, and not stored" if failed else "look into the broker's log",
-            backend=self._name,
+            backend=self.name,
             topic=topic,
             retryable=failed,
         )
 
     # --- receiving ----------------------------------------------------------------------------
 
-    def _received(self, message: Incoming) -> None:
+    def received(self, message: Incoming) -> None:
+        """Tell what the broker says from messages of channels."""
         if message.topic.startswith(_PREFIX):
             self._from_broker(message.topic, message.payload)
-        elif self._sink is not None:
-            self._delivered(message, self._sink)
+        elif self.sink is not None:
+            self._delivered(message, self.sink)
 
     @abc.abstractmethod
     def _delivered(self, message: Incoming, sink: Sink) -> None:
@@ -698,7 +643,7 @@ class EmitterSession(Backend):
             # Only leaving a channel is left: what comes from there goes on until the session ends.
             logger.info("the broker refused a request: %s (%d)", fault.message, fault.status)
         elif req is None:
-            self._told(
+            self.notice(
                 "publish_refused",
                 f"the broker refused a message that was sent without confirmation: "
                 f"{fault.message} ({fault.status})",

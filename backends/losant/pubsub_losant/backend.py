@@ -13,13 +13,11 @@ reports of what it does to forbidden publishes.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Final, Literal
 
-from pubsub_core.capabilities import Cap, ConfirmedBy, Limits
+from pubsub_core.capabilities import Cap, Limits
 from pubsub_core.errors import (
     BadOption,
     ConnectError,
@@ -40,9 +38,10 @@ from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, OutFrame, Receipt
 from pubsub_mqtt.backend import endpoint_of, settings_of
 from pubsub_mqtt.base import ConnectionBackend
-from pubsub_mqtt.connection import Connection, Incoming, Subscribe
+from pubsub_mqtt.connection import Connection, Subscribe
 from pubsub_mqtt.errors import CredentialsRefused
 from pubsub_mqtt.options import WillOptions
+from pubsub_mqtt.packets import Incoming
 from pubsub_mqtt.transport import PeerClosed
 
 from .errors import LosantThrottled
@@ -77,35 +76,6 @@ _LONGEST_BAN: Final = 3600.0
 _GOOD_CONDUCT: Final = 900.0
 
 
-class _Connection(Connection):
-    """A connection whose end may be somebody's fault.
-
-    Attributes:
-        published: Topic of the newest publish, and when it was.
-        on_again: Called with the topic of each message that is sent once more.
-    """
-
-    published: tuple[str, float] = ("", -math.inf)
-    on_again: Callable[[str], None]
-
-    @property
-    def blamed(self) -> str:
-        """Topic of a publish that may have ended the connection just now, or ``""``."""
-        topic, at = self.published
-        return topic if self._clock() - at < _BLAME else ""
-
-    def release(self) -> None:
-        """Let publishes go, first those that the last session left unanswered."""
-        if self._open and not self._gate:
-            for out in self._resend.values():
-                self.on_again(out.topic)
-        super().release()
-
-    def _count_short_life(self, error: ConnectError, *, taken: bool) -> ConnectError:
-        # A forbidden publish ends sessions as early as another client with our id does.
-        return error if self.blamed else super()._count_short_life(error, taken=taken)
-
-
 class LosantBackend(ConnectionBackend):
     """One session of a device, or of a gateway with its peripherals.
 
@@ -120,7 +90,7 @@ class LosantBackend(ConnectionBackend):
         options = context.options
         if not isinstance(options, LosantOptions):
             raise TypeError(f"options are a {type(options).__name__}, not LosantOptions")
-        self._name = context.info.name
+        self.name = context.info.name
         self.device_id = _device_of(context.address)
         self._options = options
         self._clock = context.clock
@@ -129,19 +99,26 @@ class LosantBackend(ConnectionBackend):
         self._incoming = BoundedCache[str, tuple[str, Kind]](_KEPT)
         self._guards = options.guards
         self._throttle = Throttle()
+        # Topic of the newest publish, resends included, and when it was.
+        self._published: tuple[str, float] = ("", -math.inf)
         self._ban = BAN
         self._banned_at = self._banned_until = -math.inf
         below = _below(context.address, options)
         mqtt = options.mqtt(
+            backend=self.name,
             client_id=self.device_id,
             protocol="3.1.1",
             will=None if options.will is None else self._make_will(options.will),
             **_credentials(context.address, options),
         )
-        self._line = _Connection(settings_of(below, mqtt), clock=context.clock.monotonic)
-        super().__init__(context, endpoint_of(below, mqtt), self._line)
-        self._line.on_message = self._received
-        self._line.on_again = self._sent_again
+        super().__init__(
+            context,
+            endpoint_of(below, mqtt, backend=self.name),
+            Connection(settings_of(below, mqtt), backend=self.name, clock=context.clock.monotonic),
+        )
+        self.connection.on_resend = self._sent_again
+        # A forbidden publish ends sessions as early as another client with our id does.
+        self.connection.short_life_policy = lambda: not self._blamed
 
     def _make_will(self, will: WillOptions) -> WillOptions:
         topic = self.to_wire(will.topic)
@@ -202,7 +179,7 @@ class LosantBackend(ConnectionBackend):
                     topic=name,
                     reason="alias",
                     hint=f"use {here!r}",
-                    backend=self._name,
+                    backend=self.name,
                 )
             if device_id == self.device_id and rest.startswith(("fromAgent/", "toAgent/")):
                 return
@@ -217,7 +194,7 @@ class LosantBackend(ConnectionBackend):
             level=0,
             reason="reserved",
             hint="use state, command, losant/<device id>/state, or a name that begins otherwise",
-            backend=self._name,
+            backend=self.name,
         )
 
     # --- sessions -----------------------------------------------------------------------
@@ -232,7 +209,7 @@ class LosantBackend(ConnectionBackend):
                 hint="it is tried again after that; publish less often",
             )
         try:
-            await self._dial(sink)
+            await self.dial(sink)
         except ConnectError as error:
             found = self._refusal(error)
             if found is error:
@@ -242,7 +219,6 @@ class LosantBackend(ConnectionBackend):
 
     def _refusal(self, error: ConnectError) -> ConnectError:
         """Return the error for an attempt that failed."""
-        error.backend = self._name
         if isinstance(error, CredentialsRefused):
             error.hint = (
                 "check device id, access key and secret, and whether the key is for this device"
@@ -263,12 +239,18 @@ class LosantBackend(ConnectionBackend):
             )
         return error
 
-    def _lost(self, error: ConnectError) -> None:
-        super()._lost(self._cause(error))
+    def session_ended(self, error: ConnectError | None) -> ConnectError | None:
+        """Return what most likely ended the session."""
+        return None if error is None else self._cause(error)
+
+    @property
+    def _blamed(self) -> str:
+        """Topic of a publish that may have ended the connection just now, or ``""``."""
+        topic, at = self._published
+        return topic if self._clock.monotonic() - at < _BLAME else ""
 
     def _cause(self, error: ConnectError) -> ConnectError:
         """Return the error for a session that ended, with what most likely ended it."""
-        error.backend = self._name
         if isinstance(error, TakenOver):
             error.hint = (
                 "does the same device connect elsewhere? each connection ends the one before"
@@ -290,8 +272,7 @@ class LosantBackend(ConnectionBackend):
             )
             throttled.__cause__ = error
             return throttled
-        if self._line.blamed:
-            topic = self.from_wire(self._line.blamed)
+        if topic := self._blamed:
             error.message += f" right after a message to {topic!r}"
             error.hint = (
                 "the platform does that when the device may not publish there, sends too much, or "
@@ -324,7 +305,7 @@ class LosantBackend(ConnectionBackend):
                     outcome=Outcome.NOT_SENT,
                     hint="a workflow or the REST API sends commands; with `pubsub serve losant` "
                     "its operator_url does",
-                    backend=self._name,
+                    backend=self.name,
                     topic=out.topic,
                 )
             self._wire.keep(out.topic, wire)
@@ -337,7 +318,7 @@ class LosantBackend(ConnectionBackend):
                 f"that is no state for {out.topic!r}: {exc}",
                 outcome=Outcome.NOT_SENT,
                 hint="publish attributes such as {'temperature': 21.5} as JSON, or a DeviceState",
-                backend=self._name,
+                backend=self.name,
                 topic=out.topic,
                 retryable=False,
             ) from None
@@ -346,34 +327,32 @@ class LosantBackend(ConnectionBackend):
                 size=len(payload),
                 limit=MAX_PAYLOAD,
                 hint="the platform takes no more; publish fewer states or attributes at once",
-                backend=self._name,
+                backend=self.name,
                 topic=out.topic,
             )
         return wire, payload
 
-    def _note(self, wire: str) -> None:
+    def _note(self, topic: str) -> None:
         """Count one message on its way, for when the platform ends the connection."""
         now = self._clock.monotonic()
-        self._line.published = wire, now
+        self._published = topic, now
         if self._guards:
-            self._throttle.note(wire, now)
+            self._throttle.note(topic, now)
 
-    def _sent_again(self, wire: str) -> None:
-        self._note(wire)
-        if self._sink is not None:
-            self._sink.sent_again(self.from_wire(wire))
+    def _sent_again(self, topic: str) -> None:
+        self._note(topic)
+        if self.sink is not None:
+            self.sink.sent_again(topic)
 
     def try_publish(self, out: OutFrame) -> Receipt | None:
         """Hand a QoS 0 message to the operating system without waiting, if that is possible."""
         if out.qos or self._guards:
             return None
         wire, payload = self._prepare(out)
-        with self._ours(out.topic):
-            went = self.driver.try_publish(wire, payload)
-        if went is None:
-            return None
-        self._note(wire)
-        return Receipt(out.topic, ConfirmedBy.TRANSPORT if went else ConfirmedBy.NOBODY)
+        receipt = self.send_now(out, wire, payload)
+        if receipt is not None:
+            self._note(out.topic)
+        return receipt
 
     async def publish(self, out: OutFrame) -> Receipt:
         """Publish; at QoS 1 a lost session does not end the wait, closing does."""
@@ -382,36 +361,23 @@ class LosantBackend(ConnectionBackend):
                 Cap.ACK,
                 why="the platform ends the connection over quality of service 2",
                 hint="publish with qos=1",
-                backend=self._name,
+                backend=self.name,
                 topic=out.topic,
             )
         wire, payload = self._prepare(out)
-        with self._ours(out.topic):
-            sent = self.driver.submit(wire, payload, qos=out.qos)
-        self._note(wire)
+        sent = self.submit(out, wire, payload)
+        self._note(out.topic)
         try:
-            with self._ours(out.topic):
-                await self.driver.outcome(sent)
+            return await self.receipt(sent)
         except PublishFailed as error:
             if not sent.refusals:
                 raise
             raise PublishNotAuthorized(
                 f"the platform ended the connection each time a message to {out.topic!r} was sent",
                 hint="does the access key allow that topic? the device's connection log says more",
-                backend=self._name,
+                backend=self.name,
                 topic=out.topic,
             ) from error
-        return Receipt(out.topic, ConfirmedBy.BROKER if out.qos else ConfirmedBy.TRANSPORT)
-
-    @contextlib.contextmanager
-    def _ours(self, topic: str) -> Generator[None]:
-        """Have errors of the connection name this backend, and the topic as it is called here."""
-        try:
-            yield
-        except PubSubError as error:
-            error.backend = self._name
-            error.topic = topic
-            raise
 
     # --- subscribing ------------------------------------------------------------------
 
@@ -423,16 +389,19 @@ class LosantBackend(ConnectionBackend):
             SubscribeNotAuthorized: The platform refused.
         """
         wire = self._wire_filter(want.filter)
-        async with self._turns.of(wire):
-            with self._ours(want.filter):
+        async with self.turns.of(wire):
+            try:
                 request = await self.driver.subscribe(Subscribe(wire, 0))
+            except PubSubError as error:
+                self.as_ours(error, want.filter)
+                raise
         refused = self.connection.refusal(request)
         if refused is not None:
             raise SubscribeNotAuthorized(
                 f"the platform refused the subscription to {want.filter!r}",
                 reason=refused.reason,
                 hint="does the access key allow that topic, or that device?",
-                backend=self._name,
+                backend=self.name,
                 topic=want.filter,
             ) from refused
         return 0
@@ -440,9 +409,12 @@ class LosantBackend(ConnectionBackend):
     async def unsubscribe(self, want: WireSub) -> None:
         """Drop a subscription; see `Backend.unsubscribe`."""
         wire = self._wire_filter(want.filter)
-        async with self._turns.of(wire):
-            with self._ours(want.filter):
+        async with self.turns.of(wire):
+            try:
                 await self.driver.unsubscribe(wire)
+            except PubSubError as error:
+                self.as_ours(error, want.filter)
+                raise
 
     def _wire_filter(self, filter: str) -> str:
         levels = filter.split("/")
@@ -453,17 +425,18 @@ class LosantBackend(ConnectionBackend):
                 Cap.WILDCARDS,
                 why=f"the platform refuses {filter!r}, which matches topics of other devices",
                 hint="name the first level, and devices by their id",
-                backend=self._name,
+                backend=self.name,
                 topic=filter,
             )
         return self._translate(filter, InvalidFilter)
 
     # --- receiving --------------------------------------------------------------------
 
-    def _received(self, message: Incoming) -> None:
+    def received(self, message: Incoming) -> None:
+        """Translate a message and deliver it."""
         if message.serial:
             self.connection.settle(message.serial)
-        sink = self._sink
+        sink = self.sink
         if sink is None:
             return
         known = self._incoming.get(message.topic)

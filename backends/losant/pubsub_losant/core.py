@@ -34,7 +34,7 @@ from .errors import (
     LosantProtocolError,
     LosantTLSError,
 )
-from .link import DeviceConnection
+from .link import device_connection
 from .rules import BAN, PLATFORM, Backoff, RateGuard, Throttle, is_platform
 from .states import encode_state, join_states
 from .tls import TLSOptions
@@ -255,7 +255,7 @@ class DeviceCore:
         self._endpoint = Endpoint()
         self._context: ssl.SSLContext | None = None
         self._guard: RateGuard = "off"
-        self._connection = DeviceConnection(self._settings())
+        self._connection = device_connection(self._settings())
         self._backoff = Backoff(*self._reconnect)
         self._active = False
         self._online = False
@@ -344,7 +344,7 @@ class DeviceCore:
         self._context = None
         default: RateGuard = "drop" if is_platform(endpoint.host) else "off"
         self._guard = self._rate_guard or default
-        connection = self._connection = DeviceConnection(self._settings())
+        connection = self._connection = device_connection(self._settings())
         connection.on_message = self._received
         self._backoff = Backoff(*self._reconnect)
         self._active = True
@@ -491,9 +491,7 @@ class DeviceCore:
 
     def _dial_failure(self, exc: BaseException, *, first: bool) -> BaseException | None:
         """Note a failed dial; return what the caller of ``connect()`` shall see, if anything."""
-        error = dial_error(exc, str(self._endpoint))
-        if error is not exc:
-            error.__cause__ = exc
+        error = dial_error(exc, str(self._endpoint), backend="losant")
         fatal = self._hopeless(error)
         if fatal is not None:
             fatal.__cause__ = exc

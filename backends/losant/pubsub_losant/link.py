@@ -16,59 +16,38 @@ import time
 from collections.abc import Generator
 from typing import Final, NamedTuple
 
-from pubsub_core.errors import ConnectError
 from pubsub_mqtt.connection import Connection, SessionSettings
+from pubsub_mqtt.keepalive import KeepaliveStep, Quiet
 from pubsub_mqtt.transport import BufferedSocket, Endpoint
 
-__all__ = ["DeviceConnection", "Wait", "dial_steps", "limit_unacknowledged"]
+__all__ = ["Wait", "device_connection", "device_keepalive", "dial_steps", "limit_unacknowledged"]
 
 _IN_PROGRESS: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY)
 
 
-class DeviceConnection(Connection):
-    """A connection that pings when it sent nothing for a keep alive, and waits one for an answer.
+def device_connection(settings: SessionSettings) -> Connection:
+    """Return a connection that keeps alive as a device does; see `device_keepalive`."""
+    connection = Connection(settings, backend="losant")
+    connection.keepalive_policy = device_keepalive
+    # The platform ends sessions over forbidden publishes, too: that one ended early says
+    # nothing about who else uses the device id.
+    connection.short_life_policy = lambda: False
+    return connection
 
-    Any packet is an answer. What was sent and is never acknowledged by the peer's system
-    ends the connection by itself; see `limit_unacknowledged`.
+
+def device_keepalive(quiet: Quiet) -> KeepaliveStep:
+    """Ping after one interval without sending; wait another one for any answer.
+
+    A device that only sends never needs to ping: what was sent and is never acknowledged by
+    the peer's system ends the connection by itself; see `limit_unacknowledged`.
     """
-
-    def __init__(self, settings: SessionSettings) -> None:
-        super().__init__(settings)
-        # Whose device id it is cannot be guessed from short sessions here: the platform
-        # closes them over forbidden publishes, too.
-        self._own_id = False
-        self._asked_at: float | None = None
-
-    def next_socket(self) -> BufferedSocket:
-        """Begin without an unanswered ping."""
-        self._asked_at = None
-        return super().next_socket()
-
-    def tick(self) -> float | None:
-        """Do what is due; return seconds until the next call, or None when nothing will be."""
-        keep_alive = self._keepalive
-        if not self._open or not keep_alive:
-            return None
-        now = self._clock()
-        if self._asked_at is not None and self._last_in > self._asked_at:
-            self._asked_at = None
-        if self._asked_at is None:
-            quiet = now - self._last_out
-            if quiet < keep_alive:
-                return max(keep_alive - quiet, 0.01)
-            self._asked_at = now
-            self._send_ping(lambda error: None)
-        waited = now - self._asked_at
-        if waited >= keep_alive:
-            self._lose(
-                ConnectError(
-                    f"{self._where or 'the broker'} did not answer for {waited:.1f} s",
-                    hint="the link or the broker is dead",
-                    backend="losant",
-                )
-            )
-            return None
-        return max(keep_alive - waited, 0.01)
+    if quiet.pinged is not None and quiet.unanswered:
+        if quiet.pinged >= quiet.keepalive:
+            return KeepaliveStep(0.0, dead=f"did not answer for {quiet.pinged:.1f} s")
+        return KeepaliveStep(quiet.keepalive - quiet.pinged)
+    if quiet.outbound < quiet.keepalive:
+        return KeepaliveStep(quiet.keepalive - quiet.outbound)
+    return KeepaliveStep(quiet.keepalive, ping=True)
 
 
 def limit_unacknowledged(descriptor: int, seconds: float) -> None:

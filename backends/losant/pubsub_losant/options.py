@@ -99,12 +99,8 @@ class LosantOptions(TransportOptions):
                 "the platform refuses a will with retain, quality of service 2 or a delay",
                 "give topic and payload, and qos 0 or 1",
             )
-        try:
-            # Checked now rather than when the first session is opened.
-            self.mqtt()
-        except BadOption as error:
-            error.backend = "losant"
-            raise
+        # Checked now rather than when the first session is opened.
+        self.mqtt(backend="losant")
 
     @property
     def guards(self) -> bool:

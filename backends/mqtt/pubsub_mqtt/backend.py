@@ -16,23 +16,22 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pubsub_core.capabilities import Cap, ConfirmedBy, Guarantees, Limits, Redelivery, Support
+from pubsub_core.capabilities import Cap, Guarantees, Limits, Redelivery, Support
 from pubsub_core.errors import (
     BadOption,
     InvalidFilter,
     NotConnected,
     NotSupported,
-    SubscribeFailed,
+    PublishFailed,
 )
 from pubsub_core.interfaces import Address, BackendContext, SessionFacts, Sink, WireSub
 from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import NO_HEADERS, Headers, InFrame, Origin, OutFrame, Receipt, Verdict
-from pubsub_core.topics import overlap
 from pubsub_core.trie import HandlerTrie
 
 from .base import ConnectionBackend
 from .connection import Connection, SessionSettings, Subscribe, Version, Will
-from .options import MQTTOptions, ProtocolName, TopicDefaults
+from .options import NAME, MQTTOptions, ProtocolName, TopicDefaults
 from .packets import NO_PROPERTIES, Incoming, publish_properties
 from .transport import Endpoint, TLSSettings, WebSocketTarget
 
@@ -61,7 +60,7 @@ _DISCOURAGED = "".join(
 )
 
 
-def endpoint_of(address: Address, options: MQTTOptions) -> Endpoint:
+def endpoint_of(address: Address, options: MQTTOptions, *, backend: str = NAME) -> Endpoint:
     """Return where to connect to, defaults filled in.
 
     Raises:
@@ -73,21 +72,23 @@ def endpoint_of(address: Address, options: MQTTOptions) -> Endpoint:
             raise BadOption(
                 f"{address} names a host",
                 hint="three slashes: mqtt+unix:///run/broker.sock",
-                backend="mqtt",
+                backend=backend,
             )
         if address.path in ("", "/"):
             raise BadOption(
                 "mqtt+unix:// without the path of a socket",
                 hint="mqtt+unix:///run/broker.sock",
-                backend="mqtt",
+                backend=backend,
             )
         return Endpoint(unix_path=address.path)
     if scheme not in _PORTS:
         raise BadOption(
-            f"{scheme}:// is not an MQTT scheme", hint=f"use {', '.join(_PORTS)}", backend="mqtt"
+            f"{scheme}:// is not an MQTT scheme", hint=f"use {', '.join(_PORTS)}", backend=backend
         )
     if not address.host:
-        raise BadOption(f"{scheme}:// without a host", hint=f"{scheme}://localhost", backend="mqtt")
+        raise BadOption(
+            f"{scheme}:// without a host", hint=f"{scheme}://localhost", backend=backend
+        )
     websocket = None
     if scheme in _WEBSOCKET:
         path = options.ws_path if options.ws_path is not None else address.path or "/mqtt"
@@ -98,7 +99,7 @@ def endpoint_of(address: Address, options: MQTTOptions) -> Endpoint:
         raise BadOption(
             f"the path {address.path!r} means nothing for {scheme}://",
             hint="leave it out; topics are arguments of publish and subscribe",
-            backend="mqtt",
+            backend=backend,
         )
     tls = None
     if scheme in _TLS:
@@ -174,11 +175,14 @@ class MQTTBackend(ConnectionBackend):
         super().__init__(
             context,
             endpoint_of(context.address, options),
-            Connection(settings_of(context.address, options), clock=context.clock.monotonic),
+            Connection(
+                settings_of(context.address, options),
+                backend=NAME,
+                clock=context.clock.monotonic,
+            ),
         )
         self._options = options
         self._time = context.clock.time
-        self.connection.on_message = self._received
         self._v5 = False
         self._identifiers = False
         self._settles = True
@@ -207,7 +211,7 @@ class MQTTBackend(ConnectionBackend):
         """Make one session; see `Backend.open`. The core sets the deadline."""
         self._current.clear()
         self._captures.clear()
-        session = await self._dial(sink)
+        session = await self.dial(sink)
         self._v5 = session.version == 5
         self._identifiers = session.identifiers
         self._choose_settling()
@@ -332,42 +336,28 @@ class MQTTBackend(ConnectionBackend):
                 raise NotSupported(
                     Cap.HEADERS if out.headers else Cap.TTL,
                     why="MQTT 3.1.1 carries a topic and a payload and nothing else",
-                    backend=self._name,
+                    backend=self.name,
                     topic=out.topic,
                 )
             return NO_PROPERTIES
-        return publish_properties(
-            expiry=out.ttl, content_type=out.content_type, user=out.headers.pairs
-        )
+        try:
+            return publish_properties(
+                expiry=out.ttl, content_type=out.content_type, user=out.headers.pairs
+            )
+        except PublishFailed as exc:
+            self.as_ours(exc, out.topic)
+            raise
 
     def try_publish(self, out: OutFrame) -> Receipt | None:
         """Hand a QoS 0 message to the operating system without waiting, if that is possible."""
         if out.qos:
             return None
-        went = self.driver.try_publish(
-            out.topic, out.payload, retain=out.retain, properties=self._properties(out)
-        )
-        if went is None:
-            return None
-        return Receipt(out.topic, ConfirmedBy.TRANSPORT if went else ConfirmedBy.NOBODY)
+        return self.send_now(out, out.topic, out.payload, self._properties(out))
 
     async def publish(self, out: OutFrame) -> Receipt:
         """Publish; above QoS 0 a lost session does not end the wait, closing does."""
-        topic, qos = out.topic, out.qos
-        sent = self.driver.submit(
-            topic, out.payload, qos=qos, retain=out.retain, properties=self._properties(out)
-        )
-        # What `AsyncioDriver.outcome` does, without the price of another coroutine.
-        try:
-            await sent.tag
-        except asyncio.CancelledError:
-            self.connection.abandon(sent)
-            raise
-        if sent.error is not None:
-            raise sent.error
-        if qos == 0:
-            return Receipt(topic, ConfirmedBy.TRANSPORT)
-        return Receipt(topic, ConfirmedBy.BROKER, None, 0 if sent.reason == 0x10 else None)
+        sent = self.submit(out, out.topic, out.payload, self._properties(out))
+        return await self.receipt(sent)
 
     # --- subscribing ------------------------------------------------------------------
 
@@ -378,8 +368,14 @@ class MQTTBackend(ConnectionBackend):
         the broker had lost, not when only the quality of service changes.
         """
         wire = self._wire_filter(want)
-        async with self._turns.of(wire):
-            self._check_distinct(want)
+        async with self.turns.of(wire):
+            if not self._identifiers:
+                self.check_distinct(
+                    want,
+                    self._current.values(),
+                    why="without subscription identifiers ",
+                    hint="use a broker with MQTT 5, or a second bus",
+                )
             before = self._current.get(want.id)
             self._current[want.id] = want
             self._choose_settling()
@@ -402,7 +398,7 @@ class MQTTBackend(ConnectionBackend):
         if want.group is not None:
             return
         asked = next(self._order)
-        async with self._turns.of(want.filter):
+        async with self.turns.of(want.filter):
             if want.id not in self._current or self._repeated.get(want.id, 0) > asked:
                 return
             began = next(self._order)
@@ -414,7 +410,7 @@ class MQTTBackend(ConnectionBackend):
             raise NotSupported(
                 Cap.ECHO_CONTROL,
                 why="MQTT 3.1.1 has no no-local subscriptions",
-                backend=self._name,
+                backend=self.name,
                 topic=want.filter,
             )
         self._highest = max(self._highest, want.id)
@@ -430,14 +426,13 @@ class MQTTBackend(ConnectionBackend):
         )
         refused = self.connection.refusal(request)
         if refused is not None:
-            refused.topic = want.filter
-            raise refused
+            raise self.as_ours(refused, want.filter)
         return request.codes[0]
 
     async def unsubscribe(self, want: WireSub) -> None:
         """Drop a subscription; see `Backend.unsubscribe`."""
         wire = self._wire_filter(want)
-        async with self._turns.of(wire):
+        async with self.turns.of(wire):
             self._known.discard(want.id)
             self._repeated.pop(want.id, None)
             self._current.pop(want.id, None)
@@ -454,32 +449,9 @@ class MQTTBackend(ConnectionBackend):
                 topic=want.filter,
                 reason="group",
                 hint="leave out / + # and NUL",
-                backend=self._name,
+                backend=self.name,
             )
         return f"$share/{group}/{want.filter}"
-
-    def _check_distinct(self, want: WireSub) -> None:
-        """Refuse what could not be told apart when messages arrive.
-
-        A message for a share group comes to the same connection as one for a plain
-        subscription and looks the same; only subscription identifiers (MQTT 5) tell.
-        """
-        if self._identifiers:
-            return
-        for other in self._current.values():
-            if other.group == want.group or other.id == want.id:
-                continue
-            if overlap(other.filter, want.filter):
-                theirs = f"group {other.group!r}" if other.group else "no group"
-                raise SubscribeFailed(
-                    f"{want.filter!r} overlaps {other.filter!r}, which is subscribed to with "
-                    f"{theirs}: without subscription identifiers their messages cannot be told "
-                    "apart",
-                    hint="use a broker with MQTT 5, or a second bus",
-                    backend=self._name,
-                    topic=want.filter,
-                    retryable=False,
-                )
 
     # --- receiving --------------------------------------------------------------------
 
@@ -493,8 +465,9 @@ class MQTTBackend(ConnectionBackend):
         """
         self._settles = self._persistent or any(want.manual_ack for want in self._current.values())
 
-    def _received(self, message: Incoming) -> None:
-        sink = self._sink
+    def received(self, message: Incoming) -> None:
+        """Deliver a message, unless it came for `last` alone."""
+        sink = self.sink
         if sink is None:
             return
         if message.serial and not self._settles:
@@ -546,7 +519,7 @@ class MQTTBackend(ConnectionBackend):
         that is being made at the very same time cannot be told from ours; one of the two
         is returned here and the other delivered.
         """
-        async with self._turns.of(topic):
+        async with self.turns.of(topic):
             existing = next(
                 (
                     sub
@@ -624,9 +597,9 @@ class MQTTBackend(ConnectionBackend):
         if not capture.messages:
             return None
         *others, found = capture.messages
-        if self._sink is not None and not capture.identifier:
+        if self.sink is not None and not capture.identifier:
             for message in others:
-                self._sink.deliver(self._frame(message))
+                self.sink.deliver(self._frame(message))
         return found
 
     def _frame(self, message: Incoming, identifiers: tuple[int, ...] = ()) -> InFrame:

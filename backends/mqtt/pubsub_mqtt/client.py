@@ -41,8 +41,8 @@ from .client_config import ClientConfig
 from .client_messages import IncomingApplicationMessage, OutgoingApplicationMessage
 from .connection import Connection, Outgoing, Subscribe
 from .driver import AsyncioDriver
-from .errors import subscribe_error
-from .options import MQTTOptions
+from .errors import as_ours, subscribe_error
+from .options import NAME, MQTTOptions
 from .packets import Incoming
 from .transport import Endpoint, TLSSettings, random_client_id
 
@@ -98,7 +98,7 @@ class ConnectError(core.ConnectError):
         return_code: int | None = None,
         retryable: bool | None = None,
     ) -> None:
-        super().__init__(message, hint=hint, backend="mqtt", retryable=retryable)
+        super().__init__(message, hint=hint, backend=NAME, retryable=retryable)
         self.return_code = return_code
 
 
@@ -231,7 +231,7 @@ class MQTTClient:
         self._bind()
         if self._state in (_State.CONNECTING, _State.ONLINE, _State.RECONNECTING):
             raise ClientError(
-                f"the client is {self._state} already", hint="disconnect() first", backend="mqtt"
+                f"the client is {self._state} already", hint="disconnect() first", backend=NAME
             )
         self._state = _State.CONNECTING
         try:
@@ -270,7 +270,7 @@ class MQTTClient:
         if self._state is _State.ONLINE:
             return 0
         if self._driver is None:
-            raise ClientError("nothing to reconnect to", hint="connect() first", backend="mqtt")
+            raise ClientError("nothing to reconnect to", hint="connect() first", backend=NAME)
         if cleansession is not None:
             connection = self._driver.connection
             connection.settings = dataclasses.replace(connection.settings, clean_start=cleansession)
@@ -354,7 +354,7 @@ class MQTTClient:
         data = bytes(memoryview(message))
         validate_topic(topic)
         if qos is not None and qos not in (0, 1, 2):
-            raise ClientError(f"qos is {qos}", hint="use 0, 1 or 2", backend="mqtt")
+            raise ClientError(f"qos is {qos}", hint="use 0, 1 or 2", backend=NAME)
         default_qos, default_retain = self._defaults_of(topic)
         qos = default_qos if qos is None else qos
         retain = default_retain if retain is None else retain
@@ -452,7 +452,7 @@ class MQTTClient:
             raise core.Overflow(
                 f"{count} messages of {self._offline_bytes} bytes wait for a connection",
                 hint="publish more slowly, or raise offline_messages and offline_bytes",
-                backend="mqtt",
+                backend=NAME,
                 topic=topic,
             )
         turn = _Turn(size)
@@ -497,9 +497,9 @@ class MQTTClient:
         for name, qos in wants:
             validate_filter(split_shared(name)[1])
             if qos not in (0, 1, 2):
-                raise ClientError(f"qos of {name!r} is {qos}", hint="use 0, 1 or 2", backend="mqtt")
+                raise ClientError(f"qos of {name!r} is {qos}", hint="use 0, 1 or 2", backend=NAME)
         if not wants:
-            raise ClientError("no filter", hint="give (filter, qos) pairs", backend="mqtt")
+            raise ClientError("no filter", hint="give (filter, qos) pairs", backend=NAME)
         self._bind()
         async with self._deadline("no answer to SUBSCRIBE"):
             codes = await self._until_answered("subscribe", lambda driver: self._ask(driver, wants))
@@ -522,7 +522,7 @@ class MQTTClient:
         """
         names = list(topics)
         if not names:
-            raise ClientError("no filter", hint="give filters", backend="mqtt")
+            raise ClientError("no filter", hint="give filters", backend=NAME)
         for name in names:
             validate_filter(split_shared(name)[1])
         # Forgotten at once: a reconnect under way must not bring them back.
@@ -667,10 +667,13 @@ class MQTTClient:
         endpoint = endpoint_of(address, options)
         tls = endpoint.tls
         if tls is not None and not self.config.check_hostname and self.config.verify_cert:
-            context = await asyncio.to_thread(_context_for_any_host, tls)
+            try:
+                context = await asyncio.to_thread(_context_for_any_host, tls)
+            except core.TLSProblem as exc:
+                raise as_ours(exc, NAME) from exc.__cause__
             endpoint = dataclasses.replace(endpoint, tls=TLSSettings(context=context))
         self._endpoint = endpoint
-        connection = Connection(settings_of(address, options))
+        connection = Connection(settings_of(address, options), backend=NAME)
         connection.on_message = self._arrived
         connection.on_notice = lambda kind, text, topic: logger.warning("%s", text)
         self._driver = AsyncioDriver(connection)
@@ -717,7 +720,7 @@ class MQTTClient:
                 await self._restore(driver)
         except NotConnected as exc:
             driver.abort()
-            raise core.ConnectError("the connection ended at once", backend="mqtt") from exc
+            raise core.ConnectError("the connection ended at once", backend=NAME) from exc
         except BaseException:
             driver.abort()
             raise
@@ -747,13 +750,13 @@ class MQTTClient:
                     codes = await self._ask(driver, some)
             except TimeoutError as exc:
                 raise core.ConnectTimeout(
-                    "the broker did not answer SUBSCRIBE", backend="mqtt"
+                    "the broker did not answer SUBSCRIBE", backend=NAME
                 ) from exc
             for (name, _), code in zip(some, codes, strict=True):
                 if code >= 0x80:
                     self._subscriptions.pop(name, None)
                     self.refused[name] = code
-                    logger.error("%s", subscribe_error(code, filter=name))
+                    logger.error("%s", subscribe_error(code, filter=name, backend=NAME))
 
     def _lost(self, error: core.ConnectError) -> None:
         if self._state is not _State.ONLINE:
@@ -811,7 +814,7 @@ class MQTTClient:
                 raise core.WrongLoop(
                     "this client belongs to another event loop",
                     hint="make one client for each loop",
-                    backend="mqtt",
+                    backend=NAME,
                 )
             self._loop = loop
 
@@ -866,7 +869,7 @@ class MQTTClient:
                 text, hint = "the client is not connected", "connect() first"
             case _:
                 text, hint = "there is no connection at the moment", "set offline='buffer' to wait"
-        return NotConnected(f"cannot {what}: {text}", hint=hint, backend="mqtt")
+        return NotConnected(f"cannot {what}: {text}", hint=hint, backend=NAME)
 
     @asynccontextmanager
     async def _deadline(self, text: str) -> AsyncGenerator[None]:
@@ -880,7 +883,7 @@ class MQTTClient:
             raise OperationTimeout(
                 f"{text} within {seconds:g} s",
                 hint="raise request_timeout if the broker is that slow",
-                backend="mqtt",
+                backend=NAME,
             ) from exc
 
 
@@ -912,7 +915,7 @@ def _late(topic: str, seconds: float, attempts: Sequence[Outgoing]) -> core.Publ
         f"the message for {topic!r} was not {'confirmed' if sent else 'sent'} within {seconds:g} s",
         outcome=Outcome.UNKNOWN if sent else Outcome.NOT_SENT,
         hint="it may have arrived" if sent else "publish it again when connected",
-        backend="mqtt",
+        backend=NAME,
         topic=topic,
     )
 
@@ -920,14 +923,14 @@ def _late(topic: str, seconds: float, attempts: Sequence[Outgoing]) -> core.Publ
 def _refusal(refused: Mapping[str, int]) -> core.SubscribeFailed:
     """Return one error for the filters that a SUBACK refused."""
     (name, code), *others = refused.items()
-    error = subscribe_error(code, filter=name)
+    error = subscribe_error(code, filter=name, backend=NAME)
     if others:
         names = ", ".join(repr(name) for name in refused)
         error = type(error)(
             f"the broker refused the subscriptions to {names}",
             reason=code,
             hint=error.hint,
-            backend="mqtt",
+            backend=NAME,
             topic=name,
             retryable=error.retryable,
         )
@@ -938,11 +941,11 @@ def _address(uri: str | None, options: MQTTOptions) -> tuple[Address, MQTTOption
     """Split a URI, and let the options of its query win."""
     if not uri:
         raise ClientError(
-            "Missing connection parameter 'uri'", hint="give connect() a URI", backend="mqtt"
+            "Missing connection parameter 'uri'", hint="give connect() a URI", backend=NAME
         )
     address, query = parse_url(uri)
     if query:
-        asked = build(MQTTOptions, query, where="uri", backend="mqtt")
+        asked = build(MQTTOptions, query, where="uri", backend=NAME)
         options = dataclasses.replace(options, **{name: getattr(asked, name) for name in query})
     return address, options
 

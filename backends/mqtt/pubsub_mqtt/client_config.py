@@ -20,7 +20,7 @@ from pubsub_core.options import build
 from pubsub_core.secrets import Secret
 from pubsub_core.topics import validate_filter
 
-from .options import MQTTOptions, ProtocolName, TopicDefaults, WillOptions
+from .options import NAME, MQTTOptions, ProtocolName, TopicDefaults, WillOptions
 
 __all__ = ["ClientConfig", "ConnectionConfig", "TopicConfig", "WillConfig"]
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("pubsub_mqtt.client")
 
 def _check_qos(option: str, qos: int) -> None:
     if qos not in (0, 1, 2):
-        raise BadOption(f"{option} is {qos}", option=option, hint="use 0, 1 or 2", backend="mqtt")
+        raise BadOption(f"{option} is {qos}", option=option, hint="use 0, 1 or 2", backend=NAME)
 
 
 def _path(given: str | Path | None) -> str | None:
@@ -65,7 +65,7 @@ class ConnectionConfig:
                 "connection.keyfile without connection.certfile",
                 option="connection.keyfile",
                 hint="give both",
-                backend="mqtt",
+                backend=NAME,
             )
 
 
@@ -156,7 +156,7 @@ class ClientConfig:
                     f"{option} is {getattr(self, option)}",
                     option=option,
                     hint="use more than 0 seconds",
-                    backend="mqtt",
+                    backend=NAME,
                 )
         for option in ("incoming_messages", "offline_messages", "offline_bytes"):
             if getattr(self, option) < 1:
@@ -164,7 +164,7 @@ class ClientConfig:
                     f"{option} is {getattr(self, option)}",
                     option=option,
                     hint="use 1 or more",
-                    backend="mqtt",
+                    backend=NAME,
                 )
         for name in self.topics:
             try:
@@ -174,7 +174,7 @@ class ClientConfig:
                     f"topics has {name!r}, which is neither a topic nor a filter",
                     option="topics",
                     hint=exc.message,
-                    backend="mqtt",
+                    backend=NAME,
                 ) from exc
         if self.check_hostname and not self.verify_cert:
             raise BadOption(
@@ -182,7 +182,7 @@ class ClientConfig:
                 "certificate that is not",
                 option="verify_cert",
                 hint="set check_hostname=False too, and know that anybody can be the broker then",
-                backend="mqtt",
+                backend=NAME,
             )
 
     @classmethod
@@ -194,7 +194,7 @@ class ClientConfig:
         """
         given = {key: value for key, value in (values or {}).items() if value is not None}
         # The will is checked by the options of the connection, whose words are others.
-        config = build(cls, given, where="config", backend="mqtt")
+        config = build(cls, given, where="config", backend=NAME)
         if config.broker is not None:
             warnings.warn(
                 "the section 'broker' is called 'connection' now", DeprecationWarning, stacklevel=3
@@ -227,7 +227,7 @@ class ClientConfig:
                 f"connection.ssl_context is a {type(context).__name__}",
                 option="connection.ssl_context",
                 hint="use an ssl.SSLContext",
-                backend="mqtt",
+                backend=NAME,
             )
         will = self.will
         return MQTTOptions(

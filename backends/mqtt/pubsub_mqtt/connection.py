@@ -50,6 +50,7 @@ from pubsub_core.keyed import BoundedCache
 
 from .errors import (
     ProtocolError,
+    as_ours,
     connack_error,
     dial_error,
     disconnect_error,
@@ -58,6 +59,7 @@ from .errors import (
     publish_error,
     subscribe_error,
 )
+from .keepalive import KeepalivePolicy, Quiet, standard_keepalive
 from .options import DEFAULT_MAX_PACKET, MAX_PACKET
 from .outgoing import Outgoing, Phase, Request
 from .packets import (
@@ -105,6 +107,7 @@ _PUBACK: Final = 0x40
 _PUBREC: Final = 0x50
 _PUBREL: Final = 0x60
 _PUBCOMP: Final = 0x70
+_SUBSCRIBE: Final = 0x80
 _SUBACK: Final = 0x90
 _UNSUBACK: Final = 0xB0
 _PINGRESP: Final = 0xD0
@@ -125,6 +128,9 @@ A 3.1.1 broker cannot tell its receive maximum. Mosquitto 2.0 counts QoS 2 again
 exceeds it. With exactly 20 under way, 2.0.11 confirms a QoS 1 publish and delivers it to
 nobody (eclipse/mosquitto issue 2876 has more of that kind), so one place stays free for it.
 """
+
+_SOON = 0.01
+"""Least seconds between two looks at the clock, or rounding could make a busy loop of them."""
 
 _SHORT_SESSION = 2.0
 _TAKEOVERS = 3
@@ -164,12 +170,31 @@ class Connection:
     * ``on_message(incoming)``: every message, in wire order.
     * ``on_lost(error)``: the session, or the attempt at one, ended; once per `begin`.
     * ``on_notice(kind, text, topic)``: something that belongs to no call.
+    * ``on_resend(topic)``: a message of an earlier session is about to be sent again. Take a
+      note and return: it is called between two packets.
+
+    Seams for services that speak MQTT with rules of their own; replace them before `begin`:
+
+    * ``keepalive_policy(quiet)``: when to ping, and when silence means a dead link; see
+      `pubsub_mqtt.keepalive`.
+    * ``short_life_policy()``: whether a stream that the peer closed right after CONNACK may
+      mean that another client uses our identifier. It is asked once for each such end.
+    * `ask` and `subscribe_verbatim`: packets that go past window, gate and paho's checks.
+
+    Args:
+        backend: Name of the backend that errors belong to.
+        clock: Seconds; only differences count.
     """
 
     def __init__(
-        self, settings: SessionSettings, *, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: SessionSettings,
+        *,
+        backend: str,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
+        self.backend = backend
         self.client_id = random_client_id() if settings.client_id is None else settings.client_id
         self.stats = ConnectionStats()
         self.generation = 0
@@ -182,9 +207,12 @@ class Connection:
         self.on_message: Callable[[Incoming], None] = _discard
         self.on_lost: Callable[[ConnectError], None] = _discard
         self.on_notice: Callable[[str, str, str], None] = lambda kind, text, topic: None
+        self.on_resend: Callable[[str], None] = _discard
+        self.keepalive_policy: KeepalivePolicy = standard_keepalive
+        # A random identifier, or one that the broker chose, is nobody else's.
+        self.short_life_policy: Callable[[], bool] = lambda: settings.client_id is not None
         self._clock = clock
         self._proved = len(settings.versions) == 1
-        self._own_id = settings.client_id is not None
         self._had_session = False
         self._said_connect = False
         self._short_lives: deque[float] = deque()
@@ -231,6 +259,7 @@ class Connection:
         self._keepalive = 0
         self._last_in = 0.0
         self._last_out = 0.0
+        self._pinged_at: float | None = None
         self._accepted_at = 0.0
         self._last_ack = 0.0
         self._released_at = 0.0
@@ -294,7 +323,7 @@ class Connection:
         """Hand the prepared socket to paho; everything of the last session is over."""
         sock, self._offered = self._offered, None
         if sock is None and self.dial is not None:
-            self._close_session(NotConnected("the session was ended", backend="mqtt"))
+            self._close_session(NotConnected("the session was ended", backend=self.backend))
             sock = self.dial()
         if sock is None:
             raise ConnectionError("no socket was prepared")
@@ -312,6 +341,7 @@ class Connection:
         self._deferred_bytes = 0
         self._paused = False
         self._last_in = self._last_out = self._clock()
+        self._pinged_at = None
         return sock
 
     @property
@@ -378,7 +408,14 @@ class Connection:
         except PeerClosed as exc:
             self._peer_closed(exc)
         except (OSError, ConnectError) as exc:
-            self._lose(dial_error(exc, self._where, secure=self._early_end(sock)))
+            self._lose(
+                dial_error(
+                    exc,
+                    self._where,
+                    backend=self.backend,
+                    secure=self._early_end(sock),
+                )
+            )
         if sock is self._sock and not self._woken and not sock.idle:
             self._wake()  # a WebSocket ping wants its answer
 
@@ -404,7 +441,14 @@ class Connection:
             self._reset = True
             self._last_words(sock)
             if self._sock is sock:
-                self._lose(dial_error(exc, self._where, secure=self._early_end(sock)))
+                self._lose(
+                    dial_error(
+                        exc,
+                        self._where,
+                        backend=self.backend,
+                        secure=self._early_end(sock),
+                    )
+                )
             return True
         if self._unflushed:
             self._confirm_flushed(sock.done)
@@ -427,27 +471,28 @@ class Connection:
         if not self._open or not keepalive:
             return None
         now = self._clock()
-        ping_after = max(min(keepalive * 0.75, keepalive - 1.0), keepalive * 0.5)
-        dead_after = keepalive * 1.5
-        quiet_in = now - self._last_in
-        quiet_out = now - self._last_out
-        reading = self.reading
-        if reading and quiet_in >= dead_after:
+        step = self.keepalive_policy(
+            Quiet(
+                keepalive=keepalive,
+                inbound=now - self._last_in,
+                outbound=now - self._last_out,
+                pinged=None if self._pinged_at is None else now - self._pinged_at,
+                reading=self.reading,
+            )
+        )
+        if step.dead:
             self._lose(
                 ConnectError(
-                    f"{self._where or 'the broker'} was silent for {quiet_in:.1f} s",
+                    f"{self._where or 'the broker'} {step.dead}",
                     hint="the link or the broker is dead",
-                    backend="mqtt",
+                    backend=self.backend,
                 )
             )
             return None
-        if quiet_out >= ping_after or (reading and quiet_in >= ping_after and not self._pings):
+        if step.ping:
+            self._pinged_at = now
             self._send_ping(_discard)
-            quiet_out = 0.0
-        due = ping_after - quiet_out
-        if reading:
-            due = min(due, (dead_after if self._pings else ping_after) - quiet_in)
-        return max(due, 0.01)
+        return max(step.due, _SOON)
 
     def end(self, error: ConnectError | None = None) -> None:
         """Close the socket at once, without a word to the broker.
@@ -458,7 +503,7 @@ class Connection:
         if error is not None:
             self._lose(error)
         else:
-            self._close_session(NotConnected("the session was ended", backend="mqtt"))
+            self._close_session(NotConnected("the session was ended", backend=self.backend))
 
     def try_older(self, error: ConnectError) -> bool:
         """Return whether the attempt that failed with *error* shall be made once more.
@@ -526,14 +571,13 @@ class Connection:
             store.clear()
         return every
 
-    @staticmethod
-    def _failure(out: Outgoing, why: BaseException | None) -> PublishFailed:
+    def _failure(self, out: Outgoing, why: BaseException | None) -> PublishFailed:
         if out.sent:
             error = PublishFailed(
                 f"the connection ended before the broker confirmed the message for {out.topic!r}",
                 outcome=Outcome.UNKNOWN,
                 hint="it may have arrived",
-                backend="mqtt",
+                backend=self.backend,
                 topic=out.topic,
                 retryable=True,
             )
@@ -542,7 +586,7 @@ class Connection:
                 f"the connection ended before the message for {out.topic!r} was sent",
                 outcome=Outcome.NOT_SENT,
                 hint="publish it again when the bus is online",
-                backend="mqtt",
+                backend=self.backend,
                 topic=out.topic,
                 retryable=True,
             )
@@ -606,14 +650,14 @@ class Connection:
         error = ConnectError(
             f"{self._where or 'the broker'} closed the connection",
             hint="" if secure is None else early_end_hint(secure),
-            backend="mqtt",
+            backend=self.backend,
         )
         error.__cause__ = exc
         quick = self._open and self._clock() - self._released_at < _QUICK_CLOSE
         if quick and self._gate and self._last_ack < self._released_at:
             self._suspect("closed the connection")
         # Behind a failed write the end of the stream only repeats that the link broke.
-        if self._own_id and self._open and not self._reset:
+        if self._open and not self._reset and self.short_life_policy():
             self._lose(self._count_short_life(error, taken=False))
         else:
             self._lose(error)
@@ -634,7 +678,7 @@ class Connection:
             f"the session of client id {printable(self.client_id)!r} was ended {_TAKEOVERS} times "
             f"within {_TAKEOVER_WINDOW:.0f} s right after connecting",
             hint="give each client its own client_id",
-            backend="mqtt",
+            backend=self.backend,
         )
         over.__cause__ = error
         return over
@@ -662,7 +706,7 @@ class Connection:
                         text,
                         outcome=Outcome.UNKNOWN,
                         hint="look into the broker's log",
-                        backend="mqtt",
+                        backend=self.backend,
                         topic=out.topic,
                         retryable=False,
                     ),
@@ -671,6 +715,7 @@ class Connection:
 
     def _break(self, error: ProtocolError) -> None:
         """End the session over what the peer sent; tell it why where MQTT 5 can."""
+        as_ours(error, self.backend)
         sock = self._sock
         if sock is not None and self._open and self.version == 5:
             self.write(bytes((_DISCONNECT, 1, error.reason)))
@@ -725,12 +770,14 @@ class Connection:
         requests, self._requests = self._requests, {}
         for request in requests.values():
             request.error = NotConnected(
-                "the session ended before the broker answered", backend="mqtt", retryable=True
+                "the session ended before the broker answered", backend=self.backend, retryable=True
             )
             request.error.__cause__ = why
             request.on_done(request)
         pings, self._pings = self._pings, deque()
-        lost = why if isinstance(why, ConnectError) else ConnectError(str(why), backend="mqtt")
+        lost = (
+            why if isinstance(why, ConnectError) else ConnectError(str(why), backend=self.backend)
+        )
         for waiter in pings:
             waiter(lost)
 
@@ -744,6 +791,7 @@ class Connection:
         qos: int = 0,
         retain: bool = False,
         properties: bytes = NO_PROPERTIES,
+        shown: str | None = None,
         on_done: Callable[[Outgoing], None] = _discard,
     ) -> Outgoing:
         """Send a message as soon as the window allows, in the order of the calls.
@@ -752,17 +800,19 @@ class Connection:
         `release`. *on_done* is called when its outcome is known, never from within this.
 
         *topic* must be valid; *properties* are what `publish_properties` made, and are left
-        out under 3.1.1.
+        out under 3.1.1. *shown* is the topic's name in errors, notices and `Outgoing.topic`,
+        where that on the wire holds a key or means nothing to users.
 
         Raises:
             NotConnected: There is no session.
-            PublishFailed: The session at hand cannot carry it.
+            PublishFailed: This session cannot carry it.
         """
+        name = topic if shown is None else shown
         if not self._usable:
-            raise NotConnected("there is no session", backend="mqtt", topic=topic)
-        lead, tail, size = self._encode(topic, payload, qos, retain, properties)
+            raise NotConnected("there is no session", backend=self.backend, topic=name)
+        lead, tail, size = self._encode(topic, payload, qos, retain, properties, name)
         head = _PUBLISH | qos << 1 | retain
-        out = Outgoing(topic, qos, head, lead, tail, size, on_done)
+        out = Outgoing(name, qos, head, lead, tail, size, on_done)
         if qos == 0 and self._gate and not self._queue and not self._resend:
             self._send_qos0(out)  # what `_pump` would do, and the most common case
             return out
@@ -777,6 +827,7 @@ class Connection:
         *,
         retain: bool = False,
         properties: bytes = NO_PROPERTIES,
+        shown: str | None = None,
     ) -> bool:
         """Write a QoS 0 message to the socket's buffer, if nothing is waiting before it.
 
@@ -786,11 +837,12 @@ class Connection:
         Raises:
             NotConnected, PublishFailed: As `publish`.
         """
+        name = topic if shown is None else shown
         if not self._usable:
-            raise NotConnected("there is no session", backend="mqtt", topic=topic)
+            raise NotConnected("there is no session", backend=self.backend, topic=name)
         if not self._gate or self._queue:
             return False
-        lead, tail, _ = self._encode(topic, payload, 0, retain, properties)
+        lead, tail, _ = self._encode(topic, payload, 0, retain, properties, name)
         first = bytes((_PUBLISH | retain,)) + lead
         if len(tail) == 1:
             self.write(first + tail[0])
@@ -799,6 +851,29 @@ class Connection:
             for part in tail:
                 self.write(part)
         return True
+
+    def ask(
+        self, topic: str, payload: bytes, on_done: Callable[[Outgoing], None], *, shown: str
+    ) -> Outgoing:
+        """Publish at QoS 1 at once, past the window and whether or not publishes may go.
+
+        For requests that the broker answers with a message: a session may need them before
+        the publishes of users go out. *on_done* is called when the broker confirmed it; when
+        the session is lost it is not, and the request shall be abandoned.
+
+        Raises:
+            NotConnected: There is no session.
+            PublishFailed: This session cannot carry it.
+        """
+        if not self._usable:
+            raise NotConnected("there is no session", backend=self.backend)
+        lead, tail, size = self._encode(topic, payload, 1, False, NO_PROPERTIES, shown)
+        out = Outgoing(shown, 1, _PUBLISH | 1 << 1, lead, tail, size, on_done)
+        out.packet_id = self.next_id()
+        out.phase = Phase.SENT
+        self._inflight[out.packet_id] = out
+        self._send(out, 0)
+        return out
 
     def abandon(self, out: Outgoing) -> None:
         """Stop waiting for *out*. What was not sent never will be.
@@ -816,7 +891,13 @@ class Connection:
         return self._inflight.get(packet_id) or self._resend.get(packet_id)
 
     def _encode(
-        self, topic: str, payload: bytes, qos: int, retain: bool, properties: bytes
+        self,
+        topic: str,
+        payload: bytes,
+        qos: int,
+        retain: bool,
+        properties: bytes,
+        shown: str,
     ) -> tuple[bytes, tuple[bytes, ...], int]:
         name = self._encoded.get(topic)
         if name is None:
@@ -831,8 +912,8 @@ class Connection:
                 size=len(payload),
                 limit=max(self._max_out - over, 0),
                 hint="send less; the broker accepts no longer packet",
-                backend="mqtt",
-                topic=topic,
+                backend=self.backend,
+                topic=shown,
             )
         session = self.session
         if session is not None:
@@ -841,8 +922,8 @@ class Connection:
                     f"the broker has no QoS {qos}",
                     outcome=Outcome.NOT_SENT,
                     hint=f"publish with qos={session.maximum_qos}",
-                    backend="mqtt",
-                    topic=topic,
+                    backend=self.backend,
+                    topic=shown,
                     retryable=False,
                 )
             if retain and not session.retain:
@@ -850,8 +931,8 @@ class Connection:
                     "the broker keeps no retained messages",
                     outcome=Outcome.NOT_SENT,
                     hint="publish without retain",
-                    backend="mqtt",
-                    topic=topic,
+                    backend=self.backend,
+                    topic=shown,
                     retryable=False,
                 )
         lead = (bytes((size,)) if size < 128 else encode_length(size)) + name
@@ -873,6 +954,7 @@ class Connection:
             del self._resend[packet_id]
             inflight[packet_id] = out
             out.resent_in = self.generation
+            self.on_resend(out.topic)
             self.stats.resent += 1
             if out.phase is Phase.RELEASED:
                 self.write(struct.pack("!BBH", _PUBREL | 2, 2, packet_id))
@@ -961,7 +1043,7 @@ class Connection:
         """
         paho = self._paho
         if not self._usable or paho is None:
-            raise NotConnected("there is no session", backend="mqtt")
+            raise NotConnected("there is no session", backend=self.backend)
         request = Request(tuple(want.filter for want in wants), on_done)
         try:
             if self.version == 5:
@@ -989,36 +1071,56 @@ class Connection:
         except ValueError as exc:
             raise SubscribeFailed(
                 f"{request.filters!r} cannot be subscribed to: {exc}",
-                backend="mqtt",
+                backend=self.backend,
                 topic=request.filters[0] if request.filters else "",
                 retryable=False,
             ) from exc
         if packet_id is None:
-            raise NotConnected("there is no session", backend="mqtt")
+            raise NotConnected("there is no session", backend=self.backend)
         request.packet_id = packet_id
         self._requests[packet_id] = request
+        return request
+
+    def subscribe_verbatim(self, filter: str, on_done: Callable[[Request], None]) -> Request:
+        """Send one SUBSCRIBE at QoS 0 with *filter* as it is (MQTT 3.1.1).
+
+        For services whose filters are not MQTT's, which paho refuses. The request does not
+        hold the filter, which may have a key in it.
+
+        Raises:
+            NotConnected: There is no session.
+        """
+        if not self._usable:
+            raise NotConnected("there is no session", backend=self.backend)
+        request = Request(("",), on_done)
+        request.packet_id = self.next_id()
+        self._requests[request.packet_id] = request
+        name = filter.encode()
+        body = struct.pack("!HH", request.packet_id, len(name)) + name + b"\x00"
+        self.write(bytes((_SUBSCRIBE | 2,)) + encode_length(len(body)) + body)
         return request
 
     def unsubscribe(self, filters: Sequence[str], on_done: Callable[[Request], None]) -> Request:
         """Send one UNSUBSCRIBE; see `subscribe`."""
         paho = self._paho
         if not self._usable or paho is None:
-            raise NotConnected("there is no session", backend="mqtt")
+            raise NotConnected("there is no session", backend=self.backend)
         request = Request(tuple(filters), on_done)
         _, packet_id = paho.unsubscribe(list(filters))
         if packet_id is None:
-            raise NotConnected("there is no session", backend="mqtt")
+            raise NotConnected("there is no session", backend=self.backend)
         request.packet_id = packet_id
         self._requests[packet_id] = request
         return request
 
-    @staticmethod
-    def refusal(request: Request, index: int = 0) -> SubscribeFailed | None:
+    def refusal(self, request: Request, index: int = 0) -> SubscribeFailed | None:
         """Return the error for one filter of a finished SUBSCRIBE, or None if it was granted."""
         code = request.codes[index]
         if code < 0x80:
             return None
-        return subscribe_error(code, filter=request.filters[index], said=request.said)
+        return subscribe_error(
+            code, filter=request.filters[index], backend=self.backend, said=request.said
+        )
 
     def _answered(
         self,
@@ -1043,7 +1145,7 @@ class Connection:
     def ping(self, on_done: Callable[[ConnectError | None], None]) -> None:
         """Send PINGREQ; *on_done* is called when its answer arrives or the session ends."""
         if not self._usable:
-            raise NotConnected("there is no session", backend="mqtt")
+            raise NotConnected("there is no session", backend=self.backend)
         self._send_ping(on_done)
 
     def _send_ping(self, on_done: Callable[[ConnectError | None], None]) -> None:
@@ -1196,7 +1298,13 @@ class Connection:
             if self.version == 5 and code >= 0x80:
                 said = reason_text(body[2:], PacketTypes.CONNACK)
             self._lose(
-                connack_error(code, version=self.version, said=said, client_id=self.client_id)
+                connack_error(
+                    code,
+                    version=self.version,
+                    backend=self.backend,
+                    said=said,
+                    client_id=self.client_id,
+                )
             )
             return
         paho = self._paho
@@ -1373,7 +1481,12 @@ class Connection:
         if failed:
             said = reason_text(data[start + 3 : stop], PacketTypes.PUBACK) if size > 3 else ""
             out.reason = reason
-            self._finish(out, publish_error(reason, topic=out.topic, size=out.size, said=said))
+            self._finish(
+                out,
+                publish_error(
+                    reason, topic=out.topic, size=out.size, backend=self.backend, said=said
+                ),
+            )
         else:
             if kind == _PUBACK:
                 out.reason = reason
@@ -1404,7 +1517,7 @@ class Connection:
     def _disconnected(self, body: bytes) -> None:
         reason = body[0] if body else 0
         said = reason_text(body[1:], PacketTypes.DISCONNECT) if len(body) > 1 else ""
-        error = disconnect_error(reason, said=said)
+        error = disconnect_error(reason, backend=self.backend, said=said)
         if reason in _REFUSING and self._gate:
             self._suspect(f"ended the session with reason 0x{reason:02X}")
         if reason == 0x8E:

@@ -23,7 +23,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
-from pubsub_core.errors import ConnectError, ConnectTimeout, NotConnected, PubSubError
+from pubsub_core.errors import (
+    ConnectError,
+    ConnectTimeout,
+    MissingDependency,
+    NotConnected,
+    PubSubError,
+)
 from pubsub_core.threads import in_thread
 
 from .connection import (
@@ -35,7 +41,7 @@ from .connection import (
     SessionSettings,
     Subscribe,
 )
-from .errors import dial_error
+from .errors import as_ours, dial_error
 from .outgoing import Phase
 from .packets import NO_PROPERTIES, Incoming
 from .transport import BufferedSocket, Endpoint, dial_blocking
@@ -271,7 +277,7 @@ class AsyncioDriver:
             raise ConnectTimeout(
                 f"no session with {endpoint} within {timeout:g} s",
                 hint="check host and port, or raise the timeout",
-                backend="mqtt",
+                backend=connection.backend,
             ) from exc
         except BaseException:
             connection.end()
@@ -281,14 +287,19 @@ class AsyncioDriver:
     async def _attempt(self, endpoint: Endpoint, closes: int) -> Session:
         try:
             sock = await dial(endpoint)
-        except ConnectError:
+        except (MissingDependency, ConnectError) as exc:
+            as_ours(exc, self.connection.backend)
             raise
         except (OSError, ValueError) as exc:
-            secure = endpoint.tls is not None
-            raise dial_error(exc, str(endpoint), secure=secure) from exc
+            raise dial_error(
+                exc,
+                str(endpoint),
+                backend=self.connection.backend,
+                secure=endpoint.tls is not None,
+            ) from exc
         if closes != self._closes:
             sock.close()
-            raise _closed_meanwhile()
+            raise self._closed_meanwhile()
         loop = asyncio.get_running_loop()
         self._loop = loop
         self._opening = loop.create_future()
@@ -371,7 +382,14 @@ class AsyncioDriver:
         self._closes += 1
         self.connection.end()
         if self._opening is not None and not self._opening.done():
-            self._opening.set_exception(_closed_meanwhile())
+            self._opening.set_exception(self._closed_meanwhile())
+
+    def _closed_meanwhile(self) -> ConnectError:
+        return ConnectError(
+            "the connection was closed while it was being made",
+            backend=self.connection.backend,
+            retryable=False,
+        )
 
     def _accepted(self, session: Session) -> None:
         if self._opening is not None and not self._opening.done():
@@ -478,10 +496,16 @@ class AsyncioDriver:
             self._drained.append(waiter)
             await waiter
             if connection.socket is None or connection.generation != generation:
-                raise NotConnected("the session ended meanwhile", backend="mqtt")
+                raise NotConnected("the session ended meanwhile", backend=connection.backend)
 
     def try_publish(
-        self, topic: str, payload: bytes, *, retain: bool = False, properties: bytes = NO_PROPERTIES
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        retain: bool = False,
+        properties: bytes = NO_PROPERTIES,
+        shown: str | None = None,
     ) -> bool | None:
         """Hand a QoS 0 message to the operating system at once, if nothing waits before it.
 
@@ -500,7 +524,9 @@ class AsyncioDriver:
         if self._at_once >= _AT_ONCE:
             self._at_once = 0
             return None
-        if not connection.publish_now(topic, payload, retain=retain, properties=properties):
+        if not connection.publish_now(
+            topic, payload, retain=retain, properties=properties, shown=shown
+        ):
             return None
         return connection.push()
 
@@ -512,6 +538,7 @@ class AsyncioDriver:
         qos: int = 0,
         retain: bool = False,
         properties: bytes = NO_PROPERTIES,
+        shown: str | None = None,
     ) -> Outgoing:
         """Begin to publish; the `Outgoing.tag` is a future to be given to `outcome`.
 
@@ -521,7 +548,13 @@ class AsyncioDriver:
             NotConnected, PublishFailed: As `Connection.publish`.
         """
         out = self.connection.publish(
-            topic, payload, qos=qos, retain=retain, properties=properties, on_done=_wake_publisher
+            topic,
+            payload,
+            qos=qos,
+            retain=retain,
+            properties=properties,
+            shown=shown,
+            on_done=_wake_publisher,
         )
         # Not asyncio.get_running_loop(), which makes a system call on Python 3.11.
         loop = self._loop
@@ -605,7 +638,7 @@ class AsyncioDriver:
         error = await waiter
         if error is not None:
             raise NotConnected(
-                "the session ended before the broker answered", backend="mqtt"
+                "the session ended before the broker answered", backend=self.connection.backend
             ) from error
         return loop.time() - began
 
@@ -637,12 +670,6 @@ def _resolve_all(waiters: deque[asyncio.Future[None]]) -> None:
         _resolve(waiters.popleft())
 
 
-def _closed_meanwhile() -> ConnectError:
-    return ConnectError(
-        "the connection was closed while it was being made", backend="mqtt", retryable=False
-    )
-
-
 def _wake_publisher(out: Outgoing) -> None:
     waiter = out.tag
     if waiter is not None and not waiter.done():
@@ -659,8 +686,8 @@ def _ignore(_: object) -> None:
 class _SharedConnection(Connection):
     """A `Connection` for several threads: one lock, and callbacks only after it is free."""
 
-    def __init__(self, settings: SessionSettings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: SessionSettings, *, backend: str) -> None:
+        super().__init__(settings, backend=backend)
         self.lock = threading.RLock()
         self.events: deque[Callable[[], None]] = deque()
 
@@ -713,9 +740,14 @@ class BlockingDriver:
     """
 
     def __init__(
-        self, settings: SessionSettings, endpoint: Endpoint, *, timeout: float = 10.0
+        self,
+        settings: SessionSettings,
+        endpoint: Endpoint,
+        *,
+        backend: str,
+        timeout: float = 10.0,
     ) -> None:
-        self.connection = _SharedConnection(settings)
+        self.connection = _SharedConnection(settings, backend=backend)
         self.endpoint = endpoint
         self.timeout = timeout
         self.on_session: Callable[[Session], None] = _ignore
@@ -748,37 +780,41 @@ class BlockingDriver:
         connection = self.connection
         try:
             sock = dial_blocking(self.endpoint, self.timeout)
-        except (OSError, ValueError, ConnectError) as exc:
-            secure = self.endpoint.tls is not None
-            raise dial_error(exc, str(self.endpoint), secure=secure) from exc
+        except (MissingDependency, ConnectError) as exc:
+            as_ours(exc, connection.backend)
+            raise
+        except (OSError, ValueError) as exc:
+            raise self._dial_error(exc) from exc
         self._failure = None
         with connection.lock:
             connection.begin(sock, where=str(self.endpoint))
         deadline = time.monotonic() + self.timeout
-        while connection.connecting:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                connection.end()
-                raise ConnectTimeout(
-                    f"no session with {self.endpoint} within {self.timeout:g} s",
-                    hint="check host and port, or raise the timeout",
-                    backend="mqtt",
-                )
-            self.paho.loop(min(left, 0.1))
-        session = connection.session
-        self.paho.rest()
+        try:
+            while connection.connecting:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    connection.end()
+                    raise ConnectTimeout(
+                        f"no session with {self.endpoint} within {self.timeout:g} s",
+                        hint="check host and port, or raise the timeout",
+                        backend=connection.backend,
+                    )
+                self.paho.loop(min(left, 0.1))
+            session = connection.session
+        finally:
+            self.paho.rest()
         if session is not None and connection.connected:
             return session
         if self._failure is not None:
             raise self._failure
-        raise ConnectError(f"no session with {self.endpoint}", backend="mqtt")
+        raise ConnectError(f"no session with {self.endpoint}", backend=connection.backend)
 
     @property
     def paho(self) -> PahoClient:
         """Paho's client of the session at hand, for its loops."""
         client = self.connection.client
         if client is None:
-            raise NotConnected("connect first", backend="mqtt")
+            raise NotConnected("connect first", backend=self.connection.backend)
         return client
 
     def loop(self, timeout: float = 1.0) -> int:
@@ -869,11 +905,14 @@ class BlockingDriver:
         try:
             return dial_blocking(self.endpoint, self.timeout)
         except (OSError, ValueError, ConnectError) as exc:
-            secure = self.endpoint.tls is not None
-            error = dial_error(exc, str(self.endpoint), secure=secure)
+            error = self._dial_error(exc)
             self._lost(error)
             self.connection.dispatch()
             raise ConnectionError(str(error)) from exc
+
+    def _dial_error(self, error: BaseException) -> ConnectError:
+        secure = self.endpoint.tls is not None
+        return dial_error(error, str(self.endpoint), backend=self.connection.backend, secure=secure)
 
     def _wake(self) -> None:
         client = self.connection.client

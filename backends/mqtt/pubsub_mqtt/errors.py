@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
+from typing import TypeVar
 
 from pubsub_core.errors import (
     AuthenticationFailed,
@@ -19,6 +20,7 @@ from pubsub_core.errors import (
     PayloadTooLarge,
     PublishFailed,
     PublishNotAuthorized,
+    PubSubError,
     ServerRefused,
     SubscribeFailed,
     SubscribeNotAuthorized,
@@ -29,6 +31,7 @@ __all__ = [
     "REASONS",
     "CredentialsRefused",
     "ProtocolError",
+    "as_ours",
     "connack_error",
     "dial_error",
     "disconnect_error",
@@ -37,6 +40,8 @@ __all__ = [
     "publish_error",
     "subscribe_error",
 ]
+
+_Error = TypeVar("_Error", bound=PubSubError)
 
 _MAX_LOGGED = 200
 
@@ -106,9 +111,7 @@ class ProtocolError(ConnectError):
     retryable = True
 
     def __init__(self, message: str, *, reason: int = 0x82) -> None:
-        super().__init__(
-            message, hint="check that the address leads to an MQTT broker", backend="mqtt"
-        )
+        super().__init__(message, hint="check that the address leads to an MQTT broker")
         self.reason = reason
 
 
@@ -122,6 +125,20 @@ class CredentialsRefused(AuthenticationFailed):
     def __init__(self, message: str, *, reason: int, hint: str = "", backend: str = "") -> None:
         super().__init__(message, hint=hint, backend=backend)
         self.reason = reason
+
+
+def as_ours(error: _Error, backend: str, topic: str | None = None) -> _Error:
+    """Name an error of a lower layer, which knows neither the backend nor its topics.
+
+    Args:
+        error: Raised by a decoder, a socket or a connection.
+        backend: Whose connection it is.
+        topic: The topic as the caller knows it; None leaves what the error says.
+    """
+    error.backend = backend
+    if topic is not None:
+        error.topic = topic
+    return error
 
 
 def printable(text: str) -> str:
@@ -138,12 +155,15 @@ def _with_text(text: str, said: str) -> str:
     return f"{text}: {printable(said)}" if said else text
 
 
-def connack_error(code: int, *, version: int, said: str = "", client_id: str = "") -> ConnectError:
+def connack_error(
+    code: int, *, version: int, backend: str, said: str = "", client_id: str = ""
+) -> ConnectError:
     """Return the error for a CONNACK that refuses.
 
     Args:
         code: Return code (3.1.1) or reason code (5.0); never 0.
         version: Protocol level of our CONNECT, 4 or 5.
+        backend: Whose connection it is.
         said: The broker's reason string.
         client_id: The identifier that was refused, for the text.
     """
@@ -161,7 +181,7 @@ def connack_error(code: int, *, version: int, said: str = "", client_id: str = "
             text,
             reason=code,
             hint="check username and password, and what they may do",
-            backend="mqtt",
+            backend=backend,
         )
     if code311 == 1:
         hint = "set protocol to what the broker speaks: '3.1.1' or '5'"
@@ -174,37 +194,39 @@ def connack_error(code: int, *, version: int, said: str = "", client_id: str = "
         text,
         reason=code,
         hint=hint,
-        backend="mqtt",
+        backend=backend,
         retryable=code == 3 if version < 5 or code < 0x80 else code in _TRANSIENT,
     )
 
 
-def disconnect_error(code: int, *, said: str = "") -> ConnectError:
+def disconnect_error(code: int, *, backend: str, said: str = "") -> ConnectError:
     """Return the error for a DISCONNECT that the broker sent (MQTT 5.0 section 3.14)."""
     text = _with_text(f"the broker ended the session: reason 0x{code:02X} ({_name(code)})", said)
     if code == 0x87:
-        return AuthenticationFailed(text, hint="check the rights of this user", backend="mqtt")
+        return AuthenticationFailed(text, hint="check the rights of this user", backend=backend)
     permanent = {0x8C, 0x9C, 0x9D, 0x8A}
     return ServerRefused(
         text,
         reason=code,
         hint="the broker's log says more",
-        backend="mqtt",
+        backend=backend,
         retryable=code not in permanent,
     )
 
 
-def publish_error(code: int, *, topic: str, size: int, said: str = "") -> PublishFailed:
+def publish_error(
+    code: int, *, topic: str, size: int, backend: str, said: str = ""
+) -> PublishFailed:
     """Return the error for a PUBACK or PUBREC with a failure code (MQTT 5.0 only)."""
     text = _with_text(
         f"the broker refused the message for {topic!r}: reason 0x{code:02X} ({_name(code)})", said
     )
     if code == 0x87:
         return PublishNotAuthorized(
-            text, reason=code, hint="this user may not publish there", backend="mqtt", topic=topic
+            text, reason=code, hint="this user may not publish there", backend=backend, topic=topic
         )
     if code == 0x95:
-        too_large = PayloadTooLarge(size=size, limit=size - 1, backend="mqtt", topic=topic)
+        too_large = PayloadTooLarge(size=size, limit=size - 1, backend=backend, topic=topic)
         too_large.outcome = Outcome.REJECTED
         too_large.reason = code
         return too_large
@@ -214,13 +236,13 @@ def publish_error(code: int, *, topic: str, size: int, said: str = "") -> Publis
         outcome=Outcome.REJECTED,
         reason=code,
         hint="publish more slowly" if code in (0x96, 0x97) else "the broker's log says more",
-        backend="mqtt",
+        backend=backend,
         topic=topic,
         retryable=retryable,
     )
 
 
-def subscribe_error(code: int, *, filter: str, said: str = "") -> SubscribeFailed:
+def subscribe_error(code: int, *, filter: str, backend: str, said: str = "") -> SubscribeFailed:
     """Return the error for a filter that a SUBACK refused."""
     text = _with_text(
         f"the broker refused the subscription to {filter!r}: reason 0x{code:02X} ({_name(code)})",
@@ -228,11 +250,11 @@ def subscribe_error(code: int, *, filter: str, said: str = "") -> SubscribeFaile
     )
     if code == 0x87:
         return SubscribeNotAuthorized(
-            text, reason=code, hint="this user may not read there", backend="mqtt", topic=filter
+            text, reason=code, hint="this user may not read there", backend=backend, topic=filter
         )
     if code == 0x97:
         return LimitReached(
-            text, reason=code, hint="subscribe to less", backend="mqtt", topic=filter
+            text, reason=code, hint="subscribe to less", backend=backend, topic=filter
         )
     hints = {
         0x80: "3.1.1 brokers do not say why; most often this user may not read there",
@@ -243,7 +265,7 @@ def subscribe_error(code: int, *, filter: str, said: str = "") -> SubscribeFaile
         text,
         reason=code,
         hint=hints.get(code, "the broker's log says more"),
-        backend="mqtt",
+        backend=backend,
         topic=filter,
         retryable={0x8F: False, 0x9E: False, 0xA2: False, 0xA1: False}.get(code),
     )
@@ -259,41 +281,51 @@ def early_end_hint(secure: bool) -> str:
     )
 
 
-def dial_error(error: BaseException, where: str, *, secure: bool | None = None) -> ConnectError:
+def dial_error(
+    error: BaseException, where: str, *, backend: str, secure: bool | None = None
+) -> ConnectError:
     """Return the error for a failure before or below MQTT: DNS, TCP, TLS, a lost link.
 
     Args:
         error: What was raised.
         where: The address, without credentials.
+        backend: Whose connection it is. Sockets, TLS and WebSocket do not know; an error of
+            theirs is named here.
         secure: Where the peer was reached and has said nothing yet, whether TLS was used.
+
+    Returns:
+        *error* itself where it says already what happened, else a new one caused by it.
     """
-    hung_up = isinstance(error, (ConnectionResetError, ConnectionAbortedError, BrokenPipeError))
     if isinstance(error, ConnectError):
-        return error
+        return as_ours(error, backend)
+    found = as_ours(_dial_error(error, where, secure), backend)
+    found.__cause__ = error
+    return found
+
+
+def _dial_error(error: BaseException, where: str, secure: bool | None) -> ConnectError:
+    hung_up = isinstance(error, (ConnectionResetError, ConnectionAbortedError, BrokenPipeError))
     if isinstance(error, ssl.SSLCertVerificationError):
         return TLSProblem(
             f"the certificate of {where} was refused: {printable(error.verify_message)}",
             hint="check the host name, or name the right CA with ca_file",
-            backend="mqtt",
         )
     if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         hint = "" if secure is None else early_end_hint(secure)
-        return ConnectError(f"{where} closed the TLS connection", hint=hint, backend="mqtt")
+        return ConnectError(f"{where} closed the TLS connection", hint=hint)
     if isinstance(error, ssl.SSLError):
         # An alert from the peer during the handshake comes as this, too: a missing client
         # certificate, an old protocol version, or a port that does not speak TLS.
         return TLSProblem(
             f"TLS with {where} failed: {printable(str(error.reason or error))}",
             hint="check that the port speaks TLS, its version, and the client certificate",
-            backend="mqtt",
         )
     if isinstance(error, TimeoutError):
-        return ConnectTimeout(f"{where} did not answer in time", backend="mqtt")
+        return ConnectTimeout(f"{where} did not answer in time")
     if isinstance(error, socket.gaierror):
         return ConnectError(
             f"the name in {where} cannot be resolved: {error.strerror}",
             hint="check the host name",
-            backend="mqtt",
         )
     if isinstance(error, OSError):
         # asyncio writes the address into the text; the code alone is enough and sure to hold
@@ -304,6 +336,5 @@ def dial_error(error: BaseException, where: str, *, secure: bool | None = None) 
             hint="check that the broker runs and listens there"
             if secure is None or not hung_up
             else early_end_hint(secure),
-            backend="mqtt",
         )
-    return ConnectError(f"no connection to {where}: {type(error).__name__}", backend="mqtt")
+    return ConnectError(f"no connection to {where}: {type(error).__name__}")

@@ -8,20 +8,26 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
 
+from .errors import as_ours
+
 __all__ = [
     "DEFAULT_MAX_PACKET",
     "MAX_PACKET",
+    "NAME",
     "MQTTOptions",
     "ProtocolName",
     "TopicDefaults",
     "TransportOptions",
     "WillOptions",
 ]
+
+NAME: Final = "mqtt"
+"""Name of the backend for plain MQTT, in its errors."""
 
 ProtocolName = Literal["auto", "5", "3.1.1"]
 
@@ -40,7 +46,7 @@ def _help(text: str, **more: object) -> dict[str, object]:
 
 def _bad(option: str, value: object, wanted: str) -> BadOption:
     return BadOption(
-        f"{option}={value!r} does not fit", option=option, hint=f"use {wanted}", backend="mqtt"
+        f"{option}={value!r} does not fit", option=option, hint=f"use {wanted}", backend=NAME
     )
 
 
@@ -123,16 +129,21 @@ class TransportOptions:
         default=True, metadata=_help("send small packets at once instead of collecting them")
     )
 
-    def mqtt(self, **more: Any) -> MQTTOptions:
+    def mqtt(self, *, backend: str, **more: Any) -> MQTTOptions:
         """Return the options of the MQTT connection below.
 
         Args:
+            backend: Whose options these are, for errors.
             **more: What these options say in other words, or what is no option here; what has
                 the same name is taken over.
         """
         known = [each.name for each in fields(MQTTOptions)]
         taken = {name: getattr(self, name) for name in known if hasattr(self, name)}
-        return MQTTOptions(**{**taken, **more})
+        try:
+            return MQTTOptions(**{**taken, **more})
+        except BadOption as exc:
+            as_ours(exc, backend)
+            raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +225,7 @@ class MQTTOptions(TransportOptions):
                 "clean_start=false without a client_id: nobody could find that session again",
                 option="clean_start",
                 hint="set client_id",
-                backend="mqtt",
+                backend=NAME,
             )
         if self.ssl_context is not None and not isinstance(self.ssl_context, ssl.SSLContext):
             raise _bad("ssl_context", type(self.ssl_context).__name__, "an ssl.SSLContext")
@@ -223,7 +234,7 @@ class MQTTOptions(TransportOptions):
                 "key_file without cert_file",
                 option="key_file",
                 hint="set cert_file as well",
-                backend="mqtt",
+                backend=NAME,
             )
 
     @property

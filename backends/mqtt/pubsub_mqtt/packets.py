@@ -108,7 +108,6 @@ def _bad_property(what: str, why: str) -> PublishFailed:
         f"{what} {why}",
         outcome=Outcome.NOT_SENT,
         hint="shorten or escape it",
-        backend="mqtt",
         retryable=False,
     )
 

@@ -99,7 +99,6 @@ class TLSSettings:
                 raise TLSProblem(
                     f"our certificate in {files} cannot be used: {_why(exc)}",
                     hint="check cert_file, key_file and key_password",
-                    backend="mqtt",
                 ) from exc
         if self.insecure_skip_verify:
             global _warned_insecure
@@ -122,7 +121,6 @@ class TLSSettings:
             raise TLSProblem(
                 f"ca_path {self.ca_path!r} is not a folder",
                 hint="name a folder of CA files hashed with `openssl rehash`",
-                backend="mqtt",
             )
         try:
             context.load_verify_locations(self.ca_file, self.ca_path, self.ca_data)
@@ -132,7 +130,6 @@ class TLSSettings:
             raise TLSProblem(
                 f"the trusted CAs in {where} cannot be read: {_why(exc)}",
                 hint="name a file of certificates in PEM that this process may read",
-                backend="mqtt",
             ) from exc
 
 
@@ -217,7 +214,6 @@ class WebSocket:
             raise MissingDependency(
                 f"MQTT over WebSocket cannot import {exc.name or 'wsproto'!r}",
                 hint="pip install 'wsproto>=1.2'",
-                backend="mqtt",
             ) from exc
 
         self._target = target
@@ -301,20 +297,16 @@ class WebSocket:
         return ConnectError(
             f"the peer broke the WebSocket protocol: {what}",
             hint="check that the address leads to MQTT over WebSocket",
-            backend="mqtt",
         )
 
     def _rejected(self, status: int) -> ConnectError:
         text = f"the server refused the WebSocket {self._target.path!r} with HTTP status {status}"
         if status in (401, 403):
-            return AuthenticationFailed(
-                text, hint="check ws_headers and credentials", backend="mqtt"
-            )
+            return AuthenticationFailed(text, hint="check ws_headers and credentials")
         return ServerRefused(
             text,
             reason=status,
             hint="check ws_path",
-            backend="mqtt",
             retryable=status >= 500 or status == 429,
         )
 

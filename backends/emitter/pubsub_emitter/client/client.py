@@ -281,7 +281,7 @@ class Client:
             will=will,
         )
         self._drop_driver()
-        driver = BlockingDriver(settings, endpoint)
+        driver = BlockingDriver(settings, endpoint, backend="emitter")
         driver.on_session = self._on_session
         driver.on_message = self._on_incoming
         driver.on_lost = self._on_lost
