@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import json
 import random
 import time
@@ -23,7 +22,6 @@ from pubsub_mqtt.endpoint.packets import (
     Connect,
     Packet,
     PingReq,
-    PingResp,
     PubAck,
     Publish,
     PubRel,
@@ -34,6 +32,13 @@ from pubsub_mqtt.endpoint.packets import (
     encode,
 )
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY
+from tests.endpoint.attacks import (
+    UPGRADE,
+    damaged,
+    half_connects,
+    mutated_packets,
+    stop_reading,
+)
 from tests.endpoint.process import Process, allow_sockets, process
 from tests.endpoint.wire import Wire
 
@@ -52,13 +57,12 @@ def descriptors() -> None:
     allow_sockets()
 
 
-async def round_trip(wire: Wire, text: bytes) -> float:
-    """Publish to oneself; return the seconds until it is back and confirmed."""
-    began = time.perf_counter()
+async def round_trip(wire: Wire, number: int) -> None:
+    """Publish to oneself, and wait until it is back and confirmed."""
+    text = b"%d" % number
     await wire.send(Publish(f"{DEMO}/demo/self/", text, 1, packet_id=9))
     assert await wire.next() == Publish("demo/self/", text)
     assert await wire.next() == PubAck(9)
-    return time.perf_counter() - began
 
 
 async def join(wire: Wire, channel: str) -> None:
@@ -80,41 +84,8 @@ async def working() -> AsyncIterator[tuple[Process, Wire]]:
 async def test_900_half_connects_disturb_nobody_and_are_gone_after_the_deadline(
     working: tuple[Process, Wire],
 ) -> None:
-    broker, wire = working
-    before = broker.memory()
-    half = encode(Connect("x" * 50))[:20]
-    halves: list[Wire] = []
-    try:
-        for _ in range(900):
-            halves.append(await Wire.open(broker.port))
-            halves[-1].writer.write(half)
-        times: list[float] = []
-        for number in range(5):
-            began = time.perf_counter()
-            async with Wire.connected(broker.port, Connect("good")):
-                times.append(time.perf_counter() - began)
-            await round_trip(wire, b"%d" % number)
-        print(f"a good client is connected after {min(times) * 1000:.1f} ms")
-        assert min(times) < 0.1
-        assert broker.memory() - before < 30_000_000
-
-        async def work() -> None:
-            while True:
-                await round_trip(wire, b"meanwhile")
-                await asyncio.sleep(0.01)
-
-        working_on = asyncio.create_task(work())
-        async with asyncio.timeout(10):
-            for each in halves:
-                assert await each.closed() == []
-        assert not working_on.done()
-        working_on.cancel()
-        stats = await broker.stats()
-        assert stats["late"] == 900
-        assert stats["errors"] == 0
-    finally:
-        for each in halves:
-            each.close()
+    stats = await half_connects(*working, Connect("good"), round_trip)
+    assert (stats["late"], stats["errors"]) == (900, 0)
 
 
 def _hostile(source: random.Random) -> bytes:
@@ -149,11 +120,7 @@ def _hostile(source: random.Random) -> bytes:
         PubRel(source.randint(1, 9)),
         PingReq(),
     ]
-    data = bytearray(b"".join(encode(source.choice(packets)) for _ in range(6)))
-    if source.random() < 0.5:
-        for _ in range(source.randint(1, 4)):
-            data[source.randrange(len(data))] = source.randrange(256)
-    return bytes(data)
+    return damaged(source, (encode(source.choice(packets)) for _ in range(6)))
 
 
 def _greeting(source: random.Random, number: int) -> bytes:
@@ -168,10 +135,7 @@ def _greeting(source: random.Random, number: int) -> bytes:
                 b"POST /keygen HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(body) + body
             )
         case 3:
-            return (
-                b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
-            ) + source.randbytes(60)
+            return UPGRADE + source.randbytes(60)
         case _:
             will = WillMessage(f"{DEMO}/demo/will/", b"x", retain=True)
             return encode(Connect("fuzz", "u", b"p", will=source.choice([None, will])))
@@ -180,41 +144,19 @@ def _greeting(source: random.Random, number: int) -> bytes:
 async def test_random_and_mutated_packets_kill_and_leave_nothing(
     working: tuple[Process, Wire],
 ) -> None:
-    broker, wire = working
     source = random.Random(31)
 
-    async def attack(count: int) -> None:
-        for number in range(count):
-            enemy = await Wire.open(broker.port)
-            enemy.writer.write(_greeting(source, number))
-            enemy.writer.write(_hostile(source))
-            with contextlib.suppress(OSError):  # it was closed already
-                enemy.writer.write_eof()
-            # It is answered or not; what matters is that the broker closes it.
-            with contextlib.suppress(ConnectionError):
-                async with asyncio.timeout(10):
-                    while await enemy.reader.read(65536):
-                        pass
-            enemy.close()
-            if number % 100 == 0:
-                await round_trip(wire, b"%d" % number)
+    def packets(number: int) -> tuple[bytes, bytes]:
+        return _greeting(source, number), _hostile(source)
 
-    await attack(500)  # what is imported and cached on first use belongs to no attack
-    before = broker.memory()
-    await attack(3000)
-    growth = broker.memory() - before
-    print(f"{growth / 1e6:.1f} MB more")
-    assert growth < 20_000_000
-    await wire.send(PingReq())
-    assert await wire.next() == PingResp()
-    stats = await broker.stats()
+    stats = await mutated_packets(*working, packets, round_trip, count=3000)
     assert stats["errors"] > 500
     assert (stats["links"], stats["clients"]) == (1, 1)
 
 
 async def test_1000_clients_connect_at_once_and_take_little_memory() -> None:
     async with process(BROKER, LICENSE) as broker:
-        before = broker.memory()
+        before = broker.watched.memory()
         wires: list[Wire] = []
 
         async def connect(number: int) -> float:
@@ -228,8 +170,8 @@ async def test_1000_clients_connect_at_once_and_take_little_memory() -> None:
 
         async with asyncio.timeout(10):
             times = await asyncio.gather(*(connect(number) for number in range(1000)))
-        each = (broker.memory() - before) / 1000
-        total = broker.memory()
+        each = (broker.watched.memory() - before) / 1000
+        total = broker.watched.memory()
         print(f"{each:.0f} bytes for each client, {total / 1e6:.0f} MB together")
         print(f"the last one was connected after {max(times):.2f} s")
         assert each < 20_000
@@ -254,9 +196,8 @@ async def test_200_mb_for_a_reader_that_stopped_harm_neither_others_nor_memory()
             await join(stopped, "demo/flood/")
             await join(fast, "demo/flood/")
             await join(aside, "demo/self/")
-            stream: Any = stopped.reader  # asyncio has no public way
-            stream._transport.pause_reading()
-            before = broker.memory()
+            stop_reading(stopped)
+            before = broker.watched.memory()
 
             async def read() -> None:
                 for number in range(count):
@@ -273,9 +214,9 @@ async def test_200_mb_for_a_reader_that_stopped_harm_neither_others_nor_memory()
                 reading = group.create_task(read())
                 group.create_task(publish())
                 while not reading.done():
-                    await round_trip(aside, b"others flow")
+                    await round_trip(aside, 1)
                     await asyncio.sleep(0.02)
-            growth = broker.memory(peak=True) - before
+            growth = broker.watched.memory(peak=True) - before
             print(f"{growth / 1e6:.0f} MB more at most")
             assert growth < 64_000_000
             stats = await broker.stats()

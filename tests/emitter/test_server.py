@@ -29,6 +29,7 @@ from pubsub_mqtt.endpoint.journal import Done
 from pubsub_mqtt.endpoint.packets import ConnAck, Connect, Decoder, Packet, PubAck, Publish, encode
 from tests.emitter.support import Peer, broker
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY
+from tests.endpoint.attacks import acknowledged_until_killed
 from tests.endpoint.stores import check_refusals
 from tests.endpoint.wire import Wire
 from tests.servers import Authority, eventually
@@ -222,20 +223,9 @@ async def test_what_was_acknowledged_as_stored_survives_kill_9(tmp_path: Path) -
         wire = await Wire.open(port)
         await wire.send(Connect("c"))
         assert await wire.next() == ConnAck(0)
-        await wire.send(
-            *(
-                Publish(f"{DEMO}/demo/k/?ttl=600", b"%d" % number, 1, packet_id=number)
-                for number in range(1, 2001)
-            )
+        acknowledged = await acknowledged_until_killed(
+            process.pid, wire, lambda number: (f"{DEMO}/demo/k/?ttl=600", b"%d" % number)
         )
-        while acknowledged < 1000:
-            packet = await wire.next()
-            assert isinstance(packet, PubAck)
-            acknowledged = packet.packet_id
-        os.kill(process.pid, signal.SIGKILL)
-        for late in await wire.closed():
-            assert isinstance(late, PubAck)
-            acknowledged = late.packet_id
         wire.close()
     finally:
         process.kill()

@@ -10,8 +10,9 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from tests.watched import Watched
 
 __all__ = ["Process", "allow_sockets", "process"]
 
@@ -45,6 +46,9 @@ class Process:
     child: asyncio.subprocess.Process
     port: int
 
+    def __post_init__(self) -> None:
+        self.watched = Watched(self.child.pid)
+
     async def stats(self) -> dict[str, int]:
         assert self.child.stdin is not None
         assert self.child.stdout is not None
@@ -59,12 +63,6 @@ class Process:
             while (stats := await self.stats())["links"] > links:
                 await asyncio.sleep(0.01)
         return stats
-
-    def memory(self, *, peak: bool = False) -> int:
-        """Bytes of memory that it has, or at most had since it started."""
-        name = "VmHWM:" if peak else "VmRSS:"
-        text = Path(f"/proc/{self.child.pid}/status").read_text()
-        return int(text.partition(name)[2].split()[0]) * 1024
 
 
 @contextlib.asynccontextmanager

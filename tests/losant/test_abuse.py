@@ -6,11 +6,8 @@ nothing was left unhandled.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import random
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,7 +18,6 @@ from pubsub_mqtt.endpoint.packets import (
     Connect,
     Packet,
     PingReq,
-    PingResp,
     Publish,
     PubRel,
     SubAck,
@@ -29,6 +25,13 @@ from pubsub_mqtt.endpoint.packets import (
     Unsubscribe,
     WillMessage,
     encode,
+)
+from tests.endpoint.attacks import (
+    UPGRADE,
+    damaged,
+    half_connects,
+    mutated_packets,
+    stop_reading,
 )
 from tests.endpoint.process import Process, allow_sockets, process
 from tests.endpoint.wire import Wire
@@ -74,39 +77,16 @@ async def round_trip(wire: Wire, number: int) -> None:
 async def test_900_half_connects_disturb_nobody_and_are_gone_after_the_deadline(
     working: tuple[Process, Wire],
 ) -> None:
-    broker, wire = working
-    before = broker.memory()
-    half = encode(sign_in("enemy"))[:20]
-    halves: list[Wire] = []
-    try:
-        for _ in range(900):
-            halves.append(await Wire.open(broker.port))
-            halves[-1].writer.write(half)
-        times: list[float] = []
-        for number in range(5):
-            began = time.perf_counter()
-            async with Wire.connected(broker.port, sign_in("enemy")):
-                times.append(time.perf_counter() - began)
-            await round_trip(wire, number)
-        assert min(times) < 0.1
-        assert broker.memory() - before < 30_000_000
-        async with asyncio.timeout(10):
-            for each in halves:
-                assert await each.closed() == []
-        await round_trip(wire, 1)
-        stats = await broker.quiet()
-        assert (stats["late"], stats["errors"]) == (900, 0)
-        assert stats["rejections"] == 900
-    finally:
-        for each in halves:
-            each.close()
+    stats = await half_connects(*working, sign_in("enemy"), round_trip)
+    assert (stats["late"], stats["errors"]) == (900, 0)
+    assert stats["rejections"] == 900
 
 
 async def test_a_large_packet_is_refused_on_its_header_before_and_after_connect(
     working: tuple[Process, Wire],
 ) -> None:
     broker, wire = working
-    before = broker.memory()
+    before = broker.watched.memory()
     for first in (b"", encode(sign_in("enemy"))):
         for head in (b"\x10", b"\x30", b"\x82"):
             enemy = await Wire.open(broker.port)
@@ -116,7 +96,7 @@ async def test_a_large_packet_is_refused_on_its_header_before_and_after_connect(
             await enemy.send(head + b"\xff\xff\xff\x7f")
             assert await enemy.closed() == []
             enemy.close()
-    assert broker.memory() - before < 2_000_000
+    assert broker.watched.memory() - before < 2_000_000
     await round_trip(wire, 1)
 
 
@@ -146,18 +126,15 @@ def _hostile(source: random.Random) -> bytes:
         PingReq(),
     ]
     chosen = [source.choice(packets) for _ in range(6)]
-    data = bytearray(
-        b"".join(
+    return damaged(
+        source,
+        (
             encode(Publish(each.topic, each.payload))
             if isinstance(each, Publish) and not each.qos
             else encode(each)
             for each in chosen
-        )
+        ),
     )
-    if source.random() < 0.5:
-        for _ in range(source.randint(1, 4)):
-            data[source.randrange(len(data))] = source.randrange(256)
-    return bytes(data)
 
 
 def _greeting(source: random.Random, number: int) -> bytes:
@@ -169,10 +146,7 @@ def _greeting(source: random.Random, number: int) -> bytes:
         case 2:
             return encode(Connect("enemy", "k", source.randbytes(8)))
         case 3:
-            return (
-                b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
-            ) + source.randbytes(60)
+            return UPGRADE + source.randbytes(60)
         case _:
             will = WillMessage("losant/enemy/state", source.choice([b"x", b'{"data":{"w":1}}']))
             return encode(sign_in("enemy", source.choice([None, will])))
@@ -181,34 +155,12 @@ def _greeting(source: random.Random, number: int) -> bytes:
 async def test_random_and_mutated_packets_kill_and_leave_nothing(
     working: tuple[Process, Wire],
 ) -> None:
-    broker, wire = working
     source = random.Random(41)
 
-    async def attack(count: int) -> None:
-        for number in range(count):
-            enemy = await Wire.open(broker.port)
-            enemy.writer.write(_greeting(source, number))
-            enemy.writer.write(_hostile(source))
-            with contextlib.suppress(OSError):  # it was closed already
-                enemy.writer.write_eof()
-            # It is answered or not; what matters is that the broker closes it.
-            with contextlib.suppress(ConnectionError):
-                async with asyncio.timeout(10):
-                    while await enemy.reader.read(65536):
-                        pass
-            enemy.close()
-            if number % 100 == 0:
-                await round_trip(wire, number)
+    def packets(number: int) -> tuple[bytes, bytes]:
+        return _greeting(source, number), _hostile(source)
 
-    await attack(300)  # what is imported and cached on first use belongs to no attack
-    before = broker.memory()
-    await attack(1200)
-    growth = broker.memory() - before
-    print(f"{growth / 1e6:.1f} MB more")
-    assert growth < 20_000_000
-    await wire.send(PingReq())
-    assert await wire.next() == PingResp()
-    stats = await broker.quiet()
+    stats = await mutated_packets(*working, packets, round_trip, count=1200)
     assert stats["errors"] > 150
     assert stats["clients"] == 1
     assert stats["rejections"] <= 1000
@@ -221,15 +173,14 @@ async def test_a_reader_that_stopped_costs_neither_memory_nor_the_others(
     async with Wire.connected(broker.port, sign_in("stopped")) as stopped:
         await stopped.send(Subscribe(1, (("my/flood", 0),)))
         assert await stopped.next() == SubAck(1, (0,))
-        stream: Any = stopped.reader  # asyncio has no public way
-        stream._transport.pause_reading()
-        before = broker.memory()
+        stop_reading(stopped)
+        before = broker.watched.memory()
         async with Wire.connected(broker.port, sign_in("enemy")) as enemy:
             for number in range(400):
                 await enemy.send(Publish("my/flood", bytes(200_000)))
                 if number % 40 == 0:
                     await round_trip(wire, number)
-        growth = broker.memory(peak=True) - before
+        growth = broker.watched.memory(peak=True) - before
         print(f"{growth / 1e6:.0f} MB more at most")
         assert growth < 40_000_000
         stats = await broker.stats()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import signal
 import sqlite3
 import stat
 import subprocess
@@ -22,6 +20,7 @@ from pubsub_core.errors import ConnectError
 from pubsub_losant import LosantServer
 from pubsub_losant.server.storage import Storage
 from pubsub_mqtt.endpoint.packets import ConnAck, Connect, PubAck, Publish
+from tests.endpoint.attacks import acknowledged_until_killed
 from tests.endpoint.stores import check_refusals
 from tests.endpoint.wire import Wire
 from tests.losant.application import A, Peer, broker, command, state
@@ -238,25 +237,14 @@ async def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
         process.stdin.write("\n")
         process.stdin.flush()
         base = int(time.time() * 1000)
-        await wire.send(
-            *(
-                Publish(
-                    state(device_id),
-                    json.dumps({"data": {"n": number}, "time": base - number}).encode(),
-                    1,
-                    packet_id=number,
-                )
-                for number in range(1, 2001)
-            )
+        acknowledged = await acknowledged_until_killed(
+            process.pid,
+            wire,
+            lambda number: (
+                state(device_id),
+                json.dumps({"data": {"n": number}, "time": base - number}).encode(),
+            ),
         )
-        while acknowledged < 1000:
-            packet = await wire.next()
-            assert isinstance(packet, PubAck)
-            acknowledged = packet.packet_id
-        os.kill(process.pid, signal.SIGKILL)
-        for late in await wire.closed():
-            assert isinstance(late, PubAck)
-            acknowledged = late.packet_id
         wire.close()
     finally:
         process.kill()

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import random
-import resource
 import struct
 import sys
 import time
@@ -29,6 +28,7 @@ from pubsub_messagebus.protocol import (
 )
 from pubsub_messagebus.server import MessageBusServer
 from tests.servers import eventually
+from tests.watched import Watched
 
 from .raw import Raw
 
@@ -66,6 +66,7 @@ class Served:
                     "MALLOC_TRIM_THRESHOLD_": "0",
                 },
             )
+        self.watched = Watched(self.process.pid)
         assert self.process.stdout is not None
         async with asyncio.timeout(20):
             self.port: int = json.loads(await self.process.stdout.readline())["port"]
@@ -81,28 +82,10 @@ class Served:
         for word in ("Traceback", "Unhandled", "never retrieved", "ResourceWarning"):
             assert word not in complaints, complaints
 
-    @property
-    def resident(self) -> int:
-        """Bytes of memory it has."""
-        pages = Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1]
-        return int(pages) * resource.getpagesize()
-
-    @property
-    def worked(self) -> float:
-        """Seconds of a processor that it took so far, whatever else this machine does."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")
-        user, system = fields[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-    @property
-    def sockets(self) -> int:
-        """Descriptors it has."""
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
-
     async def until_sockets(self, count: int, within: float = 60) -> None:
         deadline = time.monotonic() + within
-        while self.sockets > count:
-            assert time.monotonic() < deadline, f"{self.sockets} descriptors, not {count}"
+        while (there := self.watched.descriptors()) > count:
+            assert time.monotonic() < deadline, f"{there} descriptors, not {count}"
             await asyncio.sleep(0.05)
 
 
@@ -133,23 +116,23 @@ class Flow:
 
     async def _run(self) -> None:
         while True:
-            before = self._server.worked
+            before = self._server.watched.worked()
             data = str(self.count).encode()
             self.publisher.publish("flow", "T", [DataPacket(None, data)])
             message = await self.subscriber.next(20)
             assert message.data_packets == [DataPacket(None, data)]
             self.count += 1
-            self.slowest = max(self.slowest, self._server.worked - before)
+            self.slowest = max(self.slowest, self._server.watched.worked() - before)
             await asyncio.sleep(0.01)
 
     async def _come(self) -> None:
         while True:
-            before = self._server.worked
+            before = self._server.watched.worked()
             while not await self._is_served():
                 self.turned_away += 1
                 await asyncio.sleep(0.1)
             self.served += 1
-            self.newcomer = max(self.newcomer, self._server.worked - before)
+            self.newcomer = max(self.newcomer, self._server.watched.worked() - before)
             await asyncio.sleep(0.5)
 
     async def _is_served(self) -> bool:
@@ -176,23 +159,23 @@ class Flow:
 async def test_900_half_handshakes(tmp_path: Path) -> None:
     handshake = basic_handshake("tester", "right")
     async with Served(tmp_path, password_file=PASSWORDS, handshake_timeout=3) as server:
-        sockets, before = server.sockets, server.resident
+        sockets, before = server.watched.descriptors(), server.watched.memory()
         half: list[asyncio.StreamWriter] = []
         async with asyncio.timeout(20):
             for number in range(900):
                 _, writer = await asyncio.open_connection("127.0.0.1", server.port)
                 writer.write(handshake[: number % len(handshake)])
                 half.append(writer)
-        worked = server.worked
+        worked = server.watched.worked()
         async with Raw(server.port) as good:
             good.send(handshake)
             await good.fence()
-            assert server.worked - worked < 1
-        assert server.resident - before < 20 * MIB
+            assert server.watched.worked() - worked < 1
+        assert server.watched.memory() - before < 20 * MIB
         # It is the server that ends them, although bytes may still dribble in.
         dribbling = half[0]
         deadline = time.monotonic() + 10
-        while server.sockets > sockets:
+        while server.watched.descriptors() > sockets:
             assert time.monotonic() < deadline, "half handshakes are kept"
             if not dribbling.is_closing():
                 dribbling.write(b"\0")
@@ -212,7 +195,7 @@ async def test_a_length_takes_no_memory_before_its_bytes_come(tmp_path: Path) ->
         packets + b"\0\0\0\x01\0\0\0\0" + struct.pack(">i", 0xFFFFFF),
     ]
     async with Served(tmp_path) as plain:
-        before = plain.resident
+        before = plain.watched.memory()
         for frame in frames:
             async with Raw(plain.port) as hostile:
                 hostile.send(frame)
@@ -224,15 +207,15 @@ async def test_a_length_takes_no_memory_before_its_bytes_come(tmp_path: Path) ->
                 waiting.send(packets + b"\0\0\0\x01\0\0\0\0" + struct.pack(">i", 0xFFFF00))
             async with Raw(plain.port) as good:
                 await good.fence()
-            assert plain.resident - before < 20 * MIB
+            assert plain.watched.memory() - before < 20 * MIB
     (tmp_path / "locked").mkdir()
     async with Served(tmp_path / "locked", password_file=PASSWORDS) as locked:
-        before = locked.resident
+        before = locked.watched.memory()
         for string in strings:
             async with Raw(locked.port) as hostile:
                 hostile.send(string)
                 assert await hostile.closed(2) == b"", string
-        assert locked.resident - before < 20 * MIB
+        assert locked.watched.memory() - before < 20 * MIB
 
 
 async def test_a_stalled_subscriber_costs_what_may_be_queued(tmp_path: Path) -> None:
@@ -244,13 +227,13 @@ async def test_a_stalled_subscriber_costs_what_may_be_queued(tmp_path: Path) -> 
                     client.add()
                     await client.fence()
                 stalled.writer.transport.pause_reading()  # type: ignore[attr-defined]
-                before = peak = server.resident
+                before = peak = server.watched.memory()
                 for _ in range(count // 100):
                     for _ in range(100):
                         publisher.publish(packets=[DataPacket(None, bytes(size))])
                     async with asyncio.timeout(20):
                         assert len(await fast.take(100)) == 100
-                    peak = max(peak, server.resident)
+                    peak = max(peak, server.watched.memory())
                 # 80 MB were published.
                 assert peak - before < 30 * MIB
                 stalled.writer.transport.resume_reading()  # type: ignore[attr-defined]
@@ -279,7 +262,7 @@ async def attack(port: int, seconds: float, seed: int) -> int:
 async def test_a_hostile_run(tmp_path: Path) -> None:
     print("PUBSUB_SEED =", SEED)
     async with Served(tmp_path, max_queued_bytes=MIB, handshake_timeout=2) as server:
-        sockets = server.sockets + 2  # the flow's; newcomers come and go
+        sockets = server.watched.descriptors() + 2  # the flow's; newcomers come and go
         async with Flow(server) as flow:
             attacks = 0
             resident: list[int] = []
@@ -287,7 +270,7 @@ async def test_a_hostile_run(tmp_path: Path) -> None:
                 served = flow.served
                 attacks += await attack(server.port, SOAK / 2, SEED + 1000 * half)
                 await server.until_sockets(sockets)
-                resident.append(server.resident)
+                resident.append(server.watched.memory())
                 assert flow.served > served
             print(
                 f"{attacks} attacks, then {[round(each / MIB, 1) for each in resident]} MiB; ",
