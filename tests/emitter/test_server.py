@@ -18,20 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wsproto import ConnectionType, WSConnection
-from wsproto import events as ws
 
 from pubsub_core.errors import BadOption, ConnectError
 from pubsub_core.interfaces import DevServer
 from pubsub_emitter import EmitterServer, License
 from pubsub_emitter.server.storage import Storage, StorageFull
 from pubsub_mqtt.endpoint.journal import Done
-from pubsub_mqtt.endpoint.packets import ConnAck, Connect, Decoder, Packet, PubAck, Publish, encode
+from pubsub_mqtt.endpoint.packets import ConnAck, Connect, PubAck, Publish, encode
 from tests.emitter.support import Peer, broker
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY
 from tests.endpoint.attacks import acknowledged_until_killed
 from tests.endpoint.stores import check_refusals
-from tests.endpoint.wire import Wire
+from tests.endpoint.wire import WebWire, Wire
 from tests.servers import Authority, eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -456,36 +454,16 @@ async def test_presence_over_http_needs_a_key_that_may() -> None:
 @pytest.mark.parametrize("text", [False, True])
 async def test_mqtt_over_websocket_on_the_same_port(path: str, text: bool) -> None:
     async with broker() as server:
-        wire = await Wire.open(server.port)
-        machine = WSConnection(ConnectionType.CLIENT)
-        decoder = Decoder()
-        request = ws.Request(host="h", target=path, subprotocols=["mqtt"])
-        await wire.send(machine.send(request))
-        sent: list[Packet] = [Connect("ws"), Publish("emitter/me/", b"", 1, packet_id=5)]
-        found: list[Any] = []
-        async with asyncio.timeout(5):
-            while len(found) < 3:
-                machine.receive_data(await wire.reader.read(4096))
-                for event in machine.events():
-                    match event:
-                        case ws.AcceptConnection():
-                            assert event.subprotocol == "mqtt"
-                            data = b"".join(encode(each) for each in sent)
-                            await wire.send(
-                                machine.send(ws.TextMessage(data=data.decode()))
-                                if text
-                                else machine.send(ws.BytesMessage(data=data))
-                            )
-                        case ws.BytesMessage():
-                            decoder.receive(bytes(event.data))
-                            while (packet := decoder.next_packet()) is not None:
-                                found.append(packet)
-                        case _:
-                            raise AssertionError(event)
-        assert found[0] == ConnAck(0)
-        assert found[1].topic == "emitter/me/"
-        assert found[2] == PubAck(5)
-        wire.close()
+        peer = await WebWire.open(server.port, path)
+        assert peer.subprotocol == "mqtt"
+        data = encode(Connect("ws")) + encode(Publish("emitter/me/", b"", 1, packet_id=5))
+        await peer.send(data.decode() if text else data)
+        assert await peer.next() == ConnAck(0)
+        answer = await peer.next()
+        assert isinstance(answer, Publish)
+        assert answer.topic == "emitter/me/"
+        assert await peer.next() == PubAck(5)
+        peer.wire.close()
         await eventually(lambda: not server.links)
 
 

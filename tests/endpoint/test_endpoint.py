@@ -16,7 +16,6 @@ from typing import Any
 import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
-from wsproto import ConnectionType, WSConnection
 from wsproto import events as ws
 
 from pubsub_core.errors import ConnectError, TLSProblem
@@ -48,7 +47,7 @@ from pubsub_mqtt.endpoint.packets import (
     encode,
 )
 from pubsub_mqtt.server import ServerTLS
-from tests.endpoint.wire import DEADLINE, SmallDialect, Wire
+from tests.endpoint.wire import DEADLINE, SmallDialect, WebWire, Wire
 from tests.servers import Authority, eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -647,7 +646,7 @@ def test_a_client_that_asks_and_does_not_read_the_answers_is_closed(
 
 async def test_a_client_that_asks_for_pongs_and_does_not_read_them_is_closed() -> None:
     async with serving(Profile(max_queue=100_000)) as (server, _):
-        peer = await Socket.open(server.port)
+        peer = await WebWire.open(server.port)
         _stop_reading(peer.wire)
         before = memory()
         ping = b"\x89\xfd" + bytes(4) + bytes(125)
@@ -801,52 +800,11 @@ async def test_http_is_answered_on_the_same_port() -> None:
             wire.close()
 
 
-class Socket:
-    """A WebSocket client that carries packets in frames as it is told."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-        self.machine = WSConnection(ConnectionType.CLIENT)
-        self.accepted: ws.AcceptConnection | None = None
-        self.closed: int | None = None
-
-    @classmethod
-    async def open(cls, port: int, path: str = "/", protocols: tuple[str, ...] = ("mqtt",)) -> Any:
-        found = cls(await Wire.open(port))
-        request = ws.Request(host="h", target=path, subprotocols=list(protocols))
-        await found.wire.send(found.machine.send(request))
-        while found.accepted is None:
-            await found.pump()
-        return found
-
-    async def pump(self) -> bytes:
-        async with asyncio.timeout(DEADLINE):
-            data = await self.wire.reader.read(65536)
-        self.machine.receive_data(data or None)
-        payload = b""
-        for event in self.machine.events():
-            match event:
-                case ws.AcceptConnection():
-                    self.accepted = event
-                case ws.BytesMessage():
-                    payload += bytes(event.data)
-                case ws.CloseConnection():
-                    self.closed = event.code
-                case _:
-                    pass
-        return payload
-
-    async def next(self) -> Any:
-        while (packet := self.wire.decoder.next_packet()) is None:
-            self.wire.decoder.receive(await self.pump())
-        return packet
-
-
 async def test_mqtt_over_websocket_on_any_path_and_in_any_frames() -> None:
     async with serving() as (server, _):
         for path in ("/", "/mqtt", "/x/y"):
-            peer = await Socket.open(server.port, path)
-            assert peer.accepted.subprotocol == "mqtt"
+            peer = await WebWire.open(server.port, path)
+            assert peer.subprotocol == "mqtt"
             data = encode(Connect("ws")) + encode(Subscribe(1, (("t", 0),))) + encode(PingReq())
             for cut in (data[:3], data[3:20], data[20:]):
                 await peer.wire.send(peer.machine.send(ws.BytesMessage(data=cut)))
@@ -872,15 +830,15 @@ async def test_the_subprotocol_is_the_first_that_both_know_or_none() -> None:
             (("other",), None),
             ((), None),
         ):
-            peer = await Socket.open(server.port, "/", offered)
-            assert peer.accepted.subprotocol == chosen
+            peer = await WebWire.open(server.port, "/", offered)
+            assert peer.subprotocol == chosen
             peer.wire.close()
 
 
 async def test_text_frames_where_the_dialect_takes_them() -> None:
     for allowed in (True, False):
         async with serving(Profile(text_frames=allowed)) as (server, _):
-            peer = await Socket.open(server.port)
+            peer = await WebWire.open(server.port)
             text = encode(Connect("t")).decode()
             await peer.wire.send(peer.machine.send(ws.TextMessage(data=text)))
             if allowed:
@@ -894,7 +852,7 @@ async def test_text_frames_where_the_dialect_takes_them() -> None:
 
 async def test_a_websocket_ping_is_answered_and_a_bad_frame_closes() -> None:
     async with serving() as (server, _):
-        peer = await Socket.open(server.port)
+        peer = await WebWire.open(server.port)
         await peer.wire.send(peer.machine.send(ws.Ping(payload=b"x")))
         async with asyncio.timeout(DEADLINE):
             assert b"x" in await peer.wire.reader.read(100)

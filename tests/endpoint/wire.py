@@ -7,6 +7,9 @@ import contextlib
 import ssl
 from collections.abc import AsyncIterator, Sequence
 
+from wsproto import ConnectionType, WSConnection
+from wsproto import events as ws
+
 from pubsub_core.trie import HandlerTrie
 from pubsub_mqtt.endpoint import Client, Dialect, HttpRequest, HttpResponse, Profile
 from pubsub_mqtt.endpoint.packets import (
@@ -21,7 +24,7 @@ from pubsub_mqtt.endpoint.packets import (
     encode_publish,
 )
 
-__all__ = ["DEADLINE", "SmallDialect", "Wire"]
+__all__ = ["DEADLINE", "SmallDialect", "WebWire", "Wire"]
 
 DEADLINE = 20.0
 
@@ -97,6 +100,68 @@ class Wire:
                 while True:
                     found.append(await self.next(within=within))
         return found
+
+
+class WebWire:
+    """A WebSocket client that carries packets in frames as it is told."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.machine = WSConnection(ConnectionType.CLIENT)
+        self.accepted = False
+        self.subprotocol: str | None = None
+        self.closed: int | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        port: int,
+        path: str = "/",
+        protocols: tuple[str, ...] = ("mqtt",),
+        *,
+        tls: ssl.SSLContext | None = None,
+    ) -> WebWire:
+        """Return a client whose upgrade was accepted."""
+        found = cls(await Wire.open(port, tls=tls))
+        request = ws.Request(host="h", target=path, subprotocols=list(protocols))
+        await found.wire.send(found.machine.send(request))
+        while not found.accepted:
+            await found.pump()
+        return found
+
+    async def send(self, *frames: bytes | str) -> None:
+        """Send each as a frame of its own; a text as a text frame."""
+        for frame in frames:
+            event = (
+                ws.TextMessage(data=frame)
+                if isinstance(frame, str)
+                else ws.BytesMessage(data=frame)
+            )
+            await self.wire.send(self.machine.send(event))
+
+    async def pump(self) -> bytes:
+        """Take what arrives next; return the payload in it."""
+        async with asyncio.timeout(DEADLINE):
+            data = await self.wire.reader.read(65536)
+        self.machine.receive_data(data or None)
+        payload = b""
+        for event in self.machine.events():
+            match event:
+                case ws.AcceptConnection():
+                    self.accepted, self.subprotocol = True, event.subprotocol
+                case ws.BytesMessage():
+                    payload += bytes(event.data)
+                case ws.CloseConnection():
+                    self.closed = event.code
+                case _:
+                    pass
+        return payload
+
+    async def next(self) -> Packet:
+        """Return the next packet."""
+        while (packet := self.wire.decoder.next_packet()) is None:
+            self.wire.decoder.receive(await self.pump())
+        return packet
 
 
 class SmallDialect(Dialect):

@@ -13,8 +13,6 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from wsproto import ConnectionType, WSConnection
-from wsproto import events as ws
 
 from pubsub_core.errors import BadOption, ConnectError, OperationTimeout
 from pubsub_core.interfaces import DevServer
@@ -26,7 +24,6 @@ from pubsub_mqtt.endpoint.packets import (
     REFUSED,
     ConnAck,
     Connect,
-    Decoder,
     Disconnect,
     Packet,
     PingReq,
@@ -39,7 +36,7 @@ from pubsub_mqtt.endpoint.packets import (
     WillMessage,
     encode,
 )
-from tests.endpoint.wire import Wire
+from tests.endpoint.wire import WebWire, Wire
 from tests.losant.application import (
     DEVICES,
     EDGE,
@@ -683,30 +680,12 @@ async def test_refusing_the_next_and_falling_silent() -> None:
 
 async def over_websocket(port: int, path: str, tls: ssl.SSLContext | None = None) -> list[Packet]:
     """Connect and subscribe in frames that cut packets; return the answers."""
-    wire = await Wire.open(port, tls=tls)
-    machine, decoder = WSConnection(ConnectionType.CLIENT), Decoder()
-    await wire.send(machine.send(ws.Request(host="h", target=path, subprotocols=["mqtt"])))
+    peer = await WebWire.open(port, path, tls=tls)
+    assert peer.subprotocol == "mqtt"
     data = encode(sign_in()) + encode(Subscribe(1, ((command(), 0),)))
-    found: list[Packet] = []
-    try:
-        async with asyncio.timeout(5):
-            while len(found) < 2:
-                machine.receive_data(await wire.reader.read(4096))
-                for event in machine.events():
-                    match event:
-                        case ws.AcceptConnection():
-                            assert event.subprotocol == "mqtt"
-                            for at in range(0, len(data), 10):
-                                frame = ws.BytesMessage(data=data[at : at + 10])
-                                await wire.send(machine.send(frame))
-                        case ws.BytesMessage():
-                            decoder.receive(bytes(event.data))
-                            while (packet := decoder.next_packet()) is not None:
-                                found.append(packet)
-                        case _:
-                            raise AssertionError(event)
-    finally:
-        wire.close()
+    await peer.send(*(data[at : at + 10] for at in range(0, len(data), 10)))
+    found = [await peer.next(), await peer.next()]
+    peer.wire.close()
     return found
 
 
