@@ -1,0 +1,135 @@
+"""Connecting: TLS, the handshake, and errors that say what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import cast
+
+from pubsub_core.errors import BadOption, ConnectError, TLSProblem
+from pubsub_core.interfaces import Address, Endpoint
+from pubsub_messagebus.options import MessageBusOptions
+from pubsub_messagebus.protocol import Decoder, basic_handshake, token_handshake
+
+from .link import Link, Receiver
+
+__all__ = ["WANTS_TLS", "Dialler"]
+
+WANTS_TLS = " (a port that wants TLS is messagebus+tls://)"
+_DEFAULT_PORT = 9001
+
+
+class Dialler:
+    """Knows where a distributor is and what to say first.
+
+    Attributes:
+        endpoint: Where it connects to.
+        handshake: What is sent first; empty without credentials.
+    """
+
+    def __init__(self, address: Address, options: MessageBusOptions, *, backend: str) -> None:
+        self._address = address
+        self._options = options
+        self._backend = backend
+        if not address.host:
+            raise BadOption(
+                f"{address} names no host", hint="messagebus://localhost", backend=backend
+            )
+        if address.path not in ("", "/"):
+            raise BadOption(
+                f"the path {address.path!r} means nothing for {address.scheme}://",
+                hint="leave it out; feeds are the first level of topics",
+                backend=backend,
+            )
+        self._port = _DEFAULT_PORT if address.port is None else address.port
+        self.endpoint = Endpoint(address.host, self._port, address.scheme == "messagebus+tls")
+        self.handshake = self._make_handshake()
+
+    def _make_handshake(self) -> bytes:
+        options, address = self._options, self._address
+        username = options.username if options.username is not None else address.username
+        password = options.password if options.password is not None else address.password
+        try:
+            if options.token is not None:
+                return token_handshake(
+                    options.token.reveal(),
+                    options.impersonating,
+                    options.forwarded_for,
+                    options.application,
+                    form=options.handshake,
+                )
+            if username is None:
+                return b""
+            return basic_handshake(
+                username,
+                password.reveal() if password is not None else "",
+                options.impersonating,
+                options.forwarded_for,
+                options.application,
+                form=options.handshake,
+            )
+        except ValueError as error:
+            raise BadOption(str(error), option="handshake", backend=self._backend) from None
+
+    async def connect(self, receiver: Receiver) -> Link:
+        """Connect and send the handshake.
+
+        Raises:
+            ConnectError: Nobody answers there.
+            TLSProblem: A file cannot be used, or the certificate is not accepted.
+        """
+        host = self.endpoint.host
+        context = self._ssl_context() if self.endpoint.tls else None
+        decoder = Decoder("client", dialect=self._options.dialect)
+        try:
+            _, link = await asyncio.get_running_loop().create_connection(
+                lambda: Link(receiver, decoder),
+                host,
+                self._port,
+                ssl=context,
+                server_hostname=None if context is None else host,
+            )
+        except ssl.SSLError as error:
+            raise TLSProblem(
+                f"TLS with {self._address} failed: {error.reason or error}",
+                hint="look at the certificate, the host name and ca_file",
+                backend=self._backend,
+            ) from error
+        except OSError as error:
+            hung_up = isinstance(error, ConnectionResetError) and context is not None
+            raise ConnectError(
+                f"cannot connect to {self._address}: "
+                f"{error.strerror or str(error) or type(error).__name__}",
+                hint="does that port speak TLS? one without it wants messagebus://"
+                if hung_up
+                else "is the distributor running there?",
+                backend=self._backend,
+            ) from error
+        if self.handshake:
+            link.write(self.handshake)
+        return link
+
+    def _ssl_context(self) -> ssl.SSLContext:
+        options = self._options
+        if options.ssl_context is not None:
+            return cast("ssl.SSLContext", options.ssl_context)
+        files = f"ca_file {options.ca_file!r}"
+        try:
+            context = ssl.create_default_context(cafile=options.ca_file)
+            if options.cert_file:
+                files = f"cert_file {options.cert_file!r}"
+                if options.key_file:
+                    files += f", key_file {options.key_file!r}"
+                context.load_cert_chain(options.cert_file, options.key_file)
+        except OSError as error:
+            # OpenSSL's own text names no file.
+            why = error if isinstance(error, ssl.SSLError) else error.strerror or error
+            raise TLSProblem(
+                f"{files} cannot be used: {why}",
+                hint="name files in PEM that this process may read",
+                backend=self._backend,
+            ) from error
+        if options.insecure_skip_verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
