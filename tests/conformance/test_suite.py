@@ -21,7 +21,14 @@ from pubsub_core.testing import Harness, Mode, Suite, suite
 from pubsub_core.testing.case import VARIABLE, mode
 from pubsub_core.testing.contract import CASES
 from tests.brokers import test_mqtt as test_brokers
-from tests.conformance import test_emitter, test_losant, test_memory, test_messagebus, test_mqtt
+from tests.conformance import (
+    test_emitter,
+    test_losant,
+    test_memory,
+    test_messagebus,
+    test_mqtt,
+    test_nats,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +44,7 @@ LISTED: dict[str, type[Suite]] = {
     "aedes": test_brokers.TestAedes,
     "NATS's MQTT": test_brokers.TestNats,
     "messagebus": test_messagebus.TestMessageBus,
+    "NATS": test_nats.TestNats,
     "Losant": test_losant.TestLosant,
     "Emitter": test_emitter.TestEmitter,
     "Emitter with MQTT's rule": test_emitter.TestEmitterMqtt,

@@ -1,0 +1,89 @@
+"""Answers to ``nats://``, ``nats+tls://``, ``nats+ws://`` and ``nats+wss://``; plain data."""
+
+from __future__ import annotations
+
+from pubsub_core.capabilities import (
+    Cap,
+    ConfirmedBy,
+    Delivery,
+    Duplicates,
+    Durability,
+    Guarantees,
+    Limits,
+    Order,
+    Redelivery,
+    Support,
+)
+from pubsub_core.hookspecs import hookimpl
+from pubsub_core.interfaces import BackendInfo
+
+from .options import NatsOptions
+from .subjects import FORBIDDEN, MAX_SUBJECT
+
+__all__ = ["INFO", "pubsub_backends"]
+
+_NOTHING_STORED = "core NATS stores nothing"
+_HEADER = "a header, which other clients of NATS see as one"
+
+INFO = BackendInfo(
+    name="nats",
+    schemes=("nats", "nats+tls", "nats+ws", "nats+wss"),
+    factory="pubsub_nats.backend:NatsBackend",
+    about="NATS: fast, clustered, and one with the MQTT devices of the same server",
+    install="pip install 'pubsub-core[nats]'",
+    capabilities={
+        Cap.WILDCARDS: Support.native(),
+        Cap.GROUPS: Support.native("queue groups"),
+        Cap.RETAINED: Support.none(_NOTHING_STORED),
+        Cap.HISTORY: Support.none(_NOTHING_STORED),
+        Cap.REPLAY: Support.none(_NOTHING_STORED),
+        Cap.TTL: Support.emulated("the receiver drops what came too late, by its own clock"),
+        Cap.HEADERS: Support.native(),
+        Cap.CONTENT_TYPE: Support.emulated(_HEADER),
+        Cap.PRESENCE: Support.none("the server tells nobody who is subscribed"),
+        Cap.NOTIFICATIONS: Support.none("the server tells nobody who is subscribed"),
+        Cap.UNICAST: Support.none("the server knows subjects, not members"),
+        Cap.ACK: Support.none("core NATS sends a message once"),
+        Cap.NACK: Support.none("core NATS sends a message once"),
+        Cap.REDELIVERY: Support.none("core NATS sends a message once"),
+        Cap.FLOW_CONTROL: Support.none("the server buffers 64 MiB for a slow client, then cuts it"),
+        Cap.ECHO_CONTROL: Support.emulated("a header says who published"),
+        Cap.REFUSAL_VISIBLE: Support.native(),
+        Cap.AUTH: Support.native(),
+        Cap.PERSISTENT_SESSION: Support.none(_NOTHING_STORED),
+        Cap.WILL: Support.none("nothing is published for a client"),
+        Cap.SOURCE: Support.none("the server tells nobody who published"),
+        Cap.SOURCE_LOST: Support.none("the server tells nobody who is gone"),
+        Cap.ENTITLEMENTS: Support.none("rights are those of a subject"),
+        Cap.AUTHORIZATION: Support.none("the server asks no client"),
+        Cap.PING: Support.native(),
+    },
+    guarantees=Guarantees(
+        confirmed_by=ConfirmedBy.BROKER,
+        delivery=Delivery.AT_MOST_ONCE,
+        redelivery=Redelivery.NEVER,
+        order=Order.PER_PUBLISHER,
+        duplicates=Duplicates.NEVER,
+        durability=Durability.NOTHING,
+        note="A receipt says that the server read the message, allowed it and passed it to those "
+        "who listened; it stores nothing.",
+    ),
+    limits=Limits(
+        max_payload=1024 * 1024,
+        max_topic_bytes=MAX_SUBJECT,
+        forbidden_characters=FORBIDDEN,
+        notes={
+            "max_payload": "headers count as well; the server tells its own limit",
+            "topics": "no level is * or >; the first begins with no $ and is none of _INBOX, "
+            "_R_, _GR_",
+        },
+    ),
+    options=NatsOptions,
+    dev_server="pubsub_nats.server:NatsServer",
+)
+
+
+@hookimpl
+def pubsub_backends() -> list[BackendInfo]:
+    """Announce the NATS backend."""
+    return [INFO]

@@ -1,0 +1,45 @@
+"""The whole contract on a NATS server, core mode."""
+
+from __future__ import annotations
+
+from pubsub_core.testing import Harness, suite
+
+USERS = """
+authorization {
+  users: [
+    { user: tester, password: right }
+    { user: guest, password: right }
+    { user: nobody, password: right,
+      permissions: { publish: { deny: ["denied.>"] }, subscribe: { deny: ["denied.>"] } } }
+  ]
+}
+"""
+
+AT_MOST_ONCE = (
+    "core NATS delivers at most once: what was on its way when the session was lost fails as "
+    "unknown, and nobody sends it again; tests/nats/test_backend.py has what does hold"
+)
+
+EXEMPT = {
+    "restart_broker_during_traffic": AT_MOST_ONCE,
+    "network_partition_and_heal": AT_MOST_ONCE,
+    "every_native_error_classified": (
+        "a NATS server speaks first, and the suite's faulty one waits for the client; "
+        "tests/nats/test_backend.py has the errors"
+    ),
+}
+
+
+class TestNats(suite("nats")):  # type: ignore[misc]  # the base is made at run time
+    harness = Harness(
+        url="nats://tester:right@127.0.0.1:{port}",
+        server="pubsub_nats.server:NatsServer",
+        server_options={"config": USERS, "jetstream": False},
+        restart=True,
+        second_identity="nats://guest:right@127.0.0.1:{port}",
+        unprivileged_identity="nats://nobody:right@127.0.0.1:{port}",
+        wrong_identity="nats://tester:wrong@127.0.0.1:{port}",
+        keepalive=({"keepalive": 0.5}, 0.5),
+        dollar=False,
+        exempt=EXEMPT,
+    )
