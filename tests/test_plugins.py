@@ -155,6 +155,7 @@ def test_what_this_distribution_brings_is_installed() -> None:
         "memory",
         "messagebus",
         "mqtt",
+        "nats",
     }
     assert found.failures == ()
 
