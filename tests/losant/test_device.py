@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ from pubsub_losant import (
     LosantError,
     LosantProtocolError,
 )
-from pubsub_losant.link import dial_steps
 from pubsub_mqtt.connection import Connection
+from pubsub_mqtt.dial import dial_steps
 from tests.losant.support import (
     CONNECT,
     DISCONNECT,
@@ -539,12 +540,12 @@ def test_a_close_just_before_the_loop_waits_is_not_missed(
         if phase == "dial":
             options |= {"transport": "websockets", "port": silent.getsockname()[1]}
         device = make(broker, connect_timeout=30.0, **options)
-        poll = device._poll
+        poll: Callable[..., list[int]] = device._poll
         closer = threading.Thread(target=device.close)
 
-        def late(*args: Any) -> bool:
+        def late(*args: Any) -> list[int]:
             reached = {
-                "dial": args[1] == select.POLLIN,
+                "dial": list(args[0].values()) == [select.POLLIN],
                 "connack": device._connection.connecting,
                 "session": device.is_connected(),
                 "delay": device._retry_at is not None,
@@ -554,7 +555,7 @@ def test_a_close_just_before_the_loop_waits_is_not_missed(
             elif reached[phase] and closer.ident is None:
                 closer.start()
                 closer.join(5)
-            return bool(poll(*args))
+            return poll(*args)
 
         monkeypatch.setattr(device, "_poll", late)
         with in_thread(device) as thread:
@@ -567,19 +568,19 @@ def test_what_does_not_fit_the_socket_just_before_the_loop_waits_wakes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with scripted() as broker, connected(broker, keep_alive=30) as (device, _):
-        poll = device._poll
+        poll: Callable[..., list[int]] = device._poll
         broker.reads = False
 
         def fill() -> None:
             while device.send_state({"text": "x" * 200_000}):
                 pass
 
-        def late(*args: Any) -> bool:
+        def late(*args: Any) -> list[int]:
             if not device.stats["dropped"]:
                 sender = threading.Thread(target=fill)
                 sender.start()
                 sender.join(5)
-            return bool(poll(*args))
+            return poll(*args)
 
         monkeypatch.setattr(device, "_poll", late)
         watch = Stopwatch()

@@ -30,7 +30,6 @@ from pubsub_core.errors import (
 from pubsub_core.secrets import Secret
 from pubsub_core.testing.proxy import Direction, FaultProxy
 from pubsub_core.testing.stopwatch import Stopwatch
-from pubsub_mqtt import driver as driver_module
 from pubsub_mqtt.connection import Connection, Incoming, Session, SessionSettings, Subscribe, Will
 from pubsub_mqtt.driver import AsyncioDriver, BlockingDriver, dial
 from pubsub_mqtt.errors import ProtocolError
@@ -198,13 +197,11 @@ async def test_a_name_server_that_hangs_does_not_hold_the_deadline_up(
 async def test_the_next_address_is_tried_while_the_first_hangs(
     mosquitto: MosquittoServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def addresses(endpoint: Endpoint) -> list[tuple[int, Any]]:
-        return [
-            (int(socket.AF_INET), ("192.0.2.1", 9)),  # TEST-NET-1: answers nobody
-            (int(socket.AF_INET), (HOST, mosquitto.port)),
-        ]
-
-    monkeypatch.setattr(driver_module, "_addresses", addresses)
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 9)),  # TEST-NET-1: nobody
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (HOST, mosquitto.port)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     watch = Stopwatch()
     async with peer(Endpoint("two.example", mosquitto.port)):
         assert watch.seconds < 2.0

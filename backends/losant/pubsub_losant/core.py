@@ -253,7 +253,6 @@ class DeviceCore:
         self.stats: Counter[str] = Counter(bad_commands=0)
 
         self._endpoint = Endpoint()
-        self._context: ssl.SSLContext | None = None
         self._guard: RateGuard = "off"
         self._connection = device_connection(self._settings())
         self._backoff = Backoff(*self._reconnect)
@@ -334,14 +333,12 @@ class DeviceCore:
 
     def _secure_with(self, context: ssl.SSLContext | None) -> None:
         """Use that context for every dial of this ``connect()``."""
-        self._context = context
         if context is not None:
             self._endpoint = replace(self._endpoint, tls=TLSSettings(context=context))
 
     def _open(self) -> None:
         """Begin what one ``connect()`` begins: everything of the last one is over."""
         endpoint = self._endpoint = self._target()
-        self._context = None
         default: RateGuard = "drop" if is_platform(endpoint.host) else "off"
         self._guard = self._rate_guard or default
         connection = self._connection = device_connection(self._settings())

@@ -21,11 +21,12 @@ from typing import Any, Final
 
 from pubsub_core.errors import ConnectError
 from pubsub_mqtt.connection import Session
+from pubsub_mqtt.dial import Dial, Wait, advance, dial_steps
 from pubsub_mqtt.transport import BufferedSocket
 
 from .core import DeviceCore, Observers, PeripheralCore
 from .errors import LosantError
-from .link import Wait, dial_steps, limit_unacknowledged
+from .link import limit_unacknowledged
 from .times import TimeLike
 from .topics import (
     check_device_id,
@@ -92,7 +93,7 @@ class Device(DeviceCore):
         self._closing = False
         self._calling: int | None = None
         self._epoch = 0
-        self._steps: Generator[Wait, None, BufferedSocket] | None = None
+        self._steps: Dial | None = None
         self._wait: Wait | None = None
         self._accept_by = 0.0
 
@@ -320,8 +321,8 @@ class Device(DeviceCore):
 
     # --- the loop ------------------------------------------------------------------------
 
-    def _begin_dial(self) -> Generator[Wait, None, BufferedSocket]:
-        return dial_steps(self._endpoint, self._context, self._connect_timeout)
+    def _begin_dial(self) -> Dial:
+        return dial_steps(self._endpoint, self._connect_timeout)
 
     def _first_dial(self, epoch: int) -> None:
         """Dial until there is a link, or it was closed meanwhile."""
@@ -360,22 +361,19 @@ class Device(DeviceCore):
         end = time.monotonic() + timeout
         try:
             if wait is None:
-                wait = next(steps)  # resolves the name, outside of any lock
+                wait = advance(steps)  # resolves the name, outside of any lock
             while True:
                 now = time.monotonic()
-                ready = self._poll(
-                    wait.descriptor,
-                    select.POLLOUT if wait.write else select.POLLIN,
-                    min(end, wait.until) - now,
-                )
+                until = end if wait.until is None else min(end, wait.until)
+                interest = dict.fromkeys(wait.reads, select.POLLIN)
+                interest |= dict.fromkeys(wait.writes, select.POLLOUT)
+                ready = self._poll(interest, until - now)
                 now = time.monotonic()
                 if epoch != self._epoch:
                     steps.close()
                     return None
-                if ready:
-                    wait = next(steps)
-                elif now >= wait.until:
-                    wait = steps.throw(TimeoutError(f"{self._endpoint} did not answer in time"))
+                if ready or (wait.until is not None and now >= wait.until):
+                    wait = advance(steps, ready)
                 elif now >= end:
                     with self._lock:
                         if epoch == self._epoch:
@@ -408,29 +406,31 @@ class Device(DeviceCore):
                     self._retry_at = time.monotonic()
             raise
 
-    def _poll(self, descriptor: int | None, mask: int, timeout: float) -> bool:
-        """Wait for a descriptor or the bell; return whether the descriptor is ready."""
+    def _poll(self, interest: Mapping[int, int], timeout: float) -> list[int]:
+        """Wait for descriptors, each with its mask, or the bell; return those that are ready."""
         poll = select.poll()
         with self._lock:
             bell = self._bell
             if bell is None:
-                return False
+                return []
             self._polls = self._online
-            self._awaits_room = self._online and bool(mask & select.POLLOUT)
+            self._awaits_room = self._online and any(
+                mask & select.POLLOUT for mask in interest.values()
+            )
         poll.register(bell.reads, select.POLLIN)
-        if descriptor is not None:
+        for descriptor, mask in interest.items():
             poll.register(descriptor, mask)
         try:
             found = poll.poll(max(timeout, 0.0) * 1000)
         finally:
             with self._lock:
                 self._polls = self._awaits_room = False
-        ready = False
+        ready: list[int] = []
         for each, _ in found:
             if each == bell.reads:
                 bell.quiet()
             else:
-                ready = True
+                ready.append(each)
         return ready
 
     def _turn(self, timeout: float) -> None:
@@ -449,21 +449,21 @@ class Device(DeviceCore):
                     self._retry_at = None
                     self._steps = self._begin_dial()
                 dialling = self._steps is not None
-                descriptor, mask, due = (None, 0, 0.0) if dialling else self._interest(now)
+                interest, due = ({}, 0.0) if dialling else self._interest(now)
             if dialling:
                 self._step(timeout, epoch, first=False)
             else:
-                ready = self._poll(descriptor, mask, min(timeout, due))
+                ready = self._poll(interest, min(timeout, due))
                 with self._lock:
                     if epoch == self._epoch and self._active:
-                        self._act(ready=ready)
+                        self._act(ready=bool(ready))
             self._dispatch()
 
-    def _interest(self, now: float) -> tuple[int | None, int, float]:
+    def _interest(self, now: float) -> tuple[dict[int, int], float]:
         """Return what to wait for, and for how long at most."""
         sock = self._connection.socket
         if sock is None:
-            return None, 0, _LONG if self._retry_at is None else self._retry_at - now
+            return {}, _LONG if self._retry_at is None else self._retry_at - now
         due = [_LONG]
         if self._connection.connecting:
             due.append(self._accept_by - now)
@@ -472,9 +472,9 @@ class Device(DeviceCore):
         self._connection.flush()
         sock = self._connection.socket
         if sock is None or self._events or sock.pending():
-            return None if sock is None else sock.fileno(), 0, 0.0
+            return {}, 0.0
         mask = select.POLLIN | (select.POLLOUT if self._connection.wants_write else 0)
-        return sock.fileno(), mask, min(due)
+        return {sock.fileno(): mask}, min(due)
 
     def _act(self, *, ready: bool) -> None:
         connection = self._connection

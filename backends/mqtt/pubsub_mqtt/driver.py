@@ -14,14 +14,12 @@ import asyncio
 import contextlib
 import logging
 import select
-import socket
-import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from pubsub_core.errors import (
     ConnectError,
@@ -41,179 +39,76 @@ from .connection import (
     SessionSettings,
     Subscribe,
 )
+from .dial import Call, Wait, dial_blocking, dial_steps
 from .errors import as_ours, dial_error
 from .outgoing import Phase
 from .packets import NO_PROPERTIES, Incoming
-from .transport import BufferedSocket, Endpoint, dial_blocking
+from .transport import BufferedSocket, Endpoint
 
 __all__ = ["AsyncioDriver", "BlockingDriver", "dial"]
 
 logger = logging.getLogger("pubsub_mqtt")
 
 _HIGH_WATER: Final = 262_144
-_STAGGER: Final = 0.25
 _LINGER: Final = 0.5
 # Not the executor of the loop, whose shutdown waits for a name server that never answers.
 _THREAD: Final = "pubsub-mqtt-dial"
 _AT_ONCE: Final = 32
 
 
-# --- dialling -------------------------------------------------------------------------
+# --- asyncio --------------------------------------------------------------------------
 
 
-async def _ready(sock: socket.socket | BufferedSocket, *, write: bool) -> None:
-    """Wait until *sock* can be read or written."""
+async def _ready(wait: Wait) -> list[int]:
+    """Return the descriptors of *wait* that are ready."""
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] = loop.create_future()
-    descriptor = sock.fileno()
+    found: list[int] = []
 
-    def ready() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
+    def ready(descriptor: int) -> None:
+        found.append(descriptor)
+        _resolve(waiter)
 
-    if write:
-        loop.add_writer(descriptor, ready)
-    else:
-        loop.add_reader(descriptor, ready)
+    timer = None
     try:
+        for descriptor in wait.reads:
+            loop.add_reader(descriptor, ready, descriptor)
+        for descriptor in wait.writes:
+            loop.add_writer(descriptor, ready, descriptor)
+        if wait.until is not None:
+            timer = loop.call_later(wait.until - time.monotonic(), _resolve, waiter)
         await waiter
     finally:
-        if write:
-            loop.remove_writer(descriptor)
-        else:
+        for descriptor in wait.reads:
             loop.remove_reader(descriptor)
-
-
-async def _connect(family: int, address: Any) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-async def _race(addresses: Sequence[tuple[int, Any]]) -> socket.socket:
-    """Connect to the first address that answers, each starting a little after the last.
-
-    A simple form of RFC 8305 (Happy Eyeballs): a broken IPv6 route costs 250 ms.
-    """
-    tasks: list[asyncio.Task[socket.socket]] = []
-    won: asyncio.Task[socket.socket] | None = None
-    error: OSError | None = None
-    waiting = deque(addresses)
-    pending: set[asyncio.Task[socket.socket]] = set()
-    try:
-        while won is None and (waiting or pending):
-            if waiting:
-                family, address = waiting.popleft()
-                task = asyncio.ensure_future(_connect(family, address))
-                tasks.append(task)
-                pending.add(task)
-            done, pending = await asyncio.wait(
-                pending,
-                timeout=_STAGGER if waiting else None,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            for task in done:
-                failure = task.exception()
-                if failure is None:
-                    won = won or task
-                elif isinstance(failure, OSError):
-                    error = error or failure
-                else:
-                    raise failure
-    finally:
-        # Nothing is awaited here: a second cancellation would lose the sockets.
-        for task in tasks:
-            if task is not won:
-                task.cancel()
-                task.add_done_callback(_close_result)
-    if won is None:
-        raise error or OSError("the name has no address")
-    return won.result()
-
-
-def _close_result(task: asyncio.Task[socket.socket]) -> None:
-    if not task.cancelled() and task.exception() is None:
-        task.result().close()
-
-
-async def _addresses(endpoint: Endpoint) -> list[tuple[int, Any]]:
-    flags = socket.AI_NUMERICHOST if endpoint.literal else 0
-
-    def resolve() -> list[tuple[int, Any]]:
-        found = socket.getaddrinfo(
-            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=flags
-        )
-        return [(int(family), address) for family, _, _, _, address in found]
-
-    return resolve() if endpoint.literal else await in_thread(resolve, name=_THREAD)
-
-
-async def _start_tls(endpoint: Endpoint, sock: socket.socket, tls: ssl.SSLContext) -> ssl.SSLSocket:
-    secured = tls.wrap_socket(
-        sock, server_hostname=endpoint.host or None, do_handshake_on_connect=False
-    )
-    try:
-        while True:
-            try:
-                secured.do_handshake()
-            except ssl.SSLWantReadError:
-                await _ready(secured, write=False)
-            except ssl.SSLWantWriteError:
-                await _ready(secured, write=True)
-            else:
-                return secured
-    except BaseException:
-        secured.close()
-        raise
+        for descriptor in wait.writes:
+            loop.remove_writer(descriptor)
+        if timer is not None:
+            timer.cancel()
+    return found
 
 
 async def dial(endpoint: Endpoint) -> BufferedSocket:
-    """Connect, with TLS and WebSocket handshake. Cancelling it closes what was opened.
+    """Connect without blocking the loop. Cancelling it closes what was opened.
 
     Raises:
         OSError: As the operating system says.
         ConnectError: TLS settings or the WebSocket handshake are at fault.
     """
-    if endpoint.unix_path:
-        sock = await _connect(socket.AF_UNIX, endpoint.unix_path)
-    else:
-        tls = endpoint.tls
-        context = None if tls is None else await in_thread(tls.build, name=_THREAD)
-        sock = await _race(await _addresses(endpoint))
-        try:
-            endpoint.prepare(sock)
-            if context is not None:
-                sock = await _start_tls(endpoint, sock, context)
-        except BaseException:
-            sock.close()
-            raise
-    plain = BufferedSocket(sock, corks=endpoint.corks)
-    if endpoint.websocket is None:
-        return plain
+    steps = dial_steps(endpoint)
+    answer: object = None
     try:
-        # In a thread as well: it imports wsproto, once.
-        framing = await in_thread(endpoint.frame_with, name=_THREAD)
-        plain.write(framing.request())
-        while not plain.flush():
-            await _ready(plain, write=True)
-        early = b""
-        while not framing.open:
-            await _ready(plain, write=False)
-            chunk = plain.fill()
-            if chunk:
-                early, _ = framing.receive(chunk)
-    except BaseException:
-        plain.close()
-        raise
-    return BufferedSocket(sock, framing=framing, early=early)
-
-
-# --- asyncio --------------------------------------------------------------------------
+        while True:
+            step = steps.send(answer)
+            if isinstance(step, Call):
+                answer = await in_thread(step.work, name=_THREAD)
+            else:
+                answer = await _ready(step)
+    except StopIteration as done:
+        sock: BufferedSocket = done.value
+        return sock
+    finally:
+        steps.close()
 
 
 class AsyncioDriver:
@@ -370,7 +265,7 @@ class AsyncioDriver:
                 self._detach(sock)
                 sock.finish()
                 while not sock.ended():
-                    await _ready(sock, write=False)
+                    await _ready(Wait(reads=(sock.fileno(),)))
         except (TimeoutError, OSError, NotConnected):
             pass
 

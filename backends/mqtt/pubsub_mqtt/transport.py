@@ -16,7 +16,6 @@ import logging
 import secrets
 import socket
 import ssl
-import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,7 +39,6 @@ __all__ = [
     "TLSSettings",
     "WebSocket",
     "WebSocketTarget",
-    "dial_blocking",
     "random_client_id",
 ]
 
@@ -552,44 +550,6 @@ class BufferedSocket:
     def close(self) -> None:
         """Close at once; what waits is lost. Idempotent."""
         self._sock.close()
-
-
-def dial_blocking(endpoint: Endpoint, timeout: float) -> BufferedSocket:
-    """Connect, with TLS and WebSocket handshake, in the calling thread.
-
-    Raises:
-        OSError: As the operating system says.
-        ConnectError: TLS settings or the WebSocket handshake are at fault.
-    """
-    deadline = time.monotonic() + timeout
-    if endpoint.unix_path:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(timeout)
-        try:
-            sock.connect(endpoint.unix_path)
-        except BaseException:
-            sock.close()
-            raise
-    else:
-        sock = socket.create_connection((endpoint.host, endpoint.port), timeout)
-    try:
-        if not endpoint.unix_path:
-            endpoint.prepare(sock)
-        if endpoint.tls is not None:
-            context = endpoint.tls.build()
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            sock = context.wrap_socket(sock, server_hostname=endpoint.host)
-        framing = None if endpoint.websocket is None else endpoint.frame_with()
-        early = b""
-        if framing is not None:
-            sock.sendall(framing.request())
-            while not framing.open:
-                sock.settimeout(max(deadline - time.monotonic(), 0.001))
-                early, _ = framing.receive(sock.recv(_READ) or None)
-        return BufferedSocket(sock, framing=framing, early=early, corks=endpoint.corks)
-    except BaseException:
-        sock.close()
-        raise
 
 
 def random_client_id() -> str:
