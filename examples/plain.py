@@ -12,7 +12,7 @@ from pubsub_core import Message, sync
 
 
 def main() -> None:
-    with sync.connect("memory://") as bus:
+    with sync.connect("main") as bus:
         handled: queue.Queue[Message[float]] = queue.Queue()
 
         def handle(message: Message[float]) -> None:

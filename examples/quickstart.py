@@ -1,16 +1,16 @@
-"""Publish and subscribe, with typed messages, in memory.
+"""Publish and subscribe, with typed messages.
 
     python quickstart.py
-    python quickstart.py mqtt://localhost
 
-The second line runs the same program on an MQTT broker; ``pubsub serve mqtt --port 1883``
-starts one.
+``pubsub.toml`` beside this file says that the broker is memory. On an MQTT broker, which
+``pubsub serve mqtt --port 1883`` starts, the same program runs with::
+
+    PUBSUB_BUS_MAIN_URL=mqtt://localhost python quickstart.py
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from dataclasses import dataclass
 
 from pubsub_core import connect
@@ -21,8 +21,8 @@ class Reading:
     celsius: float
 
 
-async def main(where: str) -> None:
-    async with connect(where) as bus:
+async def main() -> None:
+    async with connect("main") as bus:
         # Entering the block returns when the broker has confirmed the subscription.
         async with bus.subscribe("example/{device}/temp", Reading) as readings:
             receipt = await bus.publish("example/oven/temp", Reading(81.5))
@@ -32,4 +32,4 @@ async def main(where: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "memory://"))
+    asyncio.run(main())

@@ -1,10 +1,10 @@
-"""History, replay and presence, which memory has and MQTT does not.
+"""History, replay and presence, which memory and Emitter have.
 
     python room.py
 
 On a broker without them the program ends before any traffic, with the reason::
 
-    python room.py mqtt://localhost
+    PUBSUB_BUS_ANN_URL=mqtt://localhost python room.py
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import sys
 from pubsub_core import Cap, NotSupported, connect
 
 
-async def main(where: str) -> None:
+async def main() -> None:
     needed = {Cap.HISTORY, Cap.REPLAY, Cap.PRESENCE}
-    async with (
-        connect(where, require=needed, username="Ann") as ann,
-        connect(where, require=needed, username="Ben") as ben,
-    ):
+    async with connect("ann", require=needed) as ann, connect("ben", require=needed) as ben:
         for text in ("one", "two", "three"):
-            await ann.publish("chat/room1", text)
+            # Some brokers store only what is said to have a life.
+            await ann.publish("chat/room1", text, ttl=3600)
         async for old in ann.history("chat/room1", str, last=2):
             print("history:", old.payload)
 
@@ -43,6 +41,6 @@ async def main(where: str) -> None:
 
 if __name__ == "__main__":
     try:
-        asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "memory://chat"))
+        asyncio.run(main())
     except NotSupported as error:
         sys.exit(f"not on this broker: {error}")

@@ -8,7 +8,6 @@ runs until the end of the chapter. Blocks after ``<!-- fragment -->`` are read b
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import os
 import re
@@ -23,9 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-
-from pubsub_mqtt.server import MosquittoServer
-from tests.servers import Authority, Certificate
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -252,100 +248,6 @@ def test_the_tables_are_current() -> None:
     spoiled = text.replace("| `history` |", "| `mystery` |")
     assert spoiled != text
     assert tables.refreshed(README, spoiled) == text
-
-
-# --- examples --------------------------------------------------------------------------------
-
-EXAMPLES = ROOT / "examples"
-
-
-def _example(*command: str, **environment: str) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=EXAMPLES,
-        env=_environment() | environment,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_every_example_is_listed_and_tested() -> None:
-    listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    for path in EXAMPLES.rglob("*.py"):
-        name = path.relative_to(EXAMPLES).as_posix()
-        if name.startswith("backend/"):  # see test_example_backend.py
-            continue
-        assert f"({name})" in listed
-        assert f'"{name}"' in Path(__file__).read_text(encoding="utf-8"), f"{name} is not tested"
-
-
-def test_example_quickstart_in_memory() -> None:
-    assert _example("quickstart.py") == (
-        0,
-        "confirmed by the broker\nexample/oven/temp oven 81.5\n",
-        "",
-    )
-
-
-def test_example_quickstart_on_a_broker(mosquitto: MosquittoServer) -> None:
-    code, out, err = _example("quickstart.py", mosquitto.url)
-    assert (code, err) == (0, "")
-    assert out.endswith("example/oven/temp oven 81.5\n")
-
-
-def test_example_oven_in_memory() -> None:
-    done = _example("oven/oven.py", PUBSUB_PROFILE="test", ONCE="1")
-    assert done == (0, "oven is too hot: 95 °C\n", "")
-
-
-async def test_example_oven_on_a_broker(mosquitto_own: MosquittoServer) -> None:
-    done = await asyncio.to_thread(
-        _example, "oven/oven.py", PUBSUB_BUS_MAIN_URL=mosquitto_own.url, ONCE="1"
-    )
-    assert done == (0, "oven is too hot: 95 °C\n", "")
-
-
-def test_example_room() -> None:
-    code, out, err = _example("room.py")
-    assert (code, err) == (0, "")
-    assert out.splitlines() == [
-        "history: two",
-        "history: three",
-        "here now: []",
-        "joined Ben",
-        "replay: three",
-        "live: hello",
-        "left Ben",
-    ]
-
-
-def test_example_room_says_what_a_broker_lacks(mosquitto: MosquittoServer) -> None:
-    code, out, err = _example("room.py", mosquitto.url)
-    assert (code, out) == (1, "")
-    assert "history" in err
-    assert "presence" in err
-
-
-def test_example_plain() -> None:
-    done = _example("plain.py")
-    assert done == (0, "iterator: 81.5\nhandler: lab/oven/temp 81.5\n", "")
-
-
-def test_example_tls(
-    mosquitto_client_certificates: MosquittoServer,
-    authority: Authority,
-    client_certificate: Certificate,
-) -> None:
-    url = mosquitto_client_certificates.url
-    mine = ("--cert", client_certificate.certfile, "--key", client_certificate.keyfile)
-    done = _example("tls.py", url, "--ca", authority.cafile, *mine)
-    assert done == (0, "hello over mqtts\n", "")
-    code, out, err = _example("tls.py", url)  # the system does not know this authority
-    assert (code, out) == (1, "")
-    assert err.startswith("tls")
 
 
 # --- promises --------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class ForeignServer:
         """Start it, and return once it listens."""
         again = self.port != 0
         if not again:
-            self.folder = Path(tempfile.mkdtemp(prefix=f"pubsub-{self.name}-"))
+            self.folder = Path(tempfile.mkdtemp(prefix=f"pubsub-test-{self.name}-"))
         for attempt in range(PORT_ATTEMPTS):
             if not again:
                 self.port = _free_port()
