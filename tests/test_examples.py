@@ -29,7 +29,7 @@ EXAMPLES = ROOT / "examples"
 DEADLINE = 30.0
 """Seconds that a program may take; the slowest takes two."""
 
-BACKENDS = ("memory", "mqtt", "emitter", "messagebus", "losant")
+BACKENDS = ("memory", "mqtt", "emitter", "messagebus", "losant", "nats")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,11 @@ PROGRAMS = {
     "plain.py": Program("iterator: 81.5\nhandler: lab/oven/temp 81.5\n", NO_WILDCARDS),
     "oven/oven.py": Program(
         "oven is too hot: 95 °C\n",
-        {"messagebus": "messagebus has no retained", "losant": "losant has no retained"},
+        {
+            "messagebus": "messagebus has no retained",
+            "losant": "losant has no retained",
+            "nats": "nats has no retained",
+        },
     ),
     "room.py": Program(
         "history: two\nhistory: three\nhere now: []\njoined Ben\n"
@@ -65,6 +69,7 @@ PROGRAMS = {
             "mqtt": "mqtt has no history, presence, replay",
             "messagebus": "messagebus has no history, replay",
             "losant": "losant has no history, presence, replay",
+            "nats": "nats has no history, presence, replay",
         },
         buses=("ann", "ben"),
     ),
