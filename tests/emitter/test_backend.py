@@ -32,7 +32,7 @@ from pubsub_core.message import InFrame, Origin
 from pubsub_core.testing.proxy import FaultProxy
 from pubsub_emitter import EmitterError, EmitterServer, License
 from pubsub_emitter.backend import EmitterBackend
-from pubsub_emitter.journal import Journal
+from pubsub_emitter.backend.live_log import Journal
 from pubsub_mqtt.server import MosquittoServer, find_mosquitto
 from tests.emitter.places import Place, real
 from tests.emitter.vectors import LICENSE, MASTER_KEY

@@ -9,7 +9,7 @@ import pytest
 
 from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
-from pubsub_emitter.keyring import KeyRing, covers, target_for
+from pubsub_emitter.backend.keyring import KeyRing, covers, target_for
 from pubsub_emitter.keys import License, Permission, encode_target, target_allows
 from pubsub_emitter.options import ChannelKeys
 from tests.emitter.vectors import LICENSE, MASTER_KEY

@@ -10,8 +10,8 @@ import pytest
 
 from pubsub_core.interfaces import HistoryQuery
 from pubsub_core.message import Origin
+from pubsub_emitter.backend.history import fetch, history_channel
 from pubsub_emitter.protocol import MessageId
-from pubsub_emitter.stored import fetch, history_channel
 
 NOW = 1_800_000_000.0
 

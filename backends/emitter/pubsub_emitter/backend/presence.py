@@ -22,8 +22,7 @@ from pubsub_core.events import InterestEvent, InterestKind
 from pubsub_core.interfaces import Watch, WatchKind
 from pubsub_core.message import Member
 from pubsub_core.topics import overlap
-
-from .protocol import split_share
+from pubsub_emitter.protocol import split_share
 
 __all__ = ["Interest", "member_of"]
 

@@ -53,16 +53,16 @@ from pubsub_core.interfaces import (
 from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, Member, Origin, OutFrame, Receipt
 from pubsub_core.topics import overlap
+from pubsub_emitter.errors import EmitterError
+from pubsub_emitter.plugin import MAX_STORED_PAYLOAD
+from pubsub_emitter.protocol import SHARE, Fault
 from pubsub_mqtt.connection import Incoming, Outgoing, Request
 
-from .errors import EmitterError
-from .journal import Journal
+from .history import fetch, history_channel
 from .keyring import RingKey
-from .plugin import MAX_STORED_PAYLOAD
+from .live_log import Journal
 from .presence import Interest
-from .protocol import SHARE, Fault
 from .session import EmitterSession
-from .stored import fetch, history_channel
 
 __all__ = ["EmitterBackend"]
 

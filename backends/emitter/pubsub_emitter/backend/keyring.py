@@ -25,8 +25,7 @@ from pubsub_core.errors import BadOption
 from pubsub_core.keyed import BoundedCache
 from pubsub_core.secrets import Secret
 from pubsub_core.topics import validate_filter
-
-from .keys import (
+from pubsub_emitter.keys import (
     MAX_PARTS,
     InvalidKey,
     InvalidTarget,
@@ -35,7 +34,7 @@ from .keys import (
     is_useless_target,
     target_allows,
 )
-from .options import ChannelKeys
+from pubsub_emitter.options import ChannelKeys
 
 __all__ = ["KeyRing", "RingKey", "covers", "target_for"]
 

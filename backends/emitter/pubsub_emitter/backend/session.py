@@ -38,17 +38,17 @@ from pubsub_core.errors import (
 from pubsub_core.events import AccessRefused
 from pubsub_core.interfaces import BackendContext, SessionFacts, Sink
 from pubsub_core.message import Receipt
+from pubsub_emitter.errors import EmitterError, refusal
+from pubsub_emitter.keys import InvalidLicense, License
+from pubsub_emitter.options import EmitterOptions, MatcherOption
+from pubsub_emitter.plugin import MAX_STORED_PAYLOAD
+from pubsub_emitter.protocol import API, ERROR_TOPIC, SHARE, Fault, is_link_name
 from pubsub_mqtt.backend import endpoint_of, settings_of
 from pubsub_mqtt.base import ConnectionBackend
 from pubsub_mqtt.connection import Connection, Outgoing, Will
 from pubsub_mqtt.packets import Incoming
 
-from .errors import EmitterError, refusal
 from .keyring import KeyRing, RingKey
-from .keys import InvalidLicense, License
-from .options import EmitterOptions, MatcherOption
-from .plugin import MAX_STORED_PAYLOAD
-from .protocol import API, ERROR_TOPIC, SHARE, Fault, is_link_name
 
 __all__ = ["EmitterSession"]
 

@@ -21,8 +21,7 @@ from typing import Any, Final, cast
 from pubsub_core.interfaces import HistoryQuery
 from pubsub_core.message import InFrame, Origin
 from pubsub_core.topics import overlap
-
-from .protocol import OLDEST_TIME, YOUNGEST_TIME, MessageId
+from pubsub_emitter.protocol import OLDEST_TIME, YOUNGEST_TIME, MessageId
 
 __all__ = ["fetch", "history_channel"]
 

@@ -1,0 +1,7 @@
+"""What a bus uses: an Emitter broker as the core sees it."""
+
+from __future__ import annotations
+
+from .backend import EmitterBackend
+
+__all__ = ["EmitterBackend"]
