@@ -321,9 +321,9 @@ def make(broker: ScriptedBroker, kind: type[Any] = Device, **options: Any) -> An
 
 def limits_within(patch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let the limits of devices that are made from now on count for so long only."""
-    patch.setattr("pubsub_losant.rules.RATE", (300, seconds))
-    patch.setattr("pubsub_losant.rules.RATE_PER_TOPIC", (30, seconds))
-    patch.setattr("pubsub_losant.rules.MARGIN", 0.0)
+    patch.setattr("pubsub_losant.pacing_rules.RATE", (300, seconds))
+    patch.setattr("pubsub_losant.pacing_rules.RATE_PER_TOPIC", (30, seconds))
+    patch.setattr("pubsub_losant.pacing_rules.MARGIN", 0.0)
 
 
 @dataclass

@@ -459,7 +459,7 @@ async def test_a_dead_peer_is_noticed_within_two_keep_alives(broker: ScriptedBro
 async def test_connect_is_told_late_when_subscribe_gets_no_answer(
     broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pubsub_losant.core._SUBACK_PATIENCE", 0.2)
+    monkeypatch.setattr("pubsub_losant.client.device_base._SUBACK_PATIENCE", 0.2)
     broker.suback = False
     began = time.monotonic()
     async with opened(broker) as (_, events):

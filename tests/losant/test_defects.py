@@ -46,7 +46,7 @@ def test_send_state_returns_true_when_connected() -> None:
 @pytest.mark.slow
 def test_importing_needs_no_pkg_resources() -> None:
     program = (
-        "import sys; sys.modules['pkg_resources'] = None; import pubsub_losant.device; print('ok')"
+        "import sys; sys.modules['pkg_resources'] = None; import pubsub_losant.client; print('ok')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
@@ -82,7 +82,7 @@ def test_no_busy_loop_while_the_broker_is_away(monkeypatch: pytest.MonkeyPatch) 
         with connected(broker, reconnect_min=0.2, reconnect_max=0.2) as (device, events):
             broker.stop()
             turn_until(device, lambda: "disconnect" in events.names)
-            monkeypatch.setattr("pubsub_losant.device.dial_steps", counted)
+            monkeypatch.setattr("pubsub_losant.client.device.dial_steps", counted)
             began, turns, cpu = time.monotonic(), 0, time.thread_time()
             while time.monotonic() - began < 0.45:
                 device.loop(0.05)

@@ -386,7 +386,7 @@ def test_a_broker_away_for_three_seconds_costs_three_dials_and_no_cpu(
         dials.append(time.monotonic())
         return dial_steps(*args)
 
-    monkeypatch.setattr("pubsub_losant.device.dial_steps", counted)
+    monkeypatch.setattr("pubsub_losant.client.device.dial_steps", counted)
     with scripted() as broker:
         with connected(broker, reconnect_min=1.0, reconnect_max=30.0) as (device, events):
             broker.stop()
@@ -661,12 +661,12 @@ def test_a_dial_that_was_interrupted_is_made_again(monkeypatch: pytest.MonkeyPat
 
     def interrupted(*args: Any) -> Any:
         if interrupts.pop():
-            monkeypatch.setattr("pubsub_losant.device.dial_steps", dial_steps)
+            monkeypatch.setattr("pubsub_losant.client.device.dial_steps", dial_steps)
             raise KeyboardInterrupt
         yield
 
     with scripted() as broker, connected(broker) as (device, events):
-        monkeypatch.setattr("pubsub_losant.device.dial_steps", interrupted)
+        monkeypatch.setattr("pubsub_losant.client.device.dial_steps", interrupted)
         broker.cut()
         with pytest.raises(KeyboardInterrupt):
             turn_until(device, lambda: False)
@@ -851,7 +851,7 @@ def test_observers_are_kept_in_order_and_as_often_as_they_were_added() -> None:
 def test_connect_waits_for_the_answer_to_subscribe_but_not_for_ever(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pubsub_losant.core._SUBACK_PATIENCE", 0.3)
+    monkeypatch.setattr("pubsub_losant.client.device_base._SUBACK_PATIENCE", 0.3)
     with scripted(suback=False) as broker:
         device = make(broker)
         events = Events().watch(device)
@@ -882,7 +882,7 @@ def test_every_time_like_goes_over_the_wire_as_the_vectors_say(
 ) -> None:
     broker, device, _ = command_device
     broker.packets.clear()
-    monkeypatch.setattr("pubsub_losant.core.now_ms", lambda: NOW)
+    monkeypatch.setattr("pubsub_losant.client.device_base.now_ms", lambda: NOW)
     with local_zone(case["tz_env"], monkeypatch):
         given = python_time(case["input"])
         if "error" in case["ours"]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pubsub_losant.rules import BAN, Backoff, Throttle
+from pubsub_losant.pacing_rules import BAN, Backoff, Throttle
 from tests.losant.support import (
     PUBLISH,
     Events,

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from pubsub_losant import DeviceCommand, DeviceState
-from pubsub_losant.payloads import (
+from pubsub_losant.backend.payloads import (
     BadState,
     Received,
     read_command,

@@ -46,7 +46,9 @@ DEVICES = {
 }
 
 # The platform's port is below 1024, where no test may listen; everything else is as documented.
-PRELUDE = "import pubsub_losant.core as _; _._PORTS = dict.fromkeys(_._PORTS, {port})\n"
+PRELUDE = (
+    "import pubsub_losant.client.device_base as _; _._PORTS = dict.fromkeys(_._PORTS, {port})\n"
+)
 
 
 @pytest.fixture(scope="module")

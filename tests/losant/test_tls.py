@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pubsub_losant import AsyncDevice, Device, LosantTLSError
-from pubsub_losant.tls import TLSOptions
+from pubsub_losant.client.tls import TLSOptions
 from tests.losant.support import (
     CONNECT,
     Events,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pubsub_losant.link import device_keepalive
+from pubsub_losant.client.link import device_keepalive
 from pubsub_mqtt.keepalive import KeepaliveStep, Quiet, standard_keepalive
 
 

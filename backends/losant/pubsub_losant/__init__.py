@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from pubsub_core.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .aio import AsyncDevice, AsyncGateway, AsyncPeripheral
-    from .device import Device, Gateway, Peripheral
+    from .backend import DeviceCommand, DeviceState
+    from .client import AsyncDevice, AsyncGateway, AsyncPeripheral, Device, Gateway, Peripheral
     from .errors import (
         LosantAuthError,
         LosantConnectError,
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         LosantThrottled,
         LosantTLSError,
     )
-    from .payloads import DeviceCommand, DeviceState
     from .server import AccessKey, DeviceSpec, LosantServer
 
 __all__ = [
@@ -46,8 +45,15 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "aio": ("AsyncDevice", "AsyncGateway", "AsyncPeripheral"),
-        "device": ("Device", "Gateway", "Peripheral"),
+        "backend": ("DeviceCommand", "DeviceState"),
+        "client": (
+            "AsyncDevice",
+            "AsyncGateway",
+            "AsyncPeripheral",
+            "Device",
+            "Gateway",
+            "Peripheral",
+        ),
         "errors": (
             "LosantAuthError",
             "LosantConnectError",
@@ -56,7 +62,6 @@ __getattr__, __dir__ = lazy_names(
             "LosantTLSError",
             "LosantThrottled",
         ),
-        "payloads": ("DeviceCommand", "DeviceState"),
         "server": ("AccessKey", "DeviceSpec", "LosantServer"),
     },
 )

@@ -12,7 +12,7 @@ from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
 from pubsub_mqtt.options import TransportOptions, WillOptions
 
-from .rules import PLATFORM, is_platform
+from .pacing_rules import PLATFORM, is_platform
 from .topics import check_device_id
 
 __all__ = ["LosantOptions", "Transport"]

@@ -21,7 +21,7 @@ from pubsub_core.hookspecs import hookimpl
 from pubsub_core.interfaces import BackendInfo
 
 from .options import LosantOptions
-from .rules import RATE, RATE_PER_TOPIC
+from .pacing_rules import RATE, RATE_PER_TOPIC
 from .topics import MAX_PAYLOAD
 
 __all__ = ["INFO", "pubsub_backends"]

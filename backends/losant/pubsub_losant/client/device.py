@@ -20,20 +20,20 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from pubsub_core.errors import ConnectError
-from pubsub_mqtt.connection import Session
-from pubsub_mqtt.dial import Dial, Wait, advance, dial_steps
-from pubsub_mqtt.transport import BufferedSocket
-
-from .core import DeviceCore, Observers, PeripheralCore
-from .errors import LosantError
-from .link import limit_unacknowledged
-from .times import TimeLike
-from .topics import (
+from pubsub_losant.errors import LosantError
+from pubsub_losant.times import TimeLike
+from pubsub_losant.topics import (
     check_device_id,
     command_topic,
     encode_hello,
     state_topic,
 )
+from pubsub_mqtt.connection import Session
+from pubsub_mqtt.dial import Dial, Wait, advance, dial_steps
+from pubsub_mqtt.transport import BufferedSocket
+
+from .device_base import DeviceCore, Observers, PeripheralCore
+from .link import limit_unacknowledged
 
 __all__ = ["Device", "Gateway", "Peripheral"]
 

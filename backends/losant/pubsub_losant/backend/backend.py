@@ -2,7 +2,7 @@
 
 ``state`` and ``command`` are the device's own topics, ``<id>/state`` and ``<id>/command`` those
 of the peripherals that the options name, ``losant/<id>/…`` those of other devices; everything
-else is a topic of the user's own. States and commands are translated by `pubsub_losant.payloads`.
+else is a topic of the user's own. States and commands are translated by `payloads`.
 
 The platform tells no reasons. It ends the connection over a message that it does not take, and
 does not let in whom it banned; what is told here is what is most likely.
@@ -36,6 +36,17 @@ from pubsub_core.errors import (
 from pubsub_core.interfaces import Address, BackendContext, SessionFacts, Sink, WireSub
 from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, OutFrame, Receipt
+from pubsub_losant.errors import LosantThrottled
+from pubsub_losant.options import LosantOptions, Transport, bad_option
+from pubsub_losant.pacing_rules import BAN, MARGIN, RATE, RATE_PER_TOPIC, Throttle
+from pubsub_losant.topics import (
+    MAX_PAYLOAD,
+    check_device_id,
+    command_topic,
+    is_platform_topic,
+    split_topic,
+    state_topic,
+)
 from pubsub_mqtt.backend import endpoint_of, settings_of
 from pubsub_mqtt.base import ConnectionBackend
 from pubsub_mqtt.connection import Connection, Subscribe
@@ -44,18 +55,7 @@ from pubsub_mqtt.options import WillOptions
 from pubsub_mqtt.packets import Incoming
 from pubsub_mqtt.transport import PeerClosed
 
-from .errors import LosantThrottled
-from .options import LosantOptions, Transport, bad_option
 from .payloads import BadState, Received, read_command, read_states, write_states, write_will
-from .rules import BAN, MARGIN, RATE, RATE_PER_TOPIC, Throttle
-from .topics import (
-    MAX_PAYLOAD,
-    check_device_id,
-    command_topic,
-    is_platform_topic,
-    split_topic,
-    state_topic,
-)
 
 __all__ = ["LosantBackend"]
 

@@ -20,18 +20,18 @@ from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 
 from pubsub_core.errors import ConnectError, NotConnected, PublishFailed, WrongLoop
-from pubsub_mqtt.driver import AsyncioDriver
-
-from .core import DeviceCore, Observer, Observers, PeripheralCore
-from .errors import LosantConnectError, LosantError
-from .link import limit_unacknowledged
-from .times import TimeLike
-from .topics import (
+from pubsub_losant.errors import LosantConnectError, LosantError
+from pubsub_losant.times import TimeLike
+from pubsub_losant.topics import (
     check_device_id,
     command_topic,
     encode_hello,
     state_topic,
 )
+from pubsub_mqtt.driver import AsyncioDriver
+
+from .device_base import DeviceCore, Observer, Observers, PeripheralCore
+from .link import limit_unacknowledged
 
 __all__ = ["AsyncDevice", "AsyncGateway", "AsyncPeripheral"]
 

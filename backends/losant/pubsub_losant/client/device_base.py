@@ -3,7 +3,7 @@
 `DeviceCore` holds the constructor, the observers and the rules: what is subscribed after
 each CONNACK, when ``connect`` is told, what may be sent and what is kept meanwhile, which
 loss is worth another attempt. It never waits, and knows neither threads nor an event loop;
-`pubsub_losant.device` and `pubsub_losant.aio` bring those.
+`device` and `async_device` bring those.
 
 Sources: Losant's documentation of the MQTT broker, losant-mqtt 1.2.1 (``device.py``) for the
 names and what its users rely on, losant-mqtt-js for gateways.
@@ -22,23 +22,17 @@ from typing import Any, ClassVar, Final, Literal, get_args
 
 from pubsub_core.errors import ConnectError, NotConnected, ServerRefused, TLSProblem
 from pubsub_core.secrets import Secret
-from pubsub_mqtt.connection import Incoming, Request, Session, SessionSettings, Subscribe
-from pubsub_mqtt.errors import CredentialsRefused, ProtocolError, dial_error
-from pubsub_mqtt.transport import Endpoint, PeerClosed, TLSSettings, WebSocketTarget
-
-from .commands import BadCommand, parse_command
-from .errors import (
+from pubsub_losant.commands import BadCommand, parse_command
+from pubsub_losant.errors import (
     LosantAuthError,
     LosantConnectError,
     LosantError,
     LosantProtocolError,
     LosantTLSError,
 )
-from .link import device_connection
-from .rules import BAN, PLATFORM, Backoff, RateGuard, Throttle, is_platform
-from .states import encode_state, join_states
-from .tls import TLSOptions
-from .topics import (
+from pubsub_losant.pacing_rules import BAN, PLATFORM, Backoff, RateGuard, Throttle, is_platform
+from pubsub_losant.states import encode_state, join_states
+from pubsub_losant.topics import (
     MAX_PAYLOAD,
     check_custom_topic,
     check_device_id,
@@ -49,6 +43,12 @@ from .topics import (
     split_topic,
     state_topic,
 )
+from pubsub_mqtt.connection import Incoming, Request, Session, SessionSettings, Subscribe
+from pubsub_mqtt.errors import CredentialsRefused, ProtocolError, dial_error
+from pubsub_mqtt.transport import Endpoint, PeerClosed, TLSSettings, WebSocketTarget
+
+from .link import device_connection
+from .tls import TLSOptions
 
 __all__ = ["EVENTS", "DeviceCore", "Observer", "Observers", "PeripheralCore", "Transport"]
 

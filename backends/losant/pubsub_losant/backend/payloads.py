@@ -17,9 +17,9 @@ from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
-from .commands import BadCommand, parse_command
-from .states import encode_state, join_states
-from .times import decode_extended, epoch_ms, from_epoch_ms, read_date, resolve_time
+from pubsub_losant.commands import BadCommand, parse_command
+from pubsub_losant.states import encode_state, join_states
+from pubsub_losant.times import decode_extended, epoch_ms, from_epoch_ms, read_date, resolve_time
 
 __all__ = [
     "BadState",

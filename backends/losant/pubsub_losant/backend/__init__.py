@@ -1,0 +1,8 @@
+"""What a bus uses: a Losant device as the core sees it."""
+
+from __future__ import annotations
+
+from .backend import LosantBackend
+from .payloads import DeviceCommand, DeviceState
+
+__all__ = ["DeviceCommand", "DeviceState", "LosantBackend"]
