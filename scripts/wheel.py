@@ -109,7 +109,7 @@ def _run(*command: object, cwd: Path) -> None:
 
 def _check_extras(python: Path, cwd: Path) -> None:
     """Check what is said where an extra of ours is not installed."""
-    tests = runpy.run_path(str(ROOT / "tests" / "messagebus" / "test_extra.py"))
+    tests = runpy.run_path(str(ROOT / "tests" / "messagebus" / "server" / "test_extras.py"))
     # Isolated from the environment, as everything else here.
     done = subprocess.run(
         [str(python), "-I", "-W", "ignore", "-c", tests["PROGRAM"]],

@@ -14,7 +14,7 @@ EXEMPT = {
     "presence_denied_is_notauthorized": "the distributor ignores what is not allowed, in silence",
     "source_identity_present_when_declared": (
         "a message tells user and host of its publisher, not which of their connections; "
-        "tests/messagebus/test_backend.py has two users"
+        "tests/messagebus/backend/test_backend.py has two users"
     ),
 }
 

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from pubsub_messagebus import protocol
-from pubsub_messagebus.protocol import DataPacket, Dialect, Message
+import pytest
 
-FILE = Path(__file__).parent.parent / "data" / "messagebus_vectors.json"
+from pubsub_messagebus import protocol
+from pubsub_messagebus.protocol import DataPacket, Decoder, Dialect, Message, Side
+
+DATA = Path(__file__).parent.parent / "data"
+FILE = DATA / "messagebus_vectors.json"
+PASSWORDS = DATA / "messagebus_passwords.json"
+"""Of tester and guest, whose password is ``right``."""
 VECTORS: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
 MESSAGES: list[dict[str, Any]] = VECTORS["messages"]
 CAPTURES: list[dict[str, Any]] = VECTORS["captures"]
@@ -22,7 +27,7 @@ MALFORMED: list[dict[str, Any]] = VECTORS["malformed"]
 MALFORMED_HANDSHAKES: list[dict[str, Any]] = VECTORS["malformed_handshakes"]
 
 
-def role_of(wire: bytes) -> protocol.Role:
+def role_of(wire: bytes) -> protocol.Side:
     """Return who receives this message."""
     return "client" if wire[0] in (3, 6, 8, 9) else "server"
 
@@ -124,3 +129,29 @@ def encode(kind: int, fields: dict[str, Any], dialect: Dialect) -> bytes:
     function, arguments = encoders[kind]
     wire: bytes = function(*arguments)
     return wire
+
+
+EVERY = [
+    pytest.param(vector, dialect, id=f"{vector['id']}-{dialect}")
+    for vector in MESSAGES
+    for dialect in vector["dialects"]
+]
+
+
+def drain(decoder: Decoder) -> list[Message]:
+    found: list[Message] = []
+    while (message := decoder.next_message()) is not None:
+        found.append(message)
+    return found
+
+
+def decode(
+    wire: bytes, role: Side, dialect: Dialect = "is_image", *, step: int = 1 << 30, **options: Any
+) -> list[Message]:
+    decoder = Decoder(role, dialect=dialect, **options)
+    found: list[Message] = []
+    for at in range(0, len(wire), step):
+        decoder.feed(wire[at : at + step])
+        found += drain(decoder)
+    assert not decoder.inside
+    return found

@@ -17,7 +17,7 @@ from .decoder import (
     Message,
     MulticastData,
     NotificationRequest,
-    Role,
+    Side,
     SubscriptionRequest,
     UnicastData,
 )
@@ -85,7 +85,7 @@ __all__ = [
     "MulticastData",
     "NotificationRequest",
     "ProtocolError",
-    "Role",
+    "Side",
     "SubscriptionRequest",
     "Truncated",
     "UnicastData",

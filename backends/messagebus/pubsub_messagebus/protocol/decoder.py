@@ -41,13 +41,13 @@ __all__ = [
     "Message",
     "MulticastData",
     "NotificationRequest",
-    "Role",
+    "Side",
     "SubscriptionRequest",
     "UnicastData",
     "codepoints_end",
 ]
 
-Role: TypeAlias = Literal["client", "server"]
+Side: TypeAlias = Literal["client", "server"]
 LengthUnit: TypeAlias = Literal["bytes", "codepoints"]
 
 
@@ -227,7 +227,7 @@ class Decoder:
     """Decodes one direction of one connection, after the handshake.
 
     Args:
-        role: Who we are. A client refuses what only a server may receive. A server returns
+        side: Who we are. A client refuses what only a server may receive. A server returns
             what only a client may receive, so that it can log and ignore it.
         string_length_unit: ``codepoints`` reads the streams of Python packages up to 6.0.0a1,
             which count characters; then nobody else can be read.
@@ -238,13 +238,13 @@ class Decoder:
 
     def __init__(
         self,
-        role: Role,
+        side: Side,
         *,
         dialect: Dialect = "is_image",
         limits: WireLimits = DEFAULT_LIMITS,
         string_length_unit: LengthUnit = "bytes",
     ) -> None:
-        self._client = role == "client"
+        self._client = side == "client"
         self._string_flag = dialect == "content_type"
         self._dialect: Dialect = dialect
         self._limits = limits

@@ -33,9 +33,8 @@ from pubsub_messagebus.protocol import (
 from pubsub_messagebus.server import MessageBusServer
 from pubsub_messagebus.server.authenticators import PasswordFile
 from pubsub_messagebus.server.roles import FeedPolicy, Policy
+from tests.messagebus.scripted import Scripted
 from tests.servers import Authority, LeakCheck, eventually
-
-from .scripted import Scripted
 
 DATA = encode_forwarded_multicast("u", "h", "F", "T", False, [DataPacket(None, b"x")])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import stat
 import time
@@ -14,7 +13,6 @@ import pytest
 
 from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
-from pubsub_messagebus import passwords
 from pubsub_messagebus.protocol import Credentials
 from pubsub_messagebus.server.authenticators import (
     JwtServerAuthenticator,
@@ -107,21 +105,6 @@ async def test_the_authenticator_of_a_password_file(tmp_path: Path) -> None:
         assert "canary" not in str(caught.value)
     with pytest.raises(BadOption, match="cannot be read"):
         await PasswordFileAuthenticator(tmp_path / "none").authenticate(basic("tom", "x"))
-
-
-def test_the_command_adds_and_removes_users(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "passwords.json"
-    monkeypatch.setattr("sys.stdin", io.StringIO("right\n"))
-    assert passwords.main([str(path), "add", "tom"]) == 0
-    assert PasswordFile(path).verify("tom", "right")
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
-    assert passwords.main([str(path), "add", "dick"]) == 1
-    assert "empty" in capsys.readouterr().err
-    assert passwords.main([str(path), "remove", "tom"]) == 0
-    assert passwords.main([str(path), "remove", "tom"]) == 1
-    assert "no user" in capsys.readouterr().err
 
 
 # --- tokens --------------------------------------------------------------------------------

@@ -21,9 +21,8 @@ from pubsub_core.secrets import Secret
 from pubsub_messagebus.protocol import Credentials, basic_handshake
 from pubsub_messagebus.server import MessageBusServer
 from pubsub_messagebus.server.authenticators import LdapServerAuthenticator, Refused
+from tests.messagebus.raw import Raw
 from tests.servers import Authority
-
-from .raw import Raw
 
 ldap3: Any = pytest.importorskip("ldap3", reason="ldap3 is not installed; extra messagebus-server")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +25,9 @@ from pubsub_messagebus import CallbackClient
 from pubsub_messagebus.backend import MessageBusBackend
 from pubsub_messagebus.server import MessageBusServer
 from pubsub_messagebus.server.roles import FeedPolicy, Policy, Role, RoleChange
+from tests.messagebus.raw import Raw
+from tests.messagebus.vectors import PASSWORDS
 from tests.servers import eventually
-
-from .raw import Raw
-
-PASSWORDS = Path(__file__).parent.parent / "data" / "messagebus_passwords.json"
 
 
 @pytest.fixture

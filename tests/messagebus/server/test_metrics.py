@@ -24,15 +24,14 @@ from pubsub_messagebus.protocol import (
 from pubsub_messagebus.server import MessageBusServer
 from pubsub_messagebus.server.counters import MAX_COUNTED_FEEDS, OTHER_FEEDS
 from pubsub_messagebus.server.roles import FeedPolicy, Policy
+from tests.messagebus.raw import Raw
+from tests.messagebus.vectors import PASSWORDS
 from tests.servers import LeakCheck, eventually
-
-from .raw import Raw
 
 parser = pytest.importorskip(
     "prometheus_client.parser", reason="prometheus-client is not installed; messagebus-server"
 )
 
-PASSWORDS = Path(__file__).parent.parent / "data" / "messagebus_passwords.json"
 NAMES = {
     "reads": "counter",
     "writes": "counter",

@@ -27,14 +27,13 @@ from pubsub_messagebus.protocol import (
     basic_handshake,
 )
 from pubsub_messagebus.server import MessageBusServer
+from tests.messagebus.raw import Raw
+from tests.messagebus.vectors import PASSWORDS
 from tests.servers import eventually
 from tests.watched import Watched
 
-from .raw import Raw
-
 SOAK = float(os.environ.get("PUBSUB_SOAK", "5"))
 SEED = int(os.environ.get("PUBSUB_SEED", "0")) or random.SystemRandom().getrandbits(32)
-PASSWORDS = Path(__file__).parent.parent / "data" / "messagebus_passwords.json"
 
 MIB = 1024 * 1024
 
@@ -248,7 +247,7 @@ async def attack(port: int, seconds: float, seed: int) -> int:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.messagebus.hostile", str(port), str(seconds), str(seed)),
         stdout=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     try:
         async with asyncio.timeout(seconds + 30):

@@ -22,9 +22,8 @@ from pubsub_messagebus.protocol import (
 from pubsub_messagebus.server.broker import Broker
 from pubsub_messagebus.server.interactors import Identity
 from pubsub_messagebus.server.roles import FeedPolicy, Permissions, Policy, Role, RoleChange
-
-from .vectors import CAPTURES
-from .world import World, packet, texts
+from tests.messagebus.vectors import CAPTURES
+from tests.messagebus.world import World, packet, texts
 
 NO_AUTHORIZE = RoleChange(deny=Role.AUTHORIZE)
 

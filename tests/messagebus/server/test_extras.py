@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SOURCES = ROOT / "backends" / "messagebus" / "pubsub_messagebus"
 
 MODULES = {"jwt", "ldap3", "prometheus_client"}

@@ -19,8 +19,7 @@ from pubsub_messagebus.protocol import (
     encode_string,
     token_handshake,
 )
-
-from .vectors import HANDSHAKES, MALFORMED_HANDSHAKES
+from tests.messagebus.vectors import HANDSHAKES, MALFORMED_HANDSHAKES
 
 FORMS: dict[str, HandshakeForm] = {
     "v3-strings": "strings",

@@ -21,11 +21,10 @@ from pubsub_messagebus.server.authenticators import (
 )
 from pubsub_messagebus.server.config import ServerConfig
 from pubsub_messagebus.server.roles import Role
+from tests.messagebus.raw import Raw
+from tests.messagebus.vectors import PASSWORDS
 from tests.servers import Authority
 
-from .raw import Raw
-
-PASSWORDS = Path(__file__).parent.parent / "data" / "messagebus_passwords.json"
 SECRET = "a shared secret of the tests, " * 3
 
 
