@@ -20,7 +20,7 @@ CORE = Package(
         ("message", "topics", "trie", "errors", "capabilities", "events", "keyed", "lazy"),
         # What authors of backends and plugins import.
         ("interfaces", "hookspecs", "plugins", "codecs", "middleware", "secrets", "clock",
-         "threads", "pacing"),
+         "threads", "pacing", "servers"),
         # Text and environment become options; the backend that lives here.
         ("config", "memory"),
         # Handles that a program gets from a bus.

@@ -32,10 +32,10 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from pubsub_core.errors import BadOption, ConnectError, MissingDependency
+from pubsub_core.servers import ServerShell, url_of
 
 __all__ = ["AmqttServer", "MQTTServer", "MosquittoServer", "ServerTLS", "find_mosquitto"]
 
@@ -89,31 +89,7 @@ class ServerTLS:
     require_certificate: bool = False
 
 
-class _Server:
-    """What the servers share: being a context manager, and a URL."""
-
-    backend: ClassVar[str] = "mqtt"
-
-    async def start(self) -> None:
-        raise NotImplementedError
-
-    async def stop(self) -> None:
-        raise NotImplementedError
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.stop()
-
-
-class MosquittoServer(_Server):
+class MosquittoServer(ServerShell):
     """Mosquitto in a child process, with a configuration of its own.
 
     Mosquitto drops to the user ``mosquitto`` when root starts it, who could read none of
@@ -134,6 +110,9 @@ class MosquittoServer(_Server):
         executable: The program; found by itself when None.
     """
 
+    backend: ClassVar[str] = "mqtt"
+    scheme: ClassVar[str] = "mqtt"
+
     def __init__(
         self,
         *,
@@ -151,9 +130,7 @@ class MosquittoServer(_Server):
         for name in users or ():
             if not name or any(character in name for character in ":\r\n\0"):
                 raise BadOption(f"user name {name!r} cannot stand in a password file")
-        self._host = host
-        self._wanted_port = port
-        self._port = 0
+        super().__init__(host=host, port=port)
         self._websocket_port = 0
         self._websockets = websockets
         self._unix = unix
@@ -169,16 +146,6 @@ class MosquittoServer(_Server):
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
     @property
-    def host(self) -> str:
-        """As it was given."""
-        return self._host
-
-    @property
-    def port(self) -> int:
-        """The port, known once it was started."""
-        return self._port
-
-    @property
     def websocket_port(self) -> int:
         """The port of the WebSocket listener, 0 where there is none."""
         return self._websocket_port
@@ -191,7 +158,7 @@ class MosquittoServer(_Server):
     @property
     def url(self) -> str:
         """URL to connect to, without credentials."""
-        return f"{'mqtts' if self._tls else 'mqtt'}://{_bracket(self._host)}:{self._port}"
+        return url_of("mqtts" if self._tls else "mqtt", self.host, self.port)
 
     @property
     def websocket_url(self) -> str:
@@ -199,7 +166,7 @@ class MosquittoServer(_Server):
         if not self._websocket_port:
             return ""
         scheme = "wss" if self._tls else "ws"
-        return f"{scheme}://{_bracket(self._host)}:{self._websocket_port}/mqtt"
+        return f"{url_of(scheme, self.host, self._websocket_port)}/mqtt"
 
     @property
     def unix_url(self) -> str:
@@ -259,14 +226,13 @@ class MosquittoServer(_Server):
                 hint="apt-get install mosquitto, or https://mosquitto.org/download",
                 backend=self.backend,
             )
-        free = self._port == 0 and self._wanted_port == 0
+        free = self.port == 0
         for attempt in range(PORT_ATTEMPTS):
             if free:
-                self._port = _free_port(self._host)
-                self._websocket_port = _free_port(self._host) if self._websockets else 0
-            elif self._port == 0:
-                self._port = self._wanted_port
-                self._websocket_port = _free_port(self._host) if self._websockets else 0
+                self.port = _free_port(self.host)
+                self._websocket_port = 0
+            if self._websockets and not self._websocket_port:
+                self._websocket_port = _free_port(self.host)
             try:
                 await asyncio.to_thread(self._launch, executable)
                 await self._ready()
@@ -299,7 +265,7 @@ class MosquittoServer(_Server):
         await self._end(gentle=False)
 
     async def restart(self) -> None:
-        """Start again on the same port; stop first when it is running."""
+        """Stop, and start again on the same port with what was stored."""
         await self._end(gentle=True)
         await self.start()
 
@@ -359,10 +325,10 @@ class MosquittoServer(_Server):
         if self._unix:
             lines.append(f"listener 0 {directory / 'socket'}")
         if self._websockets:
-            lines.append(f"listener {self._websocket_port} {self._host}")
+            lines.append(f"listener {self._websocket_port} {self.host}")
             lines.append("protocol websockets")
             lines += self._tls_lines()
-        lines.append(f"listener {self._port} {self._host}")
+        lines.append(f"listener {self.port} {self.host}")
         lines += self._tls_lines()
         return "\n".join([*lines, self._extra_config, ""])
 
@@ -386,7 +352,7 @@ class MosquittoServer(_Server):
                     backend=self.backend,
                 )
             # Somebody else may listen on the port, so a connection alone proves nothing.
-            if " running" in self.log and await _answers(self._host, self._port):
+            if " running" in self.log and await _answers(self.host, self.port):
                 return
             await asyncio.sleep(0.005)
         raise ConnectError(
@@ -430,37 +396,23 @@ class MosquittoServer(_Server):
             self._directory = None
 
 
-class AmqttServer(_Server):
+class AmqttServer(ServerShell):
     """amqtt's broker inside this process: what ``pip install`` alone can bring.
 
     Clients need no credentials. It is slow and forgives much; see `AMQTT_LIMITS`, which are
     logged at the start. Use it to look around, not to judge delivery by.
     """
 
+    backend: ClassVar[str] = "mqtt"
+    scheme: ClassVar[str] = "mqtt"
+
     def __init__(self, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        self._host = host
-        self._wanted_port = port
-        self._port = 0
+        super().__init__(host=host, port=port)
         self._broker: Any = None  # amqtt has no types
         self._reader_adapter: Any = None
         self._writer_adapter: Any = None
         self._server: asyncio.Server | None = None
         self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
-
-    @property
-    def host(self) -> str:
-        """As it was given."""
-        return self._host
-
-    @property
-    def port(self) -> int:
-        """The port, known once it was started."""
-        return self._port
-
-    @property
-    def url(self) -> str:
-        """URL to connect to, without credentials."""
-        return f"mqtt://{_bracket(self._host)}:{self._port}"
 
     @property
     def running(self) -> bool:
@@ -497,19 +449,13 @@ class AmqttServer(_Server):
         )
         await broker.start()
         try:
-            server = await asyncio.start_server(
-                self._accept, self._host, self._port or self._wanted_port
-            )
+            server = await asyncio.start_server(self._accept, self.host, self.port)
         except OSError as exc:
             await broker.shutdown()
-            raise ConnectError(
-                f"cannot listen on {self._host}:{self._port or self._wanted_port}: {exc}",
-                hint="choose another port, or 0 for a free one",
-                backend=self.backend,
-            ) from exc
+            raise self.cannot_listen(exc) from exc
         self._broker = broker
         self._server = server
-        self._port = server.sockets[0].getsockname()[1]
+        self.port = server.sockets[0].getsockname()[1]
         limits = "; ".join(AMQTT_LIMITS)
         logger.warning("%s on %s has its limits: %s", _amqtt_version(), self.url, limits)
 
@@ -532,11 +478,6 @@ class AmqttServer(_Server):
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=STOP_DEADLINE)
-
-    async def restart(self) -> None:
-        """Start again on the same port, with nothing remembered."""
-        await self.stop()
-        await self.start()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -574,30 +515,19 @@ class AmqttServer(_Server):
             writer.transport.abort()
 
 
-class MQTTServer(_Server):
+class MQTTServer(ServerShell):
     """Mosquitto where it is installed, else amqtt: what ``pubsub serve mqtt`` starts."""
 
+    backend: ClassVar[str] = "mqtt"
+    scheme: ClassVar[str] = "mqtt"
+
     def __init__(self, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        super().__init__(host=host, port=port)
         self._server: MosquittoServer | AmqttServer = (
             MosquittoServer(host=host, port=port)
             if find_mosquitto() is not None
             else AmqttServer(host=host, port=port)
         )
-
-    @property
-    def host(self) -> str:
-        """As it was given."""
-        return self._server.host
-
-    @property
-    def port(self) -> int:
-        """The port, known once it was started."""
-        return self._server.port
-
-    @property
-    def url(self) -> str:
-        """URL to connect to, without credentials."""
-        return self._server.url
 
     @property
     def running(self) -> bool:
@@ -616,6 +546,7 @@ class MQTTServer(_Server):
         """
         try:
             await self._server.start()
+            self.port = self._server.port
         except MissingDependency as exc:
             raise MissingDependency(
                 "neither mosquitto nor amqtt is installed",
@@ -628,7 +559,7 @@ class MQTTServer(_Server):
         await self._server.stop()
 
     async def restart(self) -> None:
-        """Start again on the same port."""
+        """Stop, and start again on the same port."""
         await self._server.restart()
 
 
@@ -644,10 +575,6 @@ def _amqtt_version() -> str:
         return f"amqtt {importlib.metadata.version('amqtt')}"
     except importlib.metadata.PackageNotFoundError:
         return "amqtt"
-
-
-def _bracket(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _free_port(host: str) -> int:

@@ -186,7 +186,7 @@ class LosantServer(EndpointServer):
     @property
     def tls_port(self) -> int:
         """The port for TLS, or 0; it is known once it was started."""
-        if self._tls is not None:
+        if self.tls is not None:
             return self.port
         return self._secure.port if self._secure is not None else 0
 
@@ -199,7 +199,7 @@ class LosantServer(EndpointServer):
         """Return the URL with which a device connects; the password in it is the secret."""
         user = f"{quote(key, safe='')}:{quote(secret, safe='')}@" if key else ""
         query = f"endpoint={quote(_reachable(self.host), safe=':')}"
-        if self._tls is None:
+        if self.tls is None:
             query += "&secure=false"
         return f"losant://{user}{quote(device_id, safe='')}:{self.port}?{query}"
 
@@ -217,7 +217,7 @@ class LosantServer(EndpointServer):
         """URL with which ``pubsub pub`` and ``pubsub sub`` reach any topic, from this machine."""
         host = _reachable(self.host)
         host = f"[{host}]" if ":" in host else host
-        scheme = "mqtt" if self._tls is None else "mqtts"
+        scheme = "mqtt" if self.tls is None else "mqtts"
         user = f"{OPERATOR}:{self._operator_secret}"
         return f"{scheme}://{user}@{host}:{self.port}?protocol=3.1.1"
 

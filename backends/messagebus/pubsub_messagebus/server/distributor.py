@@ -18,10 +18,10 @@ import logging
 import ssl
 from collections.abc import Mapping
 from dataclasses import asdict
-from types import TracebackType
-from typing import ClassVar, Final, Literal, Self
+from typing import ClassVar, Final, Literal
 
 from pubsub_core.errors import BadOption
+from pubsub_core.servers import ServerShell, url_of
 from pubsub_messagebus.protocol import DEFAULT_LIMITS, Dialect, WireLimits
 
 from .authenticators import (
@@ -46,7 +46,7 @@ logger = logging.getLogger("pubsub_messagebus.server")
 _BACKLOG: Final = 1024
 
 
-class MessageBusServer:
+class MessageBusServer(ServerShell):
     """A messagebus distributor.
 
     Args:
@@ -73,6 +73,7 @@ class MessageBusServer:
     """
 
     backend: ClassVar[str] = "messagebus"
+    scheme: ClassVar[str] = "messagebus"
 
     def __init__(
         self,
@@ -100,6 +101,7 @@ class MessageBusServer:
         metrics_port: int | None = None,
         metrics_host: str = "127.0.0.1",
     ) -> None:
+        super().__init__(host=host, port=port)
         if config:
             told = ServerConfig.load(config)
             policy = policy or told.policy
@@ -167,16 +169,6 @@ class MessageBusServer:
         return len(self._listeners) - 1
 
     @property
-    def host(self) -> str:
-        """As it was given."""
-        return self._listeners[0].host
-
-    @property
-    def port(self) -> int:
-        """The first listener's port, known once it was started."""
-        return self._ports[0] if self._ports else self._listeners[0].port
-
-    @property
     def ports(self) -> tuple[int, ...]:
         """The ports of all listeners, in the order they were added."""
         return tuple(self._ports)
@@ -186,9 +178,8 @@ class MessageBusServer:
         """URL to connect to, without credentials."""
         first = self._listeners[0]
         scheme = "messagebus+tls" if first.ssl is not None else "messagebus"
-        host = f"[{first.host}]" if ":" in first.host else first.host
         query = "?dialect=content_type" if first.dialect == "content_type" else ""
-        return f"{scheme}://{host}:{self.port}{query}"
+        return url_of(scheme, self.host, self.port) + query
 
     @property
     def metrics_url(self) -> str:
@@ -244,7 +235,11 @@ class MessageBusServer:
         )
 
     async def start(self) -> None:
-        """Listen; afterwards `url` and `port` are known."""
+        """Listen; afterwards `url` and `port` are known.
+
+        Raises:
+            ConnectError: A port is taken, or an address is not this machine's.
+        """
         if self._servers:
             return
         loop = asyncio.get_running_loop()
@@ -255,14 +250,17 @@ class MessageBusServer:
         try:
             for number, listener in enumerate(self._listeners):
                 wanted = self._ports[number] if number < len(self._ports) else listener.port
-                server = await loop.create_server(
-                    lambda listener=listener: Connection(self, listener),
-                    listener.host,
-                    wanted,
-                    ssl=listener.ssl,
-                    ssl_handshake_timeout=self.handshake_timeout if listener.ssl else None,
-                    backlog=_BACKLOG,
-                )
+                try:
+                    server = await loop.create_server(
+                        lambda listener=listener: Connection(self, listener),
+                        listener.host,
+                        wanted,
+                        ssl=listener.ssl,
+                        ssl_handshake_timeout=self.handshake_timeout if listener.ssl else None,
+                        backlog=_BACKLOG,
+                    )
+                except OSError as exc:
+                    raise self.cannot_listen(exc, host=listener.host, port=wanted) from exc
                 self._servers.append(server)
                 ports.append(server.sockets[0].getsockname()[1])
             if self._metrics is not None:
@@ -271,6 +269,7 @@ class MessageBusServer:
             await self.stop()
             raise
         self._ports = ports
+        self.port = ports[0]
         if not isinstance(self.authenticator, NullServerAuthenticator):
             # The first login need not wait for a thread to start.
             await loop.run_in_executor(None, int)
@@ -319,18 +318,6 @@ class MessageBusServer:
         """Stop, and start on the same ports."""
         await self.kill()
         await self.start()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.stop()
 
     # --- what connections ask ------------------------------------------------------------
 

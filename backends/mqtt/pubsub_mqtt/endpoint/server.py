@@ -16,11 +16,10 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
-from pubsub_core.errors import ConnectError, TLSProblem
+from pubsub_core.errors import TLSProblem
+from pubsub_core.servers import ServerShell, url_of
 from pubsub_mqtt.server import ServerTLS
 
 from .connection import Client, EndpointStats
@@ -38,7 +37,7 @@ _BACKLOG = 1024
 _GRACE = 1.0
 
 
-class EndpointServer:
+class EndpointServer(ServerShell):
     """A server of one dialect; loopback and a free port unless told otherwise.
 
     It can be started again after `stop`, on the same port.
@@ -47,6 +46,9 @@ class EndpointServer:
         port: 0 for a free one; `port` is known once it was started.
         tls: Certificate and key; every connection is encrypted then.
         max_clients: Connections at the same time; more are closed at once, and counted.
+
+    Attributes:
+        tls: As it was given.
     """
 
     backend: ClassVar[str] = "mqtt"
@@ -62,13 +64,11 @@ class EndpointServer:
         tls: ServerTLS | None = None,
         max_clients: int = 10_000,
     ) -> None:
+        super().__init__(host=host, port=port)
         self.dialect = dialect
+        self.tls = tls
         self.stats = EndpointStats()
         self.max_clients = max_clients
-        self._host = host
-        self._wanted_port = port
-        self._port = 0
-        self._tls = tls
         self.context: ssl.SSLContext | None = None
         self._server: asyncio.Server | None = None
         self._links: set[_Link] = set()
@@ -76,30 +76,14 @@ class EndpointServer:
         self.paused = False
 
     @property
-    def host(self) -> str:
-        """As it was given."""
-        return self._host
-
-    @property
-    def port(self) -> int:
-        """The port, known once it was started."""
-        return self._port
-
-    @property
     def url(self) -> str:
         """URL to connect to, without credentials."""
-        scheme = self.tls_scheme if self._tls else self.scheme
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"{scheme}://{host}:{self._port}"
+        return url_of(self.tls_scheme if self.tls else self.scheme, self.host, self.port)
 
     @property
     def running(self) -> bool:
         """Whether it listens."""
         return self._server is not None
-
-    def describe(self) -> Mapping[str, object]:
-        """Return what to know about the server beside its address."""
-        return {}
 
     async def start(self) -> None:
         """Listen.
@@ -111,22 +95,17 @@ class EndpointServer:
         if self._server is not None:
             return
         loop = asyncio.get_running_loop()
-        self.context = None if self._tls is None else await asyncio.to_thread(_context, self._tls)
-        wanted = self._port or self._wanted_port
+        self.context = None if self.tls is None else await asyncio.to_thread(_context, self.tls)
         try:
             self._server = await loop.create_server(
                 lambda: _Link(self),
-                self._host,
-                wanted,
+                self.host,
+                self.port,
                 backlog=_BACKLOG,
             )
         except OSError as exc:
-            raise ConnectError(
-                f"cannot listen on {self._host}:{wanted}: {exc.strerror or exc}",
-                hint="choose another port, or 0 for a free one",
-                backend=self.backend,
-            ) from exc
-        self._port = self._server.sockets[0].getsockname()[1]
+            raise self.cannot_listen(exc) from exc
+        self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
         """Stop listening and end every connection; returns within a second in any state."""
@@ -143,11 +122,6 @@ class EndpointServer:
             async with asyncio.timeout(_STOP):
                 await asyncio.gather(*(link.gone for link in links))
 
-    async def restart(self) -> None:
-        """Stop, and start again on the same port."""
-        await self.stop()
-        await self.start()
-
     def pause(self) -> None:
         """Fall silent: nothing is read, answered or closed, and new connections wait.
 
@@ -162,18 +136,6 @@ class EndpointServer:
         self.paused = False
         for link in list(self._links):
             link.resume()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.stop()
 
     def http(self, request: HttpRequest) -> HttpResponse:
         """Answer an HTTP request; a mistake in that answers 500."""
@@ -493,7 +455,6 @@ def _context(tls: ServerTLS) -> ssl.SSLContext:
         raise TLSProblem(
             f"certificate {tls.certfile} or its key cannot be used: {exc}",
             hint="give PEM files that belong together",
-            backend="mqtt",
         ) from exc
     if tls.require_certificate:
         context.verify_mode = ssl.CERT_REQUIRED
