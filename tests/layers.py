@@ -61,6 +61,12 @@ class Module:
     tree: ast.Module
 
     @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """The imports, calls and attributes in it; all else is walked past once."""
+        kinds = (ast.Import, ast.ImportFrom, ast.Call, ast.Attribute)
+        return [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
+
+    @cached_property
     def public(self) -> set[str] | None:
         """The names in its ``__all__``; None where it has none."""
         for node in self.tree.body:
@@ -97,7 +103,7 @@ class Sources:
         return [use for module in self.modules.values() for use in self._of(module)]
 
     def _of(self, module: Module) -> Iterator[Use]:
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             match node:
                 case ast.Import(names=names):
                     for alias in names:
@@ -130,7 +136,7 @@ class Sources:
         found: dict[str, dict[str, str]] = {}
         for module in self.modules.values():
             names = found[module.name] = {}
-            for node in ast.walk(module.tree):
+            for node in module.nodes:
                 match node:
                     case ast.Import(names=aliases):
                         for alias in aliases:
@@ -498,7 +504,7 @@ def _reached(module: Module, sources: Sources) -> Iterator[str]:
         if package != module.package
         for name in names
     } - mine
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         match node:
             case ast.Attribute(
                 value=ast.Name(id="self" | "cls") | ast.Call(func=ast.Name(id="super"))
