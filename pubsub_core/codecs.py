@@ -19,6 +19,7 @@ import difflib
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast, get_args, runtime_checkable
 
@@ -33,13 +34,13 @@ from .errors import (
     PubSubError,
 )
 from .keyed import BoundedCache
-from .settings import CodecRule
 from .topics import TopicFilter, overlap, parse_filter
 
 __all__ = [
     "BUILTIN_CODECS",
     "BytesCodec",
     "Codec",
+    "CodecRule",
     "CodecSet",
     "Decoder",
     "JsonCodec",
@@ -56,6 +57,14 @@ Decoder: TypeAlias = Callable[[str, bytes, "str | None"], T]
 """Called with topic, payload and declared content type; returns the value."""
 
 _RULE_CACHE_SIZE: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class CodecRule:
+    """Topics matching *match* use *codec*; the first rule that matches wins."""
+
+    match: str
+    codec: str
 
 
 class Codec(Protocol):

@@ -28,7 +28,7 @@ import re
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import pluggy
 
@@ -36,12 +36,13 @@ from .capabilities import Cap
 from .errors import ConfigError, MissingDependency, NotSupported, PluginError, UnknownBackend
 from .hookspecs import PROJECT, Hooks
 from .interfaces import API_VERSION, Backend, BackendInfo, DevServer
-from .options import clashes
 
 __all__ = [
+    "BUS_OPTIONS",
     "GROUP",
     "PluginRecord",
     "Registry",
+    "clashes",
     "load_object",
     "registry",
     "reset_registry",
@@ -50,6 +51,36 @@ __all__ = [
 
 GROUP = "pubsub_core"
 """The entry point group."""
+
+BUS_OPTIONS: Final = (
+    "url",
+    "wait",
+    "connect_timeout",
+    "timeout",
+    "drain",
+    "qos",
+    "echo",
+    "codec",
+    "codecs",
+    "offline",
+    "offline_messages",
+    "offline_bytes",
+    "offline_age",
+    "offline_overflow",
+    "buffer",
+    "buffer_bytes",
+    "overflow",
+    "reconnect",
+    "reconnect_first",
+    "reconnect_max",
+    "require",
+    "middleware",
+)
+"""Names that a backend's options cannot have: those of every bus.
+
+They are written out here, below the configuration that reads them; a test compares them
+with the fields of `pubsub_core.config.bus_options.BusOptions`.
+"""
 
 _HOME = "pubsub-core"
 # Schemes of backends that exist in a package of their own, with the command that installs
@@ -607,6 +638,16 @@ def _problem(info: BackendInfo) -> str:
     if taken:
         return f"its options {', '.join(taken)} are names of every bus's own options"
     return ""
+
+
+def clashes(options: type[Any]) -> tuple[str, ...]:
+    """Return the options of a backend that every bus has too, which would be ambiguous.
+
+    Raises:
+        TypeError: *options* is no dataclass.
+    """
+    declared = (each.name for each in dataclasses.fields(options) if each.init)
+    return tuple(name for name in declared if name in BUS_OPTIONS)
 
 
 def _again(error: PluginError) -> PluginError:

@@ -22,9 +22,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pubsub_core.codecs import BUILTIN_CODECS, Codec, CodecSet, Decoder
+from pubsub_core.codecs import BUILTIN_CODECS, Codec, CodecRule, CodecSet, Decoder
 from pubsub_core.errors import BadOption, ConfigError, DecodeFailed, EncodeFailed, InvalidFilter
-from pubsub_core.settings import CodecRule
 
 
 @dataclasses.dataclass

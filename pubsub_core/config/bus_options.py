@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from .capabilities import Cap
+from pubsub_core.capabilities import Cap
+from pubsub_core.codecs import CodecRule
 
-__all__ = ["BusOptions", "CodecRule", "OfflineOverflow", "OfflinePolicy", "OverflowPolicy"]
+__all__ = ["BusOptions", "OfflineOverflow", "OfflinePolicy", "OverflowPolicy"]
 
 OverflowPolicy = Literal["drop_oldest", "drop_newest", "latest", "error", "block"]
 OfflinePolicy = Literal["raise", "buffer", "drop"]
@@ -22,14 +23,6 @@ OfflineOverflow = Literal["error", "block", "drop_oldest", "drop_newest"]
 _Seconds = Annotated[float, Meta(ge=0)]
 _Positive = Annotated[float, Meta(gt=0)]
 _Count = Annotated[int, Meta(ge=1)]
-
-
-@dataclass(frozen=True, slots=True)
-class CodecRule:
-    """Topics matching *match* use *codec*; the first rule that matches wins."""
-
-    match: str
-    codec: str
 
 
 def _help(text: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pubsub_core._runtime.session import Session
+from pubsub_core.config.bus_options import BusOptions
 from pubsub_core.errors import (
     AuthenticationFailed,
     BusClosed,
@@ -30,7 +31,6 @@ from pubsub_core.memory.options import MemoryOptions
 from pubsub_core.memory.plugin import INFO
 from pubsub_core.message import InFrame, OutFrame, Receipt
 from pubsub_core.pacing import Backoff
-from pubsub_core.settings import BusOptions
 from pubsub_core.testing.clock import VirtualClock
 
 

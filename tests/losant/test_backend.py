@@ -35,11 +35,11 @@ from pubsub_core import (
     TakenOver,
     connect,
 )
+from pubsub_core.config.options import build, parse_url
 from pubsub_core.errors import PubSubError
 from pubsub_core.events import Notice, StatusChanged
 from pubsub_core.interfaces import BackendContext, Endpoint, WireSub
 from pubsub_core.message import OutFrame
-from pubsub_core.options import build, parse_url
 from pubsub_core.testing import VirtualClock
 from pubsub_losant import (
     AccessKey,

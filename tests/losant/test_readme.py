@@ -15,7 +15,7 @@ import pytest
 
 from pubsub_core import Secret
 from pubsub_core.config import Config
-from pubsub_core.options import field_help
+from pubsub_core.config.options import field_help
 from pubsub_losant import AccessKey, DeviceSpec, LosantServer
 from pubsub_losant.options import LosantOptions
 from tests.servers import Authority

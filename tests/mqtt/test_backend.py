@@ -33,6 +33,7 @@ from pubsub_core import (
     TakenOver,
     connect,
 )
+from pubsub_core.config.options import build, parse_url
 from pubsub_core.events import InterestEvent, Notice
 from pubsub_core.interfaces import (
     Address,
@@ -47,7 +48,6 @@ from pubsub_core.interfaces import (
     WireSub,
 )
 from pubsub_core.message import Headers, InFrame, OutFrame, Verdict
-from pubsub_core.options import build, parse_url
 from pubsub_core.testing.proxy import FaultProxy
 from pubsub_mqtt.backend import MQTTBackend, endpoint_of, settings_of
 from pubsub_mqtt.options import MQTTOptions, TopicDefaults, WillOptions

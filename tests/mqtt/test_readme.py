@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pubsub_core.options import field_help
+from pubsub_core.config.options import field_help
 from pubsub_mqtt.options import MQTTOptions
 from pubsub_mqtt.server import MosquittoServer
 

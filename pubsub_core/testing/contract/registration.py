@@ -32,6 +32,7 @@ from pubsub_core.capabilities import (
     effective,
 )
 from pubsub_core.config import Config
+from pubsub_core.config.bus_options import BusOptions
 from pubsub_core.errors import BadOption, ConnectError, MissingDependency, PluginError, PubSubError
 from pubsub_core.hookspecs import hookimpl
 from pubsub_core.interfaces import (
@@ -47,7 +48,6 @@ from pubsub_core.interfaces import (
     HasUnicast,
 )
 from pubsub_core.plugins import Registry, registry
-from pubsub_core.settings import BusOptions
 from pubsub_core.testing.case import case
 from pubsub_core.testing.harness import Trial, free_port, load
 

@@ -16,18 +16,20 @@ from hypothesis import strategies as st
 from msgspec import Meta
 
 from pubsub_core.capabilities import Cap
-from pubsub_core.errors import BadOption
-from pubsub_core.options import (
+from pubsub_core.codecs import CodecRule
+from pubsub_core.config.bus_options import BusOptions
+from pubsub_core.config.options import (
     build,
-    clashes,
     describe_type,
     field_help,
+    field_types,
     json_schema,
     parse_url,
     split,
 )
+from pubsub_core.errors import BadOption
+from pubsub_core.plugins import BUS_OPTIONS, clashes
 from pubsub_core.secrets import Secret
-from pubsub_core.settings import BusOptions, CodecRule
 from tests.test_secrets import CANARY, told
 
 # --- URLs ------------------------------------------------------------------------------
@@ -437,6 +439,7 @@ class Clashing:
 
 
 def test_options_that_every_bus_has_clash() -> None:
+    assert set(BUS_OPTIONS) == {"url", *field_types(BusOptions)}
     assert clashes(Options) == ()
     assert clashes(Clashing) == ("qos", "url")
     with pytest.raises(ValueError, match="Clashing repeats options of every bus: qos, url"):

@@ -16,14 +16,15 @@ from urllib.parse import quote
 import pytest
 
 from pubsub_core.capabilities import Cap
+from pubsub_core.codecs import CodecRule
 from pubsub_core.config import Config, Explained, Finding, Source, SourceKind
+from pubsub_core.config.bus_options import BusOptions
+from pubsub_core.config.options import field_help
 from pubsub_core.errors import BadOption, ConfigError, PluginError, UnknownBackend
 from pubsub_core.hookspecs import hookimpl
 from pubsub_core.interfaces import BackendInfo
-from pubsub_core.options import field_help
 from pubsub_core.plugins import Registry, use_registry
 from pubsub_core.secrets import Secret
-from pubsub_core.settings import BusOptions, CodecRule
 from tests.test_plugins import ACME as TEMPLATE
 from tests.test_secrets import CANARY, told
 
@@ -1013,7 +1014,7 @@ def test_every_reference_in_the_schema_leads_somewhere() -> None:
 
 # --- the documentation -----------------------------------------------------------------
 
-PAGE = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 
 def blocks(page: str, language: str) -> list[str]:
