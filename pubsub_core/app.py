@@ -54,12 +54,12 @@ from ._runtime.buffer import DecodePolicy
 from .authorization import Authorizer
 from .bus import Bus, connect
 from .config import Config
+from .config.bus_options import OverflowPolicy
 from .errors import ConfigError, HandlerFailed, PubSubError, WrongLoop
 from .events import Gap, Status
 from .interfaces import AuthorizationRequest, HistoryQuery
 from .message import Message
 from .middleware import Middleware
-from .settings import OverflowPolicy
 from .subscription import Subscription
 from .sync import SyncBus, marked, wrap
 from .threads import in_thread, is_async

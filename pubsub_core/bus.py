@@ -28,6 +28,7 @@ from .authorization import AuthorizationHandler, Authorizer, entitlements_of
 from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support, effective
 from .clock import Clock, SystemClock
 from .config import BusConfig, Config
+from .config.bus_options import BusOptions, OverflowPolicy
 from .errors import (
     BadOption,
     BusClosed,
@@ -59,7 +60,6 @@ from .middleware import (
     Middleware,
 )
 from .plugins import registry
-from .settings import BusOptions, OverflowPolicy
 from .stats import BusStats
 from .subscription import Handler, Subscription
 from .threads import in_thread

@@ -46,6 +46,7 @@ from .bus import Bus
 from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
 from .clock import Clock
 from .config import Config
+from .config.bus_options import BusOptions, OverflowPolicy
 from .errors import BusClosed, PubSubError, WrongLoop
 from .events import BusEvent, InterestEvent, Status
 from .eventstream import EventStream
@@ -53,7 +54,6 @@ from .interest import InterestView, Notifications, Presence
 from .interfaces import AuthorizationRequest, BackendInfo, Everything, HistoryQuery
 from .message import Member, Message, Part, Receipt
 from .middleware import Middleware
-from .settings import BusOptions, OverflowPolicy
 from .stats import BusStats
 from .subscription import Handler, Subscription, SubscriptionStats
 from .threads import is_async

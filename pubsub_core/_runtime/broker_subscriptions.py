@@ -17,12 +17,12 @@ import msgspec
 
 from pubsub_core.capabilities import Cap
 from pubsub_core.clock import Clock
+from pubsub_core.config.bus_options import BusOptions
 from pubsub_core.errors import NotConnected, OperationTimeout, PubSubError, SubscribeFailed
 from pubsub_core.events import BusEvent, Gap, GapReason, Notice, SubscriptionRefused
 from pubsub_core.interfaces import Backend, HasHistory, HistoryQuery, SessionFacts, WireSub
 from pubsub_core.keyed import KeyedLocks
 from pubsub_core.message import InFrame
-from pubsub_core.settings import BusOptions
 from pubsub_core.stats import BusStats
 from pubsub_core.subscription import Subscription
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from pubsub_core.config.bus_options import OverflowPolicy
 from pubsub_core.errors import PubSubError, SubscriptionOverflow
 from pubsub_core.events import Gap, GapReason
 from pubsub_core.message import InFrame, Verdict
-from pubsub_core.settings import OverflowPolicy
 
 __all__ = ["Buffer", "DecodePolicy", "Delivery", "Item", "SubscriptionSettings"]
 

@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 from pubsub_core.clock import Clock
+from pubsub_core.config.bus_options import OfflineOverflow
 from pubsub_core.errors import NotConnected, Outcome, Overflow, PublishFailed, PubSubError
 from pubsub_core.message import OutFrame, Receipt
 from pubsub_core.pacing import RateGuard
-from pubsub_core.settings import OfflineOverflow
 
 __all__ = ["Outbox", "Waiting"]
 

@@ -14,6 +14,7 @@ from typing import Any
 from pubsub_core.capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
 from pubsub_core.clock import Clock
 from pubsub_core.codecs import CodecSet
+from pubsub_core.config.bus_options import BusOptions
 from pubsub_core.errors import (
     NotConnected,
     NotSupported,
@@ -28,7 +29,6 @@ from pubsub_core.events import Status
 from pubsub_core.interfaces import Backend
 from pubsub_core.message import NO_HEADERS, Headers, OutFrame, Part, Receipt
 from pubsub_core.pacing import RateGuard
-from pubsub_core.settings import BusOptions
 from pubsub_core.stats import BusStats
 from pubsub_core.topics import check_limits, validate_topic
 

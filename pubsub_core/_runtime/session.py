@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from pubsub_core.clock import Clock
+from pubsub_core.config.bus_options import BusOptions
 from pubsub_core.errors import (
     BusClosed,
     ConnectError,
@@ -28,7 +29,6 @@ from pubsub_core.events import InterestEvent, Notice, Status, StatusChanged
 from pubsub_core.interfaces import AuthorizationRequest, Backend, SessionFacts
 from pubsub_core.message import InFrame
 from pubsub_core.pacing import SHORT_OUTAGE, Backoff
-from pubsub_core.settings import BusOptions
 
 __all__ = ["Session", "SessionOwner"]
 

@@ -29,10 +29,10 @@ from typing import Any, Final, Self, TypeVar
 
 from pubsub_core import errors as core
 from pubsub_core.clock import Clock, SystemClock
+from pubsub_core.config.options import build, parse_url
 from pubsub_core.errors import NotConnected, OperationTimeout, Outcome, PublishFailed, PubSubError
 from pubsub_core.interfaces import Address
 from pubsub_core.keyed import BoundedCache
-from pubsub_core.options import build, parse_url
 from pubsub_core.pacing import Backoff
 from pubsub_core.topics import parse_filter, split_shared, validate_filter, validate_topic
 

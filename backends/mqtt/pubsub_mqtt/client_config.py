@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pubsub_core.config.options import build
 from pubsub_core.errors import BadOption, InvalidFilter
-from pubsub_core.options import build
 from pubsub_core.secrets import Secret
 from pubsub_core.topics import validate_filter
 

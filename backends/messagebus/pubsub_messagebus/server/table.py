@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from pubsub_core.config.options import unknown_option
 from pubsub_core.errors import BadOption
-from pubsub_core.options import unknown_option
 
 __all__ = ["Table", "bad_value", "load_file"]
 
