@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from pubsub_core.config.options import build, parse_url
 from pubsub_core.errors import NotConnected, PayloadTooLarge, PublishFailed, PubSubError, TakenOver
 from pubsub_core.interfaces import BackendContext
-from pubsub_core.options import build, parse_url
 from pubsub_core.plugins import registry
 from pubsub_mqtt.base import ConnectionBackend
 from pubsub_mqtt.connection import Outgoing, Request, Subscribe
