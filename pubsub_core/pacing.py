@@ -1,7 +1,7 @@
 """How fast to send, and how soon to try again.
 
-`RateGuard` keeps a bus below its broker's rate limits, before the broker acts on them;
-`Backoff` spreads attempts to reconnect. Backends and clients of their own use both.
+`RateGuard` keeps a bus below its broker's rate limits, before the broker acts on them; `Windows`
+counts for it, and for backends and servers. `Backoff` spreads attempts to reconnect.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from .capabilities import Limits
 from .clock import Clock
 
-__all__ = ["SHORT_OUTAGE", "Backoff", "RateGuard", "Window"]
+__all__ = ["SHORT_OUTAGE", "Backoff", "RateGuard", "Window", "Windows"]
 
 SHORT_OUTAGE = 10.0
 """Seconds during which attempts to reconnect follow one another closely."""
@@ -44,38 +44,29 @@ class Window:
         return max(times[0] + self._seconds - now, 0.0)
 
 
-class RateGuard:
-    """Says how long a publish must wait, for a limit per bus and one per topic."""
+class Windows:
+    """Counts messages against a limit for all of them and one for each topic.
 
-    def __init__(self, limits: Limits, clock: Clock) -> None:
-        self._clock = clock
-        self._per_topic = limits.rate_per_topic
-        self._all = None if limits.rate is None else Window(*limits.rate)
+    Args:
+        rate: Messages and seconds, for all together; None for no limit.
+        per_topic: The same for each topic.
+    """
+
+    def __init__(self, rate: tuple[int, float] | None, per_topic: tuple[int, float] | None) -> None:
+        self._per_topic = per_topic
+        self._all = None if rate is None else Window(*rate)
+        # The topic that was used last is at the end. One that is forgotten has not been used
+        # while thousands of others were, so its window is empty, unless there is no *rate*.
         self._topics: OrderedDict[str, Window] = OrderedDict()
 
-    @property
-    def needed(self) -> bool:
-        """Whether there is any limit to keep."""
-        return self._all is not None or self._per_topic is not None
-
-    def delay(self, topic: str) -> float:
+    def delay(self, topic: str, now: float) -> float:
         """Return the seconds after which *topic* may be published to; 0 for now."""
-        now = self._clock.monotonic()
         delay = 0.0 if self._all is None else self._all.delay(now)
         window = self._topics.get(topic)
         return delay if window is None else max(delay, window.delay(now))
 
-    def reserve(self, topic: str) -> float:
-        """Take a place for one publish; return the seconds to wait before it."""
-        delay = self.delay(topic)
-        self._note(topic, self._clock.monotonic() + delay)
-        return delay
-
-    def note(self, topic: str) -> None:
-        """Count one publish that nobody asked about."""
-        self._note(topic, self._clock.monotonic())
-
-    def _note(self, topic: str, at: float) -> None:
+    def note(self, topic: str, at: float) -> None:
+        """Count one message that is or will be sent at that moment."""
         if self._all is not None:
             self._all.note(at)
         if self._per_topic is not None:
@@ -84,8 +75,40 @@ class RateGuard:
                 window = self._topics[topic] = Window(*self._per_topic)
                 if len(self._topics) > _MOST_TOPICS:
                     self._topics.popitem(last=False)
-            self._topics.move_to_end(topic)
+            else:
+                self._topics.move_to_end(topic)
             window.note(at)
+
+    def full(self, now: float) -> bool:
+        """Whether a limit is reached, so that one more message somewhere would exceed it."""
+        if self._all is not None and self._all.delay(now) > 0:
+            return True
+        return any(window.delay(now) > 0 for window in self._topics.values())
+
+
+class RateGuard:
+    """Says how long a publish must wait, for a limit per bus and one per topic."""
+
+    def __init__(self, limits: Limits, clock: Clock) -> None:
+        self._clock = clock
+        self._windows = Windows(limits.rate, limits.rate_per_topic)
+        self.needed = limits.rate is not None or limits.rate_per_topic is not None
+        """Whether there is any limit to keep."""
+
+    def delay(self, topic: str) -> float:
+        """Return the seconds after which *topic* may be published to; 0 for now."""
+        return self._windows.delay(topic, self._clock.monotonic())
+
+    def reserve(self, topic: str) -> float:
+        """Take a place for one publish; return the seconds to wait before it."""
+        now = self._clock.monotonic()
+        delay = self._windows.delay(topic, now)
+        self._windows.note(topic, now + delay)
+        return delay
+
+    def note(self, topic: str) -> None:
+        """Count one publish that nobody asked about."""
+        self._windows.note(topic, self._clock.monotonic())
 
 
 class Backoff:

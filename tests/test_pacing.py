@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pubsub_core.capabilities import Limits
-from pubsub_core.pacing import Backoff, RateGuard
+from pubsub_core.pacing import Backoff, RateGuard, Window, Windows
 from pubsub_core.testing.clock import VirtualClock
 
 
@@ -35,6 +35,35 @@ def test_what_the_backend_sent_again_counts_too() -> None:
     assert (guard.delay("a"), guard.delay("b")) == (15, 0)
     guard.note("b")
     assert guard.delay("b") == 15
+
+
+def test_windows_do_not_grow_and_remember_the_topics_that_are_in_use() -> None:
+    window = Window(3, 1.0)
+    for number in range(1000):
+        window.note(number * 0.1)
+    assert len(window._times) == 3
+    windows = Windows(None, (30, 15.0))
+    for number in range(10_000):
+        windows.note(f"device {number}", float(number))
+    for number in range(30):
+        windows.note("device 0", 20_000.0 + number / 10)
+    windows.note("one more", 20_003.0)
+    assert windows.delay("device 0", 20_003.0) > 0
+    assert windows.delay("device 1", 20_003.0) == 0
+    assert len(windows._topics) == 10_000
+
+
+def test_windows_are_full_when_one_topic_or_all_together_are() -> None:
+    windows = Windows((3, 15.0), (2, 15.0))
+    windows.note("a", 0.0)
+    assert not windows.full(0.0)
+    windows.note("a", 1.0)
+    assert windows.full(14.9)
+    assert not windows.full(15.0)
+    windows.note("b", 15.0)
+    assert not windows.full(15.0)
+    windows.note("c", 15.5)
+    assert windows.full(15.5)
 
 
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=60), st.integers(1, 5))

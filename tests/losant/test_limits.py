@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pubsub_losant.pacing_rules import BAN, Backoff, Throttle
+from pubsub_losant.pacing_rules import BAN, Backoff, is_suspect, own_windows
 from tests.losant.support import (
     PUBLISH,
     Events,
@@ -52,11 +52,11 @@ def test_what_the_guard_lets_go_the_platform_never_punishes(case: dict[str, Any]
         wanted = [n / case["send_rate_per_s"] for n in range(case["duration_s"] * 3)]
     else:
         wanted = [at for at, count in case.get("send", [[0, 100]]) for _ in range(count)]
-    throttle = Throttle()
+    windows = own_windows()
     sent: list[float] = []
     for at in wanted:
-        if not throttle.delay("t", at):
-            throttle.note("t", at)
+        if not windows.delay("t", at):
+            windows.note("t", at)
             sent.append(at)
     count, seconds = RULES["per_topic"]
     for first, last in zip(sent, sent[count:], strict=False):
@@ -65,24 +65,13 @@ def test_what_the_guard_lets_go_the_platform_never_punishes(case: dict[str, Any]
 
 
 def test_the_connection_has_a_limit_of_its_own() -> None:
-    throttle = Throttle()
+    windows = own_windows()
     for number in range(300):
-        assert not throttle.delay(str(number), 0.0)
-        throttle.note(str(number), 0.0)
-    assert throttle.delay("another", 0.0) > 15
-    assert throttle.suspected(1.0)
-    assert not throttle.suspected(15.1)
-
-
-def test_a_topic_in_use_is_not_forgotten_for_many_others() -> None:
-    throttle = Throttle()
-    for n in range(4096):
-        throttle.note(f"device {n}", float(n))
-    for n in range(30):
-        throttle.note("device 0", 5000.0 + n / 10)
-    throttle.note("one more", 5003.0)
-    assert throttle.delay("device 0", 5003.0) > 0
-    assert len(throttle._topics) == 4096
+        assert not windows.delay(str(number), 0.0)
+        windows.note(str(number), 0.0)
+    assert windows.delay("another", 0.0) > 15
+    assert is_suspect(windows, 1.0)
+    assert not is_suspect(windows, 15.1)
 
 
 def test_the_31st_state_within_15_seconds_is_dropped_and_told() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pubsub_losant.server.throttle import Meter, Rules, Throttle, Window
+from pubsub_losant.server.throttle import Meter, Rules, Throttle
 from tests.losant.vectors import VECTORS
 
 SECTION: dict[str, Any] = VECTORS["dev_broker_throttle"]
@@ -90,14 +90,3 @@ def test_new_connections_of_all_devices_are_counted_together() -> None:
     assert all(throttle.connect(0.0) for _ in range(300))
     assert not throttle.connect(14.9)
     assert throttle.connect(15.0)
-
-
-def test_a_window_and_its_topics_do_not_grow() -> None:
-    window = Window((3, 1.0))
-    for number in range(1000):
-        window.admit(number * 0.1)
-    assert len(window._times) <= 3
-    meter = Meter(Rules(per_connection=(10**9, 1.0), per_topic=(5, 1.0)))
-    for number in range(20_000):
-        assert meter.incoming(f"t{number}", number * 0.001)
-    assert len(meter._topics[0]) <= 4097

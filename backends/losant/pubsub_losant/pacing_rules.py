@@ -7,11 +7,10 @@ per connection; who exceeds them is disconnected and banned for 30 seconds and m
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Literal, TypeAlias
 
-from pubsub_core.pacing import Window
+from pubsub_core.pacing import Windows
 
 __all__ = [
     "BAN",
@@ -21,8 +20,9 @@ __all__ = [
     "RATE_PER_TOPIC",
     "Backoff",
     "RateGuard",
-    "Throttle",
     "is_platform",
+    "is_suspect",
+    "own_windows",
 ]
 
 PLATFORM: Final = "broker.losant.com"
@@ -45,8 +45,6 @@ RATE_PER_TOPIC: Final = (30, 15.0)
 
 MARGIN: Final = 0.5
 """Seconds; the network can bring messages closer together than they were sent."""
-
-_MOST_TOPICS: Final = 4096
 
 
 def is_platform(host: str) -> bool:
@@ -83,37 +81,16 @@ class Backoff:
         return delay * self._spread()
 
 
-class Throttle:
-    """Counts what is sent, and says when the next message may go."""
-
-    def __init__(self) -> None:
-        self._all = _window(RATE)
-        self._topics: OrderedDict[str, Window] = OrderedDict()
-
-    def delay(self, topic: str, now: float) -> float:
-        """Return the seconds after which *topic* may be published to; 0 for now."""
-        window = self._topics.get(topic)
-        least = self._all.delay(now)
-        return least if window is None else max(least, window.delay(now))
-
-    def note(self, topic: str, at: float) -> None:
-        """Remember one message that is or will be sent at that moment."""
-        self._all.note(at)
-        window = self._topics.get(topic)
-        if window is None:
-            window = self._topics[topic] = _window(RATE_PER_TOPIC)
-            if len(self._topics) > _MOST_TOPICS:
-                self._topics.popitem(last=False)
-        else:
-            self._topics.move_to_end(topic)  # whoever is forgotten was not used for longest
-        window.note(at)
-
-    def suspected(self, now: float) -> bool:
-        """Whether so much was sent lately that a lost connection may be a punishment."""
-        now += MARGIN  # which the platform does not know
-        return any(window.delay(now) > 0 for window in (self._all, *self._topics.values()))
+def own_windows() -> Windows:
+    """Return what counts the messages of one connection, a little stricter than the platform."""
+    return Windows(_with_margin(RATE), _with_margin(RATE_PER_TOPIC))
 
 
-def _window(rate: tuple[int, float]) -> Window:
+def is_suspect(windows: Windows, now: float) -> bool:
+    """Whether so much was sent lately that a lost connection may be a punishment."""
+    return windows.full(now + MARGIN)  # the platform knows of no margin
+
+
+def _with_margin(rate: tuple[int, float]) -> tuple[int, float]:
     count, seconds = rate
-    return Window(count, seconds + MARGIN)
+    return count, seconds + MARGIN

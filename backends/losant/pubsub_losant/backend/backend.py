@@ -38,7 +38,14 @@ from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, OutFrame, Receipt
 from pubsub_losant.errors import LosantThrottled
 from pubsub_losant.options import LosantOptions, Transport, bad_option
-from pubsub_losant.pacing_rules import BAN, MARGIN, RATE, RATE_PER_TOPIC, Throttle
+from pubsub_losant.pacing_rules import (
+    BAN,
+    MARGIN,
+    RATE,
+    RATE_PER_TOPIC,
+    is_suspect,
+    own_windows,
+)
 from pubsub_losant.topics import (
     MAX_PAYLOAD,
     check_device_id,
@@ -98,7 +105,7 @@ class LosantBackend(ConnectionBackend):
         self._wire = BoundedCache[str, str](_KEPT)
         self._incoming = BoundedCache[str, tuple[str, Kind]](_KEPT)
         self._guards = options.guards
-        self._throttle = Throttle()
+        self._windows = own_windows()
         # Topic of the newest publish, resends included, and when it was.
         self._published: tuple[str, float] = ("", -math.inf)
         self._ban = BAN
@@ -259,7 +266,7 @@ class LosantBackend(ConnectionBackend):
         if not isinstance(error.__cause__, (PeerClosed, ConnectionResetError)):
             return error
         now = self._clock.monotonic()
-        if self._guards and self._throttle.suspected(now):
+        if self._guards and is_suspect(self._windows, now):
             again = now - self._banned_at < _GOOD_CONDUCT
             self._ban = min(self._ban * 2, _LONGEST_BAN) if again else BAN
             self._banned_at, self._banned_until = now, now + self._ban
@@ -337,7 +344,7 @@ class LosantBackend(ConnectionBackend):
         now = self._clock.monotonic()
         self._published = topic, now
         if self._guards:
-            self._throttle.note(topic, now)
+            self._windows.note(topic, now)
 
     def _sent_again(self, topic: str) -> None:
         self._note(topic)

@@ -30,7 +30,15 @@ from pubsub_losant.errors import (
     LosantProtocolError,
     LosantTLSError,
 )
-from pubsub_losant.pacing_rules import BAN, PLATFORM, Backoff, RateGuard, Throttle, is_platform
+from pubsub_losant.pacing_rules import (
+    BAN,
+    PLATFORM,
+    Backoff,
+    RateGuard,
+    is_platform,
+    is_suspect,
+    own_windows,
+)
 from pubsub_losant.states import encode_state, join_states
 from pubsub_losant.topics import (
     MAX_PAYLOAD,
@@ -238,7 +246,7 @@ class DeviceCore:
         self._raise_observer_errors = raise_observer_errors
 
         self._topic = state_topic(self._device_id)
-        self._throttle = Throttle()
+        self._windows = own_windows()
         self._keeps = buffer_offline
         self._backlog: deque[tuple[str, str]] = deque(maxlen=buffer_offline)
         self._backlog_at: float | None = None
@@ -444,7 +452,7 @@ class DeviceCore:
             self._emit("error", LosantProtocolError(str(error.args[0]), hint=error.hint))
         delay = self._backoff.next(now - self._session_at if was else 0.0)
         dropped = isinstance(error.__cause__, (PeerClosed, ConnectionResetError))
-        if was and dropped and self._throttle.suspected(now):
+        if was and dropped and is_suspect(self._windows, now):
             delay += BAN
         self._retry_at = now + delay
         logger.info("%s: %s; next attempt in %.1f s", self._device_id, error.args[0], delay)
@@ -601,15 +609,15 @@ class DeviceCore:
         """Return the seconds to wait before one message, or None when it is not to be sent."""
         now = time.monotonic()
         if self._guard == "off":
-            self._throttle.note(topic, now)
+            self._windows.note(topic, now)
             return 0.0
-        delay = self._throttle.delay(topic, now)
+        delay = self._windows.delay(topic, now)
         if delay:
             self.stats["throttled"] += 1
             self._emit("throttled", delay)
             if self._guard == "drop":
                 return None
-        self._throttle.note(topic, now + delay)
+        self._windows.note(topic, now + delay)
         return delay
 
     def _keep(self, topic: str, texts: Iterable[str]) -> bool:
@@ -653,7 +661,7 @@ class DeviceCore:
         self._backlog_at = None
         while self._backlog:
             topic = self._backlog[0][0]
-            delay = 0.0 if self._guard == "off" else self._throttle.delay(topic, now)
+            delay = 0.0 if self._guard == "off" else self._windows.delay(topic, now)
             if delay:
                 self._backlog_at = now + delay
                 return
@@ -664,7 +672,7 @@ class DeviceCore:
             if not self._write(topic, text.encode(), self._qos):
                 self._backlog_at = now + 1.0
                 return
-            self._throttle.note(topic, now)
+            self._windows.note(topic, now)
             for _ in range(len(batch) + len(passed)):
                 self._backlog.popleft()
             self._backlog.extendleft(reversed(passed))

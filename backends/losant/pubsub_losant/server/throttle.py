@@ -12,12 +12,11 @@ Source: Losant's documentation of message throttling.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
-__all__ = ["Ban", "Meter", "Rules", "Throttle", "Window"]
+from pubsub_core.pacing import Window, Windows
 
-_MAX_TOPICS = 4096
+__all__ = ["Ban", "Meter", "Rules", "Throttle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,74 +42,29 @@ class Rules:
     forgiven: float = 900.0
 
 
-class Window:
-    """Admits at most so many within any span of so many seconds."""
-
-    __slots__ = ("_limit", "_seconds", "_times")
-
-    def __init__(self, rule: tuple[int, float]) -> None:
-        self._limit, self._seconds = rule
-        self._times: deque[float] = deque()
-
-    def has_room(self, now: float) -> bool:
-        """Whether one more fits."""
-        times = self._times
-        while times and times[0] <= now - self._seconds:
-            times.popleft()
-        return len(times) < self._limit
-
-    def is_idle(self, now: float) -> bool:
-        """Whether nothing counts any more."""
-        return not self._times or self._times[-1] <= now - self._seconds
-
-    def add(self, now: float) -> None:
-        """Count one."""
-        self._times.append(now)
-
-    def admit(self, now: float) -> bool:
-        """Count one if it fits; return whether it does."""
-        if not self.has_room(now):
-            return False
-        self._times.append(now)
-        return True
-
-
 class Meter:
-    """The windows of one connection."""
+    """Counts the messages of one connection, each direction by itself."""
 
-    __slots__ = ("_all", "_rules", "_topics")
+    __slots__ = ("_incoming", "_outgoing")
 
     def __init__(self, rules: Rules) -> None:
-        self._rules = rules
-        self._all = (Window(rules.per_connection), Window(rules.per_connection))
-        self._topics: tuple[dict[str, Window], dict[str, Window]] = ({}, {})
+        self._incoming = Windows(rules.per_connection, rules.per_topic)
+        self._outgoing = Windows(rules.per_connection, rules.per_topic)
 
     def incoming(self, topic: str, now: float) -> bool:
         """Count a message from the device; False when it is one too many."""
-        return self._admit(0, topic, now)
+        return _admit(self._incoming, topic, now)
 
     def outgoing(self, topic: str, now: float) -> bool:
         """Count a message to the device; False when it is one too many."""
-        return self._admit(1, topic, now)
+        return _admit(self._outgoing, topic, now)
 
-    def _admit(self, direction: int, topic: str, now: float) -> bool:
-        topics = self._topics[direction]
-        window = topics.get(topic)
-        if window is None:
-            if len(topics) >= _MAX_TOPICS:
-                self._sweep(topics, now)
-            window = topics[topic] = Window(self._rules.per_topic)
-        everything = self._all[direction]
-        if not (window.has_room(now) and everything.has_room(now)):
-            return False
-        window.add(now)
-        everything.add(now)
-        return True
 
-    def _sweep(self, topics: dict[str, Window], now: float) -> None:
-        # The limit of the connection leaves few topics that are in use.
-        for topic in [topic for topic, window in topics.items() if window.is_idle(now)]:
-            del topics[topic]
+def _admit(windows: Windows, topic: str, now: float) -> bool:
+    if windows.delay(topic, now):
+        return False
+    windows.note(topic, now)
+    return True
 
 
 @dataclass(slots=True)
@@ -131,7 +85,7 @@ class Throttle:
 
     def __init__(self, rules: Rules | None = None) -> None:
         self.rules = rules or Rules()
-        self._connections = Window(self.rules.new_connections)
+        self._connections = Window(*self.rules.new_connections)
         self._bans: dict[str, Ban] = {}
 
     def meter(self) -> Meter:
@@ -140,7 +94,10 @@ class Throttle:
 
     def connect(self, now: float) -> bool:
         """Count a new connection; False when it is one too many."""
-        return self._connections.admit(now)
+        if self._connections.delay(now):
+            return False
+        self._connections.note(now)
+        return True
 
     def violate(self, device_id: str, now: float) -> float:
         """Ban a device; return for how many seconds."""
