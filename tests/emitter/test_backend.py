@@ -32,7 +32,7 @@ from pubsub_core.message import InFrame, Origin
 from pubsub_core.testing.proxy import FaultProxy
 from pubsub_emitter import EmitterError, EmitterServer, License
 from pubsub_emitter.backend import EmitterBackend
-from pubsub_emitter.backend.live_log import Journal
+from pubsub_emitter.backend.live_log import LiveLog
 from pubsub_mqtt.server import MosquittoServer, find_mosquitto
 from tests.emitter.places import Place, real
 from tests.emitter.vectors import LICENSE, MASTER_KEY
@@ -744,35 +744,35 @@ def ids(found: list[InFrame]) -> list[str | None]:
 
 
 def test_the_newest_live_messages_are_the_newest_stored_ones() -> None:
-    journal = Journal()
-    journal.begin()
+    log = LiveLog()
+    log.begin()
     for payload in (b"x", b"x"):
-        journal.note("a", payload, 100.0)
-    journal.note("b", b"x", 100.0)
-    found = journal.recognise(frames(b"x", b"y", b"x", b"x"), journal.seen())
+        log.note("a", payload, 100.0)
+    log.note("b", b"x", 100.0)
+    found = log.recognise(frames(b"x", b"y", b"x", b"x"), log.seen())
     assert ids(found) == ["stored-0", "stored-1", "live-1", "live-2"]
-    assert journal.topics_since(2) == {"b"}
-    assert journal.topics_since(0) == {"a", "b"}
+    assert log.topics_since(2) == {"b"}
+    assert log.topics_since(0) == {"a", "b"}
 
 
 def test_what_came_before_an_outage_is_the_oldest_that_is_stored() -> None:
-    journal = Journal()
-    journal.begin()
+    log = LiveLog()
+    log.begin()
     for payload in (b"1", b"x", b"x"):
-        journal.note("a", payload, 100.0)
-    journal.begin()
-    journal.note("a", b"x", 103.0)
-    found = journal.recognise(frames(b"1", b"x", b"x", b"x", b"y", b"x"), journal.seen())
+        log.note("a", payload, 100.0)
+    log.begin()
+    log.note("a", b"x", 103.0)
+    found = log.recognise(frames(b"1", b"x", b"x", b"x", b"y", b"x"), log.seen())
     assert ids(found) == ["live-1", "live-2", "live-3", "stored-3", "stored-4", "live-4"]
 
 
 def test_what_came_long_before_is_not_taken_for_what_is_stored() -> None:
-    journal = Journal()
-    journal.begin()
-    journal.note("a", b"x", 10.0)
-    journal.begin()
-    assert ids(journal.recognise(frames(b"x"), journal.seen())) == ["stored-0"]
-    assert ids(journal.recognise(frames(b"x", topic="c"), journal.seen())) == ["stored-0"]
+    log = LiveLog()
+    log.begin()
+    log.note("a", b"x", 10.0)
+    log.begin()
+    assert ids(log.recognise(frames(b"x"), log.seen())) == ["stored-0"]
+    assert ids(log.recognise(frames(b"x", topic="c"), log.seen())) == ["stored-0"]
 
 
 # --- interest --------------------------------------------------------------------------------

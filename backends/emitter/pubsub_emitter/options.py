@@ -13,13 +13,32 @@ from pubsub_core.errors import BadOption
 from pubsub_core.secrets import Secret
 from pubsub_mqtt.options import TransportOptions, WillOptions
 
-__all__ = ["ChannelKeys", "EmitterOptions", "MatcherOption"]
+from .keys import InvalidLicense, License
+
+__all__ = ["ChannelKeys", "EmitterOptions", "MatcherOption", "read_license"]
 
 MatcherOption = Literal["auto", "emitter", "mqtt"]
 
 
 def _help(text: str, **more: object) -> dict[str, object]:
     return {"help": text, **more}
+
+
+def read_license(text: str) -> License:
+    """Read the text of a license.
+
+    Raises:
+        BadOption: It is none; nothing of the text is in the error.
+    """
+    try:
+        return License.parse(text)
+    except InvalidLicense as exc:
+        raise BadOption(
+            f"license: {exc}",
+            option="license",
+            hint="give all of its text, with :1, :2 or :3 at the end",
+            backend="emitter",
+        ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,7 +60,7 @@ from pubsub_mqtt.connection import Incoming, Outgoing, Request
 
 from .history import fetch, history_channel
 from .keyring import RingKey
-from .live_log import Journal
+from .live_log import LiveLog
 from .presence import Interest
 from .session import EmitterSession
 
@@ -105,9 +105,9 @@ class EmitterBackend(EmitterSession):
         self._learned = False
         self._probe_topic = ""
         self._probe_came = False
-        self._journal = Journal()
-        self._journals = self._ring.may("l")
-        self._retains = self._options.store is None and self._journals
+        self._live_log = LiveLog()
+        self._logs_live = self._ring.may("l")
+        self._retains = self._options.store is None and self._logs_live
         self._interest = Interest(
             self._ask_presence,
             self._listening_channels,
@@ -118,7 +118,7 @@ class EmitterBackend(EmitterSession):
 
     async def open(self, sink: Sink) -> SessionFacts:
         """Make one session; see `Backend.open`."""
-        self._journal.begin()
+        self._live_log.begin()
         self._learned = False
         return await super().open(sink)
 
@@ -295,7 +295,7 @@ class EmitterBackend(EmitterSession):
         new = want.id not in self._current
         self._current[want.id] = want
         self._groups.setdefault(want.group, {})[want.id] = want
-        before = self._journal.number
+        before = self._live_log.number
         joined: list[str] = []
         try:
             key = await self._subscribe_key(want, channels)
@@ -491,11 +491,11 @@ class EmitterBackend(EmitterSession):
                 backend=self.name,
             )
         key = await self._key("l", filter, channel)
-        seen = self._journal.seen()
+        seen = self._live_log.seen()
 
         def first() -> None:
             nonlocal seen
-            seen = self._journal.seen()
+            seen = self._live_log.seen()
 
         async def ask(body: Mapping[str, object]) -> Mapping[str, Any] | None:
             return await self._asked("history", body, f"the history of {filter!r}", key, filter)
@@ -510,7 +510,7 @@ class EmitterBackend(EmitterSession):
             on_first=first,
             scan=scan,
         )
-        return self._journal.recognise(found, seen)
+        return self._live_log.recognise(found, seen)
 
     async def last(self, topic: str) -> InFrame | None:
         """Return the newest stored message of *topic*; an empty one means that there is none."""
@@ -521,7 +521,7 @@ class EmitterBackend(EmitterSession):
 
     async def repeat_retained(self, want: WireSub) -> None:
         """Give what is stored to a subscription that joins another one."""
-        await self._give_retained(want, self._journal.number)
+        await self._give_retained(want, self._live_log.number)
 
     async def _give_retained(self, want: WireSub, before: int) -> None:
         """Deliver the newest stored message of each topic that has not come live since."""
@@ -536,7 +536,7 @@ class EmitterBackend(EmitterSession):
             logger.debug("nothing retained for %r: %s", want.filter, error)
             return
         newest = {frame.topic: frame for frame in found}
-        late = self._journal.topics_since(before)
+        late = self._live_log.topics_since(before)
         sink = self.sink
         for topic, frame in newest.items():
             if sink is not None and frame.payload and topic not in late:
@@ -598,7 +598,7 @@ class EmitterBackend(EmitterSession):
                 topic=name,
                 payload=message.payload,
                 time=now,
-                id=self._journal.note(name, message.payload, now) if self._journals else None,
+                id=self._live_log.note(name, message.payload, now) if self._logs_live else None,
                 native=message,
             )
         )

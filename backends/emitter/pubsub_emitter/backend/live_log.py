@@ -1,14 +1,14 @@
-"""Which stored messages have already come live: Emitter gives live messages no identifier.
+"""Recognises stored messages that have already come live.
 
 A subscription that begins with stored messages, and one whose hole is filled from them after a
-reconnect, must give each message once. A stored message has an identifier and a live one has
-none, so live messages get one of ours here, and a stored message that is found to be the same
-gets it, too: the core then sees that they are one.
+reconnect, must deliver each message once. Emitter gives stored messages an identifier and live
+ones none. So a live message gets an identifier here, and a stored message that is the same gets
+it, too: the core drops the second by its identifier.
 
-The same are two messages with equal topics and payloads, in the same order. Of the session at
-hand the newest live messages are the newest stored ones; of sessions before, what came live was
-stored in that order, with holes between. Where equal payloads follow each other around the loss
-of a session, which of them came cannot always be told.
+Two messages are the same if topic and payload are equal and the order fits. In the current
+session the newest live messages are the newest stored ones. In earlier sessions live messages were
+stored in the order in which they came, with holes between. Where equal payloads stand on both
+sides of a lost session, the log cannot always tell which of them came.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import msgspec
 
 from pubsub_core.message import InFrame
 
-__all__ = ["Journal"]
+__all__ = ["LiveLog"]
 
 _KEPT: Final = 4096
 _SLACK: Final = 2.0
@@ -35,8 +35,12 @@ class _Entry(NamedTuple):
     id: str
 
 
-class Journal:
-    """The newest live messages, as far as they must be recognised."""
+class LiveLog:
+    """The newest live messages: topic, time and a hash of the payload.
+
+    The payload itself is not kept, since 4,096 of them may take 256 MB. Two payloads with one hash
+    on one topic would be taken for one; with 64 bits that does not happen by chance.
+    """
 
     def __init__(self) -> None:
         self._entries: deque[_Entry] = deque(maxlen=_KEPT)
@@ -44,7 +48,7 @@ class Journal:
         self._number = 0
 
     def begin(self) -> None:
-        """Learn that a new session begins."""
+        """Count a new session."""
         self._generation += 1
 
     def note(self, topic: str, payload: bytes, now: float) -> str:
@@ -65,7 +69,7 @@ class Journal:
         return {self._entries[-index].topic for index in range(1, count + 1)}
 
     def seen(self) -> tuple[_Entry, ...]:
-        """Return what came live so far, for `recognise`."""
+        """Return the messages so far, for `recognise`; taken before history is asked for."""
         return tuple(self._entries)
 
     def recognise(self, stored: Sequence[InFrame], seen: Sequence[_Entry]) -> list[InFrame]:
@@ -89,7 +93,10 @@ class Journal:
     def _one_topic(self, frames: list[InFrame], indices: list[int], seen: list[_Entry]) -> None:
         contents = [hash(frames[index].payload) for index in indices]
         now = [entry for entry in seen if entry.generation == self._generation]
-        # Newest first: what came in this session is the newest that is stored.
+        # Newest first, since this session has no hole at its end: its live messages are the
+        # newest stored ones. Oldest first would pair the first of several equal payloads, which
+        # may be older than the session, with a message of this one. A stored message without a
+        # live one is skipped: it came while the subscription was being made.
         end = len(indices)
         known = {entry.content for entry in now}
         at = len(now) - 1
@@ -106,7 +113,9 @@ class Journal:
             end = place
             if at < 0:
                 break
-        # Oldest first: what came before was stored before what was missed.
+        # Oldest first for earlier sessions: their live messages were stored before the messages
+        # that the hole swallowed, so equal payloads belong to the older stored ones. The query
+        # begins somewhere in those sessions; the clocks of broker and client may differ a little.
         began = frames[indices[0]].time - _SLACK
         before = [
             entry for entry in seen if entry.generation < self._generation and entry.time >= began

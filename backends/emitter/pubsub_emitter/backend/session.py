@@ -39,8 +39,7 @@ from pubsub_core.events import AccessRefused
 from pubsub_core.interfaces import BackendContext, SessionFacts, Sink
 from pubsub_core.message import Receipt
 from pubsub_emitter.errors import EmitterError, refusal
-from pubsub_emitter.keys import InvalidLicense, License
-from pubsub_emitter.options import EmitterOptions, MatcherOption
+from pubsub_emitter.options import EmitterOptions, MatcherOption, read_license
 from pubsub_emitter.plugin import MAX_STORED_PAYLOAD
 from pubsub_emitter.protocol import API, ERROR_TOPIC, SHARE, Fault, is_link_name
 from pubsub_mqtt.backend import endpoint_of, settings_of
@@ -124,7 +123,8 @@ class EmitterSession(ConnectionBackend):
             path=(address.path or "/") if scheme in ("ws", "wss") else "",
         )
         mqtt = options.mqtt(backend=self.name, protocol="3.1.1", will=None)
-        self._license = self._parse_license()
+        license_ = options.license
+        self._license = None if license_ is None else read_license(license_.reveal())
         self._master = options.master_key
         self._ring = KeyRing(
             key=options.key,
@@ -150,20 +150,6 @@ class EmitterSession(ConnectionBackend):
         self._links: dict[str, tuple[str, str]] = {}
         self.matcher: MatcherOption = options.matcher
         self.client_id = ""
-
-    def _parse_license(self) -> License | None:
-        secret = self._options.license
-        if secret is None:
-            return None
-        try:
-            return License.parse(secret.reveal())
-        except InvalidLicense as exc:
-            raise BadOption(
-                f"license: {exc}",
-                option="license",
-                hint="give all of its text, with :1, :2 or :3 at the end",
-                backend=self.name,
-            ) from None
 
     # --- topics -------------------------------------------------------------------------
 

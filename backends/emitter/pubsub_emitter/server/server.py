@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from pubsub_core.errors import BadOption
-from pubsub_emitter.keys import InvalidLicense, License
+from pubsub_emitter.keys import License
+from pubsub_emitter.options import read_license
 from pubsub_mqtt.endpoint import EndpointServer
 from pubsub_mqtt.server import ServerTLS
 
@@ -75,7 +76,7 @@ class EmitterServer(EndpointServer):
                 hint="use emitter or mqtt",
                 backend="emitter",
             )
-        self._given = None if license is None else _parse(license)
+        self._given = None if license is None else read_license(license)
         self._storage = Storage(store)
         self._emitter = EmitterDialect(
             self._given or License.generate(),
@@ -150,19 +151,7 @@ class EmitterServer(EndpointServer):
     async def _agree(self, storage: Storage) -> None:
         """Take the license of the file, or have the file remember ours."""
         if self._given is None and storage.license:
-            self._emitter.license = _parse(storage.license)
+            self._emitter.license = read_license(storage.license)
             self._master_key = ""
         elif storage.license != self.license:
             await storage.remember_license(self.license)
-
-
-def _parse(text: str) -> License:
-    try:
-        return License.parse(text)
-    except InvalidLicense as exc:
-        raise BadOption(
-            f"license: {exc}",
-            option="license",
-            hint="give all of its text, with :1, :2 or :3 at the end",
-            backend="emitter",
-        ) from None
