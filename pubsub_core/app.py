@@ -50,7 +50,6 @@ from typing import Any, ClassVar, Final, Literal, TypeVar, Union, cast, get_args
 
 import msgspec
 
-from ._runtime.buffer import DecodePolicy
 from .authorization import Authorizer
 from .bus import Bus, connect
 from .config import Config
@@ -60,7 +59,7 @@ from .events import Gap, Status
 from .interfaces import AuthorizationRequest, HistoryQuery
 from .message import Message
 from .middleware import Middleware
-from .subscription import Subscription
+from .subscription import DecodePolicy, Subscription
 from .sync import SyncBus, marked, wrap
 from .threads import in_thread, is_async
 from .topics import TopicFilter, parse_filter
@@ -568,14 +567,10 @@ class Running:
         loop = asyncio.get_running_loop()
         seconds = self._seconds()
         deadline = loop.time() + seconds
-        for subscription in self._subscriptions:
-            subscription.buffer.finish()
-        handlers = {each.handler_task for each in self._subscriptions} - {None}
-        if handlers:
-            _, late = await asyncio.wait(cast("set[asyncio.Task[None]]", handlers), timeout=seconds)
-            if late:
-                self.code = 1
-                _log.warning("%d handlers did not finish within %g s", len(late), seconds)
+        drained = await asyncio.gather(*(each.drain(seconds) for each in self._subscriptions))
+        if late := drained.count(False):
+            self.code = 1
+            _log.warning("%d handlers did not finish within %g s", late, seconds)
         for hook in reversed(self._declared.on_stop):
             try:
                 async with asyncio.timeout_at(max(deadline, loop.time() + _GRACE)):

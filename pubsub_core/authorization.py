@@ -1,68 +1,24 @@
-"""Who may see what: the broker's questions about other clients, and the handlers that answer.
+"""Who may see what: the handlers that answer the broker's questions about other clients.
 
 A right is only ever what a handler returned in time. One that raises, that is late, or that
 returns something else is answered with a refusal, counted and told; so a defect here hides
-data and never shows it. Questions that a lost session leaves behind are dropped: a broker
-whose client still waits asks again in the next one.
+data and never shows it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias, cast
+from typing import Any, Protocol, Self, TypeAlias
 
-from .errors import HandlerFailed, NotConnected, PubSubError
-from .events import Notice
-from .interfaces import (
-    AuthorizationRequest,
-    Backend,
-    Entitlements,
-    Everything,
-    HasAuthorization,
-)
-from .threads import HandlerThread, is_async
-from .topics import TopicFilter
+from .interfaces import AuthorizationRequest
 
-__all__ = [
-    "AuthorizationHandler",
-    "Authorizer",
-    "AuthorizerStats",
-    "Authorizers",
-    "entitlements_of",
-]
-
-logger = logging.getLogger("pubsub_core")
+__all__ = ["AuthorizationHandler", "Authorizer", "AuthorizerStats"]
 
 AuthorizationHandler: TypeAlias = Callable[[AuthorizationRequest], Any]
 """Returns the entitlements held (a set of int), `EVERYTHING`, or None for no right at all; async
 or plain."""
-
-_AT_ONCE = 32
-_MOST_WAITING = 10_000
-_LATE_LIMIT = 1.0
-
-_Key: TypeAlias = tuple[str, str]
-
-
-def entitlements_of(given: Any) -> Entitlements | None:
-    """Return what a handler gave as entitlements, or None for no right at all.
-
-    Raises:
-        TypeError: It is neither.
-    """
-    if given is None or isinstance(given, Everything):
-        return given
-    if not isinstance(given, (str, bytes, bytearray, Mapping)):
-        with contextlib.suppress(TypeError):
-            held: frozenset[Any] = frozenset(given)
-            if all(isinstance(each, int) and not isinstance(each, bool) for each in held):
-                return held
-    raise TypeError("entitlements are a set of int, EVERYTHING, or None for no right at all")
 
 
 @dataclass(slots=True)
@@ -84,22 +40,19 @@ class AuthorizerStats:
     dropped: int = 0
 
 
-class AuthorizerHost(Protocol):
-    """What an authorizer asks of its bus."""
+class _Answerer(Protocol):
+    """The inner half, which the bus holds."""
 
-    async def authorize(
-        self, request: AuthorizationRequest, entitlements: Entitlements | None
-    ) -> None:
-        """Answer the broker; NotConnected when the session is over."""
-        ...
-
-    def note(self, event: Notice) -> None:
-        """Tell an event."""
-        ...
-
-    def handler_failed(self, error: HandlerFailed) -> None:
-        """Tell a failure."""
-        ...
+    @property
+    def filter(self) -> str: ...
+    @property
+    def timeout(self) -> float: ...
+    @property
+    def stats(self) -> AuthorizerStats: ...
+    @property
+    def waiting(self) -> int: ...
+    async def enter(self) -> None: ...
+    async def close(self) -> None: ...
 
 
 class Authorizer:
@@ -109,39 +62,15 @@ class Authorizer:
     later session.
     """
 
-    def __init__(
-        self,
-        host: AuthorizerHost,
-        filter: TopicFilter,
-        handler: AuthorizationHandler,
-        timeout: float,
-        start: Callable[[Authorizer], Awaitable[None]],
-        stop: Callable[[Authorizer], Awaitable[None]],
-    ) -> None:
-        self._host = host
-        self._parsed = filter
-        self._handler = handler
-        self._start = start
-        self._stop = stop
-        self._stats = AuthorizerStats()
-        self._started = False
-        self._ended = False
-        # One question at a time about each client and topic: the last answer wins, and an
-        # older one must not come after it.
-        self._waiting: dict[_Key, AuthorizationRequest] = {}
-        self._active: dict[_Key, AuthorizationRequest | None] = {}
-        self._workers: dict[asyncio.Task[None], asyncio.Future[Any] | None] = {}
-        self._late: set[asyncio.Future[Any]] = set()
-        plain = not is_async(handler)
-        self._thread = HandlerThread(f"pubsub-authorizer-{filter.text}") if plain else None
-        self._most_workers = 1 if plain else _AT_ONCE
-        self._timeout = timeout
+    def __init__(self, answerer: _Answerer) -> None:
+        self._answerer = answerer
 
     def __await__(self) -> Generator[Any, None, Self]:
-        return self._enter().__await__()
+        return self.__aenter__().__await__()
 
     async def __aenter__(self) -> Self:
-        return await self._enter()
+        await self._answerer.enter()
+        return self
 
     async def __aexit__(
         self,
@@ -152,241 +81,23 @@ class Authorizer:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<Authorizer {self.filter!r} waiting={len(self._waiting)}>"
+        return f"<Authorizer {self.filter!r} waiting={self._answerer.waiting}>"
 
     @property
     def filter(self) -> str:
         """The filter as it was given, captures included."""
-        return self._parsed.text
+        return self._answerer.filter
 
     @property
     def timeout(self) -> float:
         """Seconds that the handler has for one answer."""
-        return self._timeout
+        return self._answerer.timeout
 
     @property
     def stats(self) -> AuthorizerStats:
         """The counters."""
-        return self._stats
+        return self._answerer.stats
 
     async def close(self) -> None:
         """Answer no more; rights that were given stay. Idempotent."""
-        await self._stop(self)
-        await self.end(asyncio.current_task())
-
-    async def _enter(self) -> Self:
-        if not self._started:
-            self._started = True
-            try:
-                await self._start(self)
-            except BaseException:
-                self._started = False
-                raise
-        return self
-
-    # --- what the bus calls ------------------------------------------------------------
-
-    @property
-    def parsed(self) -> TopicFilter:
-        """The filter, taken apart."""
-        return self._parsed
-
-    def take(self, request: AuthorizationRequest) -> None:
-        """Take one question; never blocks."""
-        if self._ended:
-            return
-        self._stats.asked += 1
-        key = (request.member.id, request.topic)
-        if key in self._active:
-            self._active[key] = request
-            return
-        if key not in self._waiting and len(self._waiting) >= _MOST_WAITING:
-            self._stats.dropped += 1
-            self._host.note(
-                Notice(
-                    "authorization_dropped",
-                    f"more than {_MOST_WAITING} clients wait for authorization",
-                    request.topic,
-                )
-            )
-            return
-        self._waiting[key] = request
-        if len(self._workers) < self._most_workers:
-            worker = asyncio.create_task(self._work(), name=f"pubsub authorizer {self.filter}")
-            self._workers[worker] = None
-            worker.add_done_callback(self._worker_done)
-
-    async def end(self, caller: asyncio.Task[Any] | None) -> None:
-        """End what is under way, unless it is *caller* itself; what waits is not answered."""
-        self._ended = True
-        self._stats.dropped += len(self._waiting)
-        self._waiting.clear()
-        workers = [
-            worker
-            for worker, future in self._workers.items()
-            if caller is None or caller not in (worker, future)
-        ]
-        for worker in workers:
-            worker.cancel()
-        if workers:
-            await asyncio.wait(workers)
-        late = self._late - {caller}
-        if late:
-            # One that ignores being cancelled cannot be ended, only left.
-            await asyncio.wait(late, timeout=_LATE_LIMIT)
-        if self._thread is not None:
-            self._thread.stop()
-
-    # --- answering ---------------------------------------------------------------------
-
-    def _worker_done(self, worker: asyncio.Task[None]) -> None:
-        self._workers.pop(worker, None)
-        if not worker.cancelled() and (error := worker.exception()) is not None:
-            logger.error("the authorizer of %r failed", self.filter, exc_info=error)
-
-    async def _work(self) -> None:
-        while self._waiting:
-            key = next(iter(self._waiting))
-            request = self._waiting.pop(key)
-            self._active[key] = None
-            try:
-                await self._answer(request)
-            finally:
-                again = self._active.pop(key)
-                if again is not None and not self._ended:
-                    self._waiting[key] = again
-
-    async def _answer(self, request: AuthorizationRequest) -> None:
-        held: Entitlements | None = None
-        try:
-            held = entitlements_of(await self._asked(request))
-        except Exception as error:  # noqa: BLE001 - user code may raise anything
-            self._failed(request, error)
-        if await self._told(request, held):
-            return
-        # The broker cannot carry that answer, and must not be left with an older one.
-        await self._told(request, None)
-
-    async def _asked(self, request: AuthorizationRequest) -> Any:
-        """Call the handler; wait for it no longer than allowed, whatever it does."""
-        asking = (
-            self._handler(request)
-            if self._thread is None
-            else self._thread.call(self._handler, request)
-        )
-        future: asyncio.Future[Any] = asyncio.ensure_future(asking)
-        worker = cast("asyncio.Task[None]", asyncio.current_task())
-        self._workers[worker] = future
-        in_time = False
-        try:
-            await asyncio.wait([future], timeout=self._timeout)
-            in_time = future.done()
-        finally:
-            self._workers[worker] = None
-            if not in_time:
-                self._late.add(future)
-                future.add_done_callback(self._too_late)
-                future.cancel()
-        if not in_time:
-            raise TimeoutError(f"no answer within {self._timeout:g} s")
-        try:
-            return future.result()
-        except asyncio.CancelledError as error:
-            raise RuntimeError("the handler was cancelled") from error
-
-    def _too_late(self, future: asyncio.Future[Any]) -> None:
-        self._late.discard(future)
-        if not future.cancelled():
-            future.exception()  # looked at: the refusal has been told already
-
-    async def _told(self, request: AuthorizationRequest, held: Entitlements | None) -> bool:
-        """Answer the broker; return False when this answer cannot be given."""
-        try:
-            await self._host.authorize(request, held)
-        except NotConnected:
-            self._stats.dropped += 1
-            return True
-        except Exception as error:  # e.g. a number that the broker cannot carry
-            if held is None:
-                self._stats.dropped += 1
-                logger.exception("refusing %r to a client failed", request.topic)
-                return True
-            self._failed(request, error)
-            return False
-        if held is None:
-            self._stats.refused += 1
-        else:
-            self._stats.granted += 1
-        return True
-
-    def _failed(self, request: AuthorizationRequest, error: BaseException) -> None:
-        self._stats.failed += 1
-        failed = HandlerFailed(
-            f"deciding who may see {request.topic!r} failed: {type(error).__name__}",
-            filter=self.filter,
-            topic=request.topic,
-        )
-        failed.__cause__ = error
-        logger.error("%s (authorizer %r)", failed, self.filter, exc_info=error)
-        self._host.note(
-            Notice(
-                "authorization_failed",
-                f"the authorizer failed ({type(error).__name__}), so a client was refused",
-                request.topic,
-            )
-        )
-        self._host.handler_failed(failed)
-
-
-class Authorizers:
-    """The authorizers of one bus, in the order in which they were added."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._all: list[Authorizer] = []
-
-    async def open(self, authorizer: Authorizer) -> None:
-        """Put *authorizer* in place."""
-        self._all.append(authorizer)
-        try:
-            await self._watch(authorizer)
-        except BaseException:
-            self._all.remove(authorizer)
-            raise
-
-    async def close(self, authorizer: Authorizer, *, online: bool) -> None:
-        """Take *authorizer* out, at the backend too while there is a session."""
-        if authorizer not in self._all:
-            return
-        self._all.remove(authorizer)
-        wanted = authorizer.parsed.filter
-        if online and not any(each.parsed.filter == wanted for each in self._all):
-            with contextlib.suppress(NotConnected):
-                await cast("HasAuthorization", self._backend).unwatch_authorizations(wanted)
-
-    async def restore(self) -> None:
-        """Put all in place again in a new session."""
-        for authorizer in tuple(self._all):
-            try:
-                await self._watch(authorizer)
-            except NotConnected:
-                raise
-            except PubSubError as error:
-                logger.warning("authorizing %r is no longer possible: %s", authorizer.filter, error)
-
-    def route(self, request: AuthorizationRequest) -> bool:
-        """Give a question to the first authorizer that it is for; return whether one is."""
-        for authorizer in self._all:
-            if authorizer.parsed.matches(request.topic):
-                authorizer.take(request)
-                return True
-        return False
-
-    async def end(self, caller: asyncio.Task[Any] | None) -> None:
-        """End them all."""
-        ending, self._all = self._all, []
-        for authorizer in ending:
-            await authorizer.end(caller)
-
-    async def _watch(self, authorizer: Authorizer) -> None:
-        await cast("HasAuthorization", self._backend).watch_authorizations(authorizer.parsed.filter)
+        await self._answerer.close()

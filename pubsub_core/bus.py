@@ -1,7 +1,7 @@
 """The bus: what a program publishes to and subscribes with, whatever the broker is.
 
-A bus ties the rooms together: configuration says which backend, the session engine keeps it
-connected, the router brings messages to subscriptions, codecs and middleware shape them.
+Configuration says which backend a bus uses; what runs inside an open bus is in
+`pubsub_core._runtime`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from collections.abc import (
     Sequence,
 )
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast, overload
+from typing import Any, Self, TypeVar, Unpack, cast, overload
 
-from ._runtime.buffer import DecodePolicy, SubscriptionSettings
+from ._runtime.buffer import SubscriptionSettings
+from ._runtime.delivery import Subscriber
 from ._runtime.engine import Engine
+from ._runtime.hub import EventHub
 from ._runtime.publisher import checked_headers
-from .authorization import AuthorizationHandler, Authorizer, entitlements_of
+from ._runtime.questions import Answerer, entitlements_of
+from ._runtime.views import NotificationsView, PresenceView, View
+from .authorization import AuthorizationHandler, Authorizer
 from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support, effective
 from .clock import Clock, SystemClock
 from .config import BusConfig, Config
-from .config.bus_options import BusOptions, OverflowPolicy
+from .config.bus_options import BusOptions
 from .errors import (
     BadOption,
     BusClosed,
@@ -40,8 +44,8 @@ from .errors import (
     WrongLoop,
 )
 from .events import Status, StatusChanged
-from .eventstream import EventHub, EventStream
-from .interest import InterestView, Notifications, Presence
+from .eventstream import EventStream
+from .interest import Notifications, Presence
 from .interfaces import (
     AuthorizationRequest,
     BackendInfo,
@@ -61,7 +65,7 @@ from .middleware import (
 )
 from .plugins import registry
 from .stats import BusStats
-from .subscription import Handler, Subscription
+from .subscription import SubscribeOptions, Subscription
 from .threads import in_thread
 from .topics import parse_filter, validate_topic
 
@@ -469,60 +473,16 @@ class Bus:
 
     @overload
     def subscribe(
-        self,
-        filter: str,
-        *,
-        handler: Handler | None = None,
-        group: str | None = None,
-        qos: int | None = None,
-        buffer: int | None = None,
-        buffer_bytes: int | None = None,
-        overflow: OverflowPolicy | None = None,
-        ack: Literal["auto", "manual"] = "auto",
-        replay: int | HistoryQuery | None = None,
-        gaps: bool = False,
-        codec: str | None = None,
-        on_decode_error: DecodePolicy = "raise",
-        dead_letter: str | None = None,
+        self, filter: str, **options: Unpack[SubscribeOptions]
     ) -> Subscription[bytes]: ...
 
     @overload
     def subscribe(
-        self,
-        filter: str,
-        type: type[T],
-        *,
-        handler: Handler | None = None,
-        group: str | None = None,
-        qos: int | None = None,
-        buffer: int | None = None,
-        buffer_bytes: int | None = None,
-        overflow: OverflowPolicy | None = None,
-        ack: Literal["auto", "manual"] = "auto",
-        replay: int | HistoryQuery | None = None,
-        gaps: bool = False,
-        codec: str | None = None,
-        on_decode_error: DecodePolicy = "raise",
-        dead_letter: str | None = None,
+        self, filter: str, type: type[T], **options: Unpack[SubscribeOptions]
     ) -> Subscription[T]: ...
 
     def subscribe(
-        self,
-        filter: str,
-        type: Any = bytes,
-        *,
-        handler: Handler | None = None,
-        group: str | None = None,
-        qos: int | None = None,
-        buffer: int | None = None,
-        buffer_bytes: int | None = None,
-        overflow: OverflowPolicy | None = None,
-        ack: Literal["auto", "manual"] = "auto",
-        replay: int | HistoryQuery | None = None,
-        gaps: bool = False,
-        codec: str | None = None,
-        on_decode_error: DecodePolicy = "raise",
-        dead_letter: str | None = None,
+        self, filter: str, type: Any = bytes, **options: Unpack[SubscribeOptions]
     ) -> Subscription[Any]:
         """Subscribe; ``async with`` or ``await`` the result, which confirms it at the broker.
 
@@ -530,83 +490,49 @@ class Bus:
             filter: Topic filter: ``+`` one level, ``#`` this level's parent and all below,
                 ``{name}`` and ``{name:path}`` the same two, captured in ``message.params``.
             type: What payloads are decoded to; bytes by default.
-            handler: Called with each message instead of iterating: an async function, or a
-                plain one, which runs in a thread. What it raises is logged and counted.
-            group: Share group: each message goes to one of its members.
-            qos: Highest quality of service to receive with.
-            buffer: Most messages that wait.
-            buffer_bytes: Most payload bytes that wait.
-            overflow: ``drop_oldest``, ``drop_newest``, ``latest`` (only the newest of each
-                topic waits), ``error`` (the subscription ends) or ``block`` (the broker
-                waits, capability ``flow_control``).
-            ack: ``manual`` leaves acknowledging to `Message.ack`; otherwise a message counts
-                as handled when the handler returns, or when the next one is asked for.
-            replay: Begin with so many stored messages (capability ``replay``).
-            gaps: Let each hole appear in the stream as a `Gap`.
-            codec: Name of a codec for this subscription.
-            on_decode_error: ``raise`` (from the iterator; handlers log), ``skip`` or
-                ``dead_letter``.
-            dead_letter: Topic for messages that could not be decoded or whose handler
-                raised.
+            options: Those of `SubscribeOptions`: ``handler``, ``group``, ``qos``, ``buffer``,
+                ``buffer_bytes``, ``overflow``, ``ack``, ``replay``, ``gaps``, ``codec``,
+                ``on_decode_error`` and ``dead_letter``.
 
         Raises:
             InvalidFilter: The filter is not one.
             NotSupported: The broker lacks what was asked for.
+            BadOption: There is no such option.
         """
         self._check_usable()
         if self.status in (Status.CLOSING, Status.CLOSED):
             raise self._closed_error()
         engine = self._engine
+        settings = SubscriptionSettings.of(options, engine.options)
         parsed = parse_filter(filter)
         engine.publisher.check_filter(parsed.filter)
         if parsed.filter != parsed.text or "+" in parsed.filter or "#" in parsed.filter:
             engine.need(Cap.WILDCARDS)
-        if group is not None:
+        if settings.group is not None:
             engine.need(Cap.GROUPS)
-            _check_group(group)
-        if ack == "manual":
+        if settings.ack == "manual":
             engine.need(Cap.ACK)
-        elif ack != "auto":
-            raise ValueError(f"ack={ack!r}; pass 'auto' or 'manual'")
-        if replay is not None:
+        if settings.replay is not None:
             engine.need(Cap.REPLAY)
-        if qos is not None and qos not in (0, 1, 2):
-            raise ValueError(f"qos={qos!r}; pass 0, 1 or 2")
-        if dead_letter is not None:
-            validate_topic(dead_letter)
-        options = engine.options
-        settings = SubscriptionSettings(
-            buffer=options.buffer if buffer is None else buffer,
-            buffer_bytes=options.buffer_bytes if buffer_bytes is None else buffer_bytes,
-            overflow=options.overflow if overflow is None else overflow,
-            ack=ack,
-            gaps=gaps,
-            on_decode_error=on_decode_error,
-            dead_letter=dead_letter,
-        )
-        settings.check()
         if settings.overflow == "block":
             engine.need(Cap.FLOW_CONTROL)
+        handler = options.get("handler")
         if handler is not None and not callable(handler):
             raise TypeError(f"handler={handler!r}; pass a function, async or plain")
-        query = HistoryQuery(last=replay) if isinstance(replay, int) else replay
-        if query is not None and query.last is not None and query.last < 0:
-            raise ValueError(f"replay={query.last}; pass 0 or more")
-        return Subscription(
+        codec = options.get("codec")
+        return Subscriber(
             engine,
             parsed,
-            group=group,
-            qos=options.qos if qos is None else qos,
-            settings=settings,
+            settings,
             decoder=engine.codecs.decoder(type, filter=parsed.filter, codec=codec),
             handler=handler,
-            start=lambda subscription: self._attach(subscription, query),
-            stop=engine.wiring.detach,
-        )
+            start=self._attach,
+            stop=engine.subscriptions.detach,
+        ).handle()
 
-    async def _attach(self, subscription: Subscription[Any], replay: HistoryQuery | None) -> None:
+    async def _attach(self, subscriber: Subscriber) -> None:
         self._check_usable()
-        await self._engine.wiring.attach(subscription, replay)
+        await self._engine.subscriptions.attach(subscriber)
 
     # --- stored messages ---------------------------------------------------------------
 
@@ -712,7 +638,7 @@ class Bus:
         self._check_usable()
         self._engine.need(Cap.PRESENCE)
         watch = self._engine.views.watch(WatchKind.PRESENCE, parse_filter(topic).filter)
-        return Presence(watch, self._open_view, self._close_view)
+        return Presence(PresenceView(watch, self._open_view, self._close_view))
 
     async def members(self, topic: str) -> list[Member]:
         """Return who is subscribed to *topic* now (capability ``presence``)."""
@@ -732,21 +658,21 @@ class Bus:
         self._check_usable()
         self._engine.need(Cap.NOTIFICATIONS)
         watch = self._engine.views.watch(WatchKind.NOTIFICATIONS, parse_filter(filter).filter)
-        return Notifications(watch, self._open_view, self._close_view)
+        return Notifications(NotificationsView(watch, self._open_view, self._close_view))
 
-    async def _open_view(self, view: InterestView) -> None:
+    async def _open_view(self, view: View) -> None:
         self._check_usable()
         await self._engine.request(
-            lambda: self._engine.views.open(view), f"watching {view.watch.filter!r}"
+            lambda: self._engine.views.open(view), f"watching {view.filter!r}"
         )
 
-    async def _close_view(self, view: InterestView) -> None:
+    async def _close_view(self, view: View) -> None:
         online = self._engine.session.online
         try:
             async with asyncio.timeout(self._engine.options.timeout):
                 await self._engine.views.close(view, online=online)
         except (PubSubError, TimeoutError) as error:
-            logger.info("ending the watch on %r: %s", view.watch.filter, error)
+            logger.info("ending the watch on %r: %s", view.filter, error)
 
     # --- authorization -----------------------------------------------------------------
 
@@ -781,27 +707,29 @@ class Bus:
         if timeout is not None and timeout <= 0:
             raise ValueError(f"timeout={timeout!r}; pass seconds above 0")
         return Authorizer(
-            engine,
-            parsed,
-            handler,
-            engine.options.timeout if timeout is None else timeout,
-            start=self._open_authorizer,
-            stop=self._close_authorizer,
+            Answerer(
+                engine,
+                parsed,
+                handler,
+                engine.options.timeout if timeout is None else timeout,
+                start=self._open_answerer,
+                stop=self._close_answerer,
+            )
         )
 
-    async def _open_authorizer(self, authorizer: Authorizer) -> None:
+    async def _open_answerer(self, answerer: Answerer) -> None:
         self._check_usable()
         await self._engine.request(
-            lambda: self._engine.authorizers.open(authorizer), f"authorizing {authorizer.filter!r}"
+            lambda: self._engine.questions.open(answerer), f"authorizing {answerer.filter!r}"
         )
 
-    async def _close_authorizer(self, authorizer: Authorizer) -> None:
+    async def _close_answerer(self, answerer: Answerer) -> None:
         online = self._engine.session.online
         try:
             async with asyncio.timeout(self._engine.options.timeout):
-                await self._engine.authorizers.close(authorizer, online=online)
+                await self._engine.questions.close(answerer, online=online)
         except (PubSubError, TimeoutError) as error:
-            logger.info("ending the authorizer of %r: %s", authorizer.filter, error)
+            logger.info("ending the authorizer of %r: %s", answerer.filter, error)
 
     async def entitle(
         self, request: AuthorizationRequest, entitlements: Iterable[int] | Everything | None
@@ -825,7 +753,7 @@ class Bus:
 
     def events(self) -> EventStream:
         """Return what happens to the bus from now on, beginning with its status."""
-        return self._hub.stream()
+        return EventStream(self._hub.queue())
 
     async def wait_for(self, *statuses: Status, timeout: float | None = None) -> Status:
         """Return when the status is one of *statuses*.
@@ -926,11 +854,6 @@ def _known_cap(name: Cap | str) -> Cap:
             option="require",
             hint=f"{meant}known: {', '.join(Cap)}",
         ) from None
-
-
-def _check_group(group: str) -> None:
-    if not group or any(character in group for character in "/+#\0"):
-        raise ValueError(f"group={group!r}; pass a name without / + # and NUL")
 
 
 def _shown(where: str) -> str:

@@ -37,25 +37,24 @@ from collections.abc import (
 )
 from concurrent.futures import CancelledError, Future
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, overload
+from typing import Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
 from . import bus as _bus
-from ._runtime.buffer import DecodePolicy
 from .authorization import AuthorizationHandler, Authorizer, AuthorizerStats
 from .bus import Bus
 from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support
 from .clock import Clock
 from .config import Config
-from .config.bus_options import BusOptions, OverflowPolicy
+from .config.bus_options import BusOptions
 from .errors import BusClosed, PubSubError, WrongLoop
 from .events import BusEvent, InterestEvent, Status
 from .eventstream import EventStream
 from .interest import InterestView, Notifications, Presence
-from .interfaces import AuthorizationRequest, BackendInfo, Everything, HistoryQuery
+from .interfaces import AuthorizationRequest, BackendInfo, Everything
 from .message import Member, Message, Part, Receipt
 from .middleware import Middleware
 from .stats import BusStats
-from .subscription import Handler, Subscription, SubscriptionStats
+from .subscription import Handler, SubscribeOptions, Subscription, SubscriptionStats
 from .threads import is_async
 
 __all__ = [
@@ -371,83 +370,27 @@ class SyncBus(_Synchronous):
 
     @overload
     def subscribe(
-        self,
-        filter: str,
-        *,
-        handler: Handler | None = None,
-        group: str | None = None,
-        qos: int | None = None,
-        buffer: int | None = None,
-        buffer_bytes: int | None = None,
-        overflow: OverflowPolicy | None = None,
-        ack: Literal["auto", "manual"] = "auto",
-        replay: int | HistoryQuery | None = None,
-        gaps: bool = False,
-        codec: str | None = None,
-        on_decode_error: DecodePolicy = "raise",
-        dead_letter: str | None = None,
+        self, filter: str, **options: Unpack[SubscribeOptions]
     ) -> SyncSubscription[bytes]: ...
 
     @overload
     def subscribe(
-        self,
-        filter: str,
-        type: type[T],
-        *,
-        handler: Handler | None = None,
-        group: str | None = None,
-        qos: int | None = None,
-        buffer: int | None = None,
-        buffer_bytes: int | None = None,
-        overflow: OverflowPolicy | None = None,
-        ack: Literal["auto", "manual"] = "auto",
-        replay: int | HistoryQuery | None = None,
-        gaps: bool = False,
-        codec: str | None = None,
-        on_decode_error: DecodePolicy = "raise",
-        dead_letter: str | None = None,
+        self, filter: str, type: type[T], **options: Unpack[SubscribeOptions]
     ) -> SyncSubscription[T]: ...
 
     def subscribe(
-        self,
-        filter: str,
-        type: Any = bytes,
-        *,
-        handler: Handler | None = None,
-        group: str | None = None,
-        qos: int | None = None,
-        buffer: int | None = None,
-        buffer_bytes: int | None = None,
-        overflow: OverflowPolicy | None = None,
-        ack: Literal["auto", "manual"] = "auto",
-        replay: int | HistoryQuery | None = None,
-        gaps: bool = False,
-        codec: str | None = None,
-        on_decode_error: DecodePolicy = "raise",
-        dead_letter: str | None = None,
+        self, filter: str, type: Any = bytes, **options: Unpack[SubscribeOptions]
     ) -> SyncSubscription[Any]:
         """Subscribe and return once the broker confirmed; arguments as `Bus.subscribe`.
 
         Iterate the result in any thread, or give a *handler*, which runs in one of its own.
         """
+        handler = options.get("handler")
+        if handler is not None:
+            options["handler"] = marked(handler, self._bus)
 
         async def subscribed() -> Subscription[Any]:
-            return await self._bus.subscribe(
-                filter,
-                type,
-                handler=None if handler is None else marked(handler, self._bus),
-                group=group,
-                qos=qos,
-                buffer=buffer,
-                buffer_bytes=buffer_bytes,
-                overflow=overflow,
-                ack=ack,
-                replay=replay,
-                gaps=gaps,
-                codec=codec,
-                on_decode_error=on_decode_error,
-                dead_letter=dead_letter,
-            )
+            return await self._bus.subscribe(filter, type, **options)
 
         return SyncSubscription(self._call(subscribed, "subscribe"), self._caller)
 
@@ -617,8 +560,17 @@ class SyncSubscription(_Synchronous, Generic[T]):
         """Whether it is in place and can still receive."""
         return self._subscription.active
 
+    @property
+    def ack(self) -> Literal["auto", "manual"]:
+        """Who acknowledges: the subscription after handling, or the consumer itself."""
+        return self._subscription.ack
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more messages; wait for the handler; see `Subscription.drain`."""
+        return self._call(lambda: self._subscription.drain(timeout), "drain")
+
     def close(self) -> None:
-        """End the subscription; whoever iterates it stops. Idempotent."""
+        """End the subscription; iterating it stops. Idempotent."""
         if not self._caller.ended:
             self._call(self._subscription.close, "close")
 
@@ -658,6 +610,11 @@ class _SyncView(_Synchronous, Generic[V]):
     def synced(self) -> bool:
         """Whether everything that existed before has been told."""
         return self._view.synced
+
+    @property
+    def dropped(self) -> int:
+        """Changes that were not told because nobody read them."""
+        return self._view.dropped
 
     def close(self) -> None:
         """End the view. Idempotent."""
@@ -774,8 +731,13 @@ class SyncEventStream(_Synchronous):
     ) -> None:
         self.close()
 
+    @property
+    def dropped(self) -> int:
+        """Events that a slow reader has missed."""
+        return self._stream.dropped
+
     def close(self) -> None:
-        """Take no more events; what was collected can still be read."""
+        """Take no more events; those collected can still be read."""
 
         async def closed() -> None:
             self._stream.close()

@@ -25,11 +25,11 @@ from pubsub_core import (
     NotSupported,
     Part,
     Status,
-    authorization,
     connect,
     sync,
 )
-from pubsub_core.authorization import entitlements_of
+from pubsub_core._runtime import questions
+from pubsub_core._runtime.questions import entitlements_of
 from pubsub_core.events import Notice
 from pubsub_core.testing import FaultProxy
 from pubsub_core.testing.harness import ServerThread
@@ -393,8 +393,8 @@ async def test_the_last_answer_is_to_the_last_question(server: MessageBusServer)
 async def test_what_waits_is_bounded_and_what_is_dropped_stays_closed(
     server: MessageBusServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(authorization, "_AT_ONCE", 1)
-    monkeypatch.setattr(authorization, "_MOST_WAITING", 3)
+    monkeypatch.setattr(questions, "_AT_ONCE", 1)
+    monkeypatch.setattr(questions, "_MOST_WAITING", 3)
     release = asyncio.Event()
 
     async def entitle(request: AuthorizationRequest) -> set[int]:

@@ -598,7 +598,7 @@ async def test_a_hole_is_marked_and_filled_from_history(lab: str) -> None:
 async def test_what_a_resumed_session_delivers_early_waits_for_its_subscription(lab: str) -> None:
     """A program that restarts with its old session loses nothing before it subscribes."""
     async with connect(lab) as bus:
-        router = bus._engine.wiring.router
+        router = bus._engine.subscriptions.router
         router.keep_orphans()
         router.route(_in("jobs/1", b"kept for us"))
         assert router.unrouted == 0
@@ -609,7 +609,7 @@ async def test_what_a_resumed_session_delivers_early_waits_for_its_subscription(
 
 async def test_what_nobody_wants_of_an_earlier_session_is_given_up_and_counted(lab: str) -> None:
     async with connect(lab) as bus:
-        router = bus._engine.wiring.router
+        router = bus._engine.subscriptions.router
         router.keep_orphans()
         for number in range(4097):
             router.route(_in(f"jobs/{number}", b""))
@@ -634,7 +634,7 @@ async def test_a_cancelled_subscribe_leaves_nothing_at_the_broker(
 
     monkeypatch.setattr(MemoryBackend, "subscribe", slow)
     async with connect(lab) as bus:
-        subscribing = asyncio.ensure_future(bus.subscribe("a")._enter())
+        subscribing = asyncio.ensure_future(bus.subscribe("a").__aenter__())
         async with asyncio.timeout(20):
             await accepted.wait()
         subscribing.cancel()
@@ -648,7 +648,7 @@ async def test_a_cancelled_subscribe_leaves_nothing_at_the_broker(
 async def test_entering_twice_at_once_subscribes_once() -> None:
     async with connect("memory://") as bus:
         subscription = bus.subscribe("a")
-        await asyncio.gather(subscription._enter(), subscription._enter())
+        await asyncio.gather(subscription.__aenter__(), subscription.__aenter__())
         await bus.publish("a", b"x")
         assert subscription.stats.received == 1
         await subscription.close()

@@ -79,33 +79,8 @@ def eventually(condition: Callable[[], object]) -> None:
 
 # --- the same names ---------------------------------------------------------------------
 
-# What the engine calls, and users do not.
-MACHINERY = {
-    "on_handler_failure",
-    "abandon",
-    "apply",
-    "buffer",
-    "end",
-    "fail",
-    "first_retained",
-    "group",
-    "handler_task",
-    "put",
-    "put_gap",
-    "qos",
-    "renewed",
-    "snapshot",
-    "stale",
-    "start",
-    "stop_handler",
-    "settings",
-    "topic_filter",
-    "watch",
-    "ack",
-    "dropped",
-    "parsed",
-    "take",
-}
+# For applications, which listen to every failure.
+MACHINERY = {"on_handler_failure"}
 EXTRA = {"call"}
 PAIRS: list[tuple[type[Any], type[Any]]] = [
     (Bus, SyncBus),

@@ -24,40 +24,41 @@ from pubsub_core.interfaces import Backend, HasHistory, HistoryQuery, SessionFac
 from pubsub_core.keyed import KeyedLocks
 from pubsub_core.message import InFrame
 from pubsub_core.stats import BusStats
-from pubsub_core.subscription import Subscription
 
-from .router import Router, Wire
+from .delivery import Subscriber
+from .router import Route, Router
 from .session import Session
 
-__all__ = ["Wiring"]
+__all__ = ["BrokerSubscriptions", "SubscriptionsOwner"]
 
 logger = logging.getLogger("pubsub_core")
 
 # Clocks of two machines differ, and so do the times a broker gives its messages.
 _SLACK = 1.0
 
-# Seconds for which messages for an earlier process's subscriptions wait to be wanted again.
-# They occupy the broker's window (20 messages at Mosquitto), so for ever would stop the rest.
+# Seconds for which messages for an earlier process's subscriptions wait for a subscriber.
+# They occupy the broker's window (20 messages at Mosquitto); without a limit they would stop
+# all others.
 _ORPHANS_WAIT = 10.0
 
 
-class Owner(Protocol):
-    """What the wiring asks of the bus."""
+class SubscriptionsOwner(Protocol):
+    """What the subscriptions ask of the engine."""
 
     def can(self, cap: Cap) -> bool:
-        """Whether the session at hand has *cap*."""
+        """Whether the current session has *cap*."""
         ...
 
     def note(self, event: BusEvent) -> None:
-        """Tell an event."""
+        """Tell the bus's event streams."""
         ...
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        """Run *work* beside."""
+        """Run *work* in a task that ends with the bus."""
         ...
 
 
-class Wiring:
+class BrokerSubscriptions:
     """The subscriptions of one bus, here and at the broker."""
 
     def __init__(
@@ -67,7 +68,7 @@ class Wiring:
         options: BusOptions,
         clock: Clock,
         stats: BusStats,
-        owner: Owner,
+        owner: SubscriptionsOwner,
     ) -> None:
         self._backend = backend
         self._session = session
@@ -76,91 +77,95 @@ class Wiring:
         self._stats = stats
         self._owner = owner
         self._locks = KeyedLocks[tuple[str, str | None]]()
-        self._pausing: set[Subscription[Any]] = set()
-        # Ended without the broker knowing; one that resumes the session still has them.
+        self._pausing: set[Subscriber] = set()
+        # Ended here without the broker knowing. It still has them if it resumes the session.
         self._left_behind: dict[tuple[str, str | None], WireSub] = {}
         self.router = Router()
         self.router.bind(backend)
 
     # --- subscribing -------------------------------------------------------------------
 
-    async def attach(self, subscription: Subscription[Any], replay: HistoryQuery | None) -> None:
-        """Bring *subscription* to life; return when the broker has confirmed it."""
+    async def attach(self, subscriber: Subscriber) -> None:
+        """Start *subscriber*; return when the broker has confirmed its subscription."""
+        replay = subscriber.settings.replay
         if replay is not None:
-            subscription.buffer.hold()
-        wire = self.router.attach(subscription, echo=self._options.echo)
+            subscriber.buffer.hold()
+        route = self.router.attach(subscriber, echo=self._options.echo)
         try:
-            await self._confirm(wire)
+            await self._confirm(route)
+            # The broker sent its retained messages to those who were there when it was asked.
             if (
-                subscription not in wire.served
-                and subscription.group is None
+                subscriber not in route.served
+                and subscriber.settings.group is None
                 and self._owner.can(Cap.RETAINED)
             ):
-                want = wire.want
+                want = route.want
                 await self._within(
                     lambda: self._backend.repeat_retained(want),
                     f"asking for what {want.filter!r} retained",
                 )
             if replay is not None:
                 backend = cast("HasHistory", self._backend)
-                frames = backend.history(subscription.topic_filter.filter, replay)
-                subscription.buffer.replay([frame async for frame in frames])
+                frames = backend.history(subscriber.topic_filter.filter, replay)
+                subscriber.buffer.replay([frame async for frame in frames])
         except BaseException:
-            subscription.end()
-            self._owner.spawn(self.detach(subscription), "detach")
+            subscriber.end()
+            self._owner.spawn(self.detach(subscriber), "detach")
             raise
-        subscription.start()
+        subscriber.start()
         self.router.adopt_orphans()
 
-    async def detach(self, subscription: Subscription[Any]) -> None:
-        """Take *subscription* away; return when the broker has confirmed, if it must know."""
-        self.unpause(subscription)
-        wire = self.router.detach(subscription)
-        if wire is not None:
-            if wire.tried and not self._session.online:
-                self._left_behind[wire.key] = wire.want
-            # In a task of its own: whoever is cancelled here must not leave it at the broker.
-            await asyncio.shield(self._owner.spawn(self._forget(wire), "unsubscribe"))
+    async def detach(self, subscriber: Subscriber) -> None:
+        """End *subscriber*; return when the broker has confirmed, if it must know."""
+        self.unpause(subscriber)
+        route = self.router.detach(subscriber)
+        if route is not None:
+            if route.tried and not self._session.online:
+                self._left_behind[route.key] = route.want
+            # In a task of its own: a cancelled caller must not leave it at the broker.
+            await asyncio.shield(self._owner.spawn(self._forget(route), "unsubscribe"))
 
-    async def _forget(self, wire: Wire) -> None:
-        key = wire.key
+    async def _forget(self, route: Route) -> None:
+        key = route.key
         async with self._locks.of(key):
-            # Somebody may have subscribed again while we waited for our turn.
-            if wire.tried == self._session.generation and self.router.find(*key) is None:
+            # A new subscriber may have come while this waited for its turn.
+            if route.tried == self._session.generation and self.router.find(*key) is None:
                 try:
                     await self._within(
-                        lambda: self._backend.unsubscribe(wire.want),
-                        f"unsubscribing from {wire.want.filter!r}",
+                        lambda: self._backend.unsubscribe(route.want),
+                        f"unsubscribing from {route.want.filter!r}",
                     )
                 except PubSubError as error:
                     # Locally it is gone; what the broker still sends is not routed.
                     logger.info("%s", error)
-                    self._left_behind[key] = wire.want
+                    self._left_behind[key] = route.want
 
-    async def _confirm(self, wire: Wire) -> None:
+    async def _confirm(self, route: Route) -> None:
         session = self._session
 
         async def confirmed() -> None:
             while True:
                 await session.wait_online()
-                async with self._locks.of(wire.key):
+                async with self._locks.of(route.key):
                     generation = session.generation
                     if not session.online:
                         continue
-                    if wire.confirmed(generation):
+                    if route.confirmed(generation):
                         return
-                    want = wire.want
-                    wire.served = wire.subscriptions
-                    wire.tried = generation
+                    want = route.want
+                    route.served = route.subscribers
+                    route.tried = generation
                     try:
-                        wire.granted = await self._backend.subscribe(want)
+                        route.granted = await self._backend.subscribe(want)
                     except NotConnected:
-                        # Lost just now. The session engine notices in its own time.
+                        # Lost just now, and the session learns of it by a call from the
+                        # backend, perhaps from another thread. Until then it is online, and
+                        # asking again without a pause would keep the loop busy.
                         await asyncio.sleep(0.001)
                         continue
-                    wire.generation, wire.asked = generation, want
+                    route.generation, route.asked = generation, want
 
-        await self._deadline(confirmed, f"subscribing to {wire.want.filter!r}")
+        await self._deadline(confirmed, f"subscribing to {route.want.filter!r}")
 
     async def _within(self, call: Callable[[], Awaitable[Any]], what: str) -> None:
         if self._session.online:
@@ -183,13 +188,15 @@ class Wiring:
     # --- a new session -----------------------------------------------------------------
 
     async def restore(self, facts: SessionFacts, generation: int, lost_at: float | None) -> None:
-        """Bring the subscriptions back; mark and fill the hole since *lost_at*."""
+        """Restore the subscriptions; mark the gap since *lost_at*, and fill it where possible."""
         history = self._owner.can(Cap.HISTORY) and self._backend.keeps_history
         if not self._session.been_online and facts.resumed:
             self.router.keep_orphans()
             self._owner.spawn(self._give_up_orphans(), "orphans")
-        wires = self.router.wires
-        await asyncio.gather(*(self._renew(wire, generation, facts.resumed) for wire in wires))
+        routes = self.router.routes
+        await asyncio.gather(
+            *(self._restore_route(route, generation, facts.resumed) for route in routes)
+        )
         await self._leave_behind(facts.resumed)
         if lost_at is not None and generation > 1:
             await self._bridge(lost_at, facts.resumed, history)
@@ -197,7 +204,7 @@ class Wiring:
             self._backend.pause()
 
     async def _leave_behind(self, resumed: bool) -> None:
-        """Drop at the broker what was ended here while there was no session."""
+        """Unsubscribe at the broker from filters that were dropped without a session."""
         left, self._left_behind = self._left_behind, {}
         for key, want in left.items():
             if not resumed or self.router.find(*key) is not None:
@@ -221,15 +228,15 @@ class Wiring:
             logger.warning("bus %r: %s", self._backend.context.bus, text)
             self._owner.note(Notice("unwanted", text))
 
-    async def _renew(self, wire: Wire, generation: int, resumed: bool) -> None:
-        if resumed and wire.generation == generation - 1 and wire.asked == wire.want:
-            wire.generation = wire.tried = generation
+    async def _restore_route(self, route: Route, generation: int, resumed: bool) -> None:
+        if resumed and route.generation == generation - 1 and route.asked == route.want:
+            route.generation = route.tried = generation
             return
-        want = wire.want
-        wire.served = wire.subscriptions
-        wire.tried = generation
-        for subscription in wire.subscriptions:
-            subscription.renewed()
+        want = route.want
+        route.served = route.subscribers
+        route.tried = generation
+        for subscriber in route.subscribers:
+            subscriber.forget_retained()
         try:
             await self._deadline(
                 lambda: self._backend.subscribe(want), f"subscribing to {want.filter!r} again"
@@ -237,64 +244,67 @@ class Wiring:
         except SubscribeFailed as error:
             logger.warning("the broker no longer accepts %r: %s", want.filter, error)
             self._owner.note(SubscriptionRefused(want.filter, error))
-            for subscription in wire.subscriptions:
-                subscription.buffer.fail(error)
+            for subscriber in route.subscribers:
+                subscriber.buffer.fail(error)
         else:
-            wire.generation, wire.asked = generation, want
+            route.generation, route.asked = generation, want
 
     async def _bridge(self, since: float, resumed: bool, history: bool) -> None:
         until = self._clock.time()
-        missed: dict[Wire, list[InFrame]] = {}
+        missed: dict[Route, list[InFrame]] = {}
         if history and not resumed:
-            for wire in self.router.wires:
-                if wire.want.group is None:  # other members of a group have had them
-                    await self._fetch_missed(wire, since, missed)
+            for route in self.router.routes:
+                if route.want.group is None:  # other members of a group have received them
+                    await self._fetch_missed(route, since, missed)
         unfilled = [
-            wire for wire in self.router.wires if wire.want.group is None and wire not in missed
+            route
+            for route in self.router.routes
+            if route.want.group is None and route not in missed
         ]
         recovered = resumed or (history and not unfilled)
         if not recovered:
             self._stats.gaps += 1
-        for wire in self.router.wires:
-            filled = resumed or (history and (wire in missed or wire.want.group is not None))
-            gap = _gap(since, until, recovered=filled, filter=wire.want.filter)
-            frames = missed.get(wire)
+        for route in self.router.routes:
+            filled = resumed or (history and (route in missed or route.want.group is not None))
+            gap = _gap(since, until, recovered=filled, filter=route.want.filter)
+            frames = missed.get(route)
             if frames:
-                wire.last = frames[-1]
-            for subscription in wire.subscriptions:
-                subscription.put_gap(msgspec.structs.replace(gap, filter=subscription.filter))
+                route.last = frames[-1]
+            for subscriber in route.subscribers:
+                subscriber.buffer.put_gap(msgspec.structs.replace(gap, filter=subscriber.filter))
                 if frames:
-                    subscription.buffer.bridge(frames)
+                    subscriber.buffer.bridge(frames)
         self._owner.note(_gap(since, until, recovered=recovered))
 
     async def _fetch_missed(
-        self, wire: Wire, since: float, missed: dict[Wire, list[InFrame]]
+        self, route: Route, since: float, missed: dict[Route, list[InFrame]]
     ) -> None:
-        """Add what *wire* has missed; not where the history of its filter cannot be had."""
+        """Add to *missed* what *route* has missed, unless its history cannot be read."""
         backend = cast("HasHistory", self._backend)
         query = HistoryQuery(since=since - _SLACK)
         try:
-            stored = [frame async for frame in backend.history(wire.want.filter, query)]
+            stored = [frame async for frame in backend.history(route.want.filter, query)]
         except NotConnected:
             raise
         except PubSubError as error:
-            # No reason to give up the session: a key may be missing for this filter alone.
-            logger.warning("what %r missed cannot be had: %s", wire.want.filter, error)
+            # The session goes on: a key may be missing for this filter alone. Its gap is
+            # then told as not recovered.
+            logger.warning("the history of %r cannot be read: %s", route.want.filter, error)
         else:
-            missed[wire] = _after(stored, wire.last, since)
+            missed[route] = _after(stored, route.last, since)
 
     # --- pressure ------------------------------------------------------------------------
 
-    def pause(self, subscription: Subscription[Any]) -> None:
-        """Hold the broker back until *subscription* has room."""
+    def pause(self, subscriber: Subscriber) -> None:
+        """Hold the broker back until *subscriber* has room."""
         if not self._pausing:
             self._backend.pause()
-        self._pausing.add(subscription)
+        self._pausing.add(subscriber)
 
-    def unpause(self, subscription: Subscription[Any]) -> None:
-        """Say that *subscription* has room again."""
-        if subscription in self._pausing:
-            self._pausing.discard(subscription)
+    def unpause(self, subscriber: Subscriber) -> None:
+        """Say that *subscriber* has room again."""
+        if subscriber in self._pausing:
+            self._pausing.discard(subscriber)
             if not self._pausing:
                 self._backend.resume()
 
@@ -305,7 +315,10 @@ def _gap(since: float, until: float, *, recovered: bool, filter: str = "") -> Ga
 
 
 def _after(stored: list[InFrame], last: InFrame | None, since: float) -> list[InFrame]:
-    """Return what was stored after *last*, the newest message that had arrived."""
+    """Return the messages stored after *last*, the newest that had arrived.
+
+    By identifier where there is one: the broker's clock and ours differ.
+    """
     if last is not None and last.id is not None:
         for index in range(len(stored) - 1, -1, -1):
             if stored[index].id == last.id and stored[index].topic == last.topic:

@@ -2,7 +2,7 @@
 
 It is bounded in messages and in bytes. Putting never waits; what happens when it is full is
 the overflow policy's decision, every loss is counted, and is a `Gap` at its very place in the
-stream for who asked for gaps. Taking is safe to cancel: an item leaves the queue only in the
+stream for those who asked for gaps. Taking is safe to cancel: an item leaves the queue only in the
 step that returns it.
 """
 
@@ -12,23 +12,28 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Final, Literal, Self, TypeVar, get_args
 
-from pubsub_core.config.bus_options import OverflowPolicy
+from pubsub_core.config.bus_options import BusOptions, OverflowPolicy
+from pubsub_core.config.options import unknown_option
 from pubsub_core.errors import PubSubError, SubscriptionOverflow
 from pubsub_core.events import Gap, GapReason
+from pubsub_core.interfaces import HistoryQuery
 from pubsub_core.message import InFrame, Verdict
+from pubsub_core.subscription import DecodePolicy, SubscribeOptions
+from pubsub_core.topics import validate_topic
 
-__all__ = ["Buffer", "DecodePolicy", "Delivery", "Item", "SubscriptionSettings"]
+__all__ = ["Buffer", "Item", "Settlement", "SubscriptionSettings"]
 
-DecodePolicy = Literal["raise", "skip", "dead_letter"]
+T = TypeVar("T")
 
+_OPTIONS: Final = tuple(SubscribeOptions.__annotations__)
 
 _LATE = 10.0
 """Seconds after which no live copy is expected of what a history gave."""
 
 
-class Delivery:
+class Settlement:
     """A frame that waits for a decision of every subscription that received it."""
 
     __slots__ = ("_remaining", "_settle", "_tag", "_verdict")
@@ -50,46 +55,92 @@ class Delivery:
             self._settle(self._tag, self._verdict)
 
 
-Item = tuple[InFrame, Delivery | None]
+Item = tuple[InFrame, Settlement | None]
 
 
 class _Entry:
     """A waiting message that a newer one of its topic may replace."""
 
-    __slots__ = ("delivery", "frame")
+    __slots__ = ("frame", "settlement")
 
-    def __init__(self, frame: InFrame, delivery: Delivery | None) -> None:
+    def __init__(self, frame: InFrame, settlement: Settlement | None) -> None:
         self.frame = frame
-        self.delivery = delivery
+        self.settlement = settlement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubscriptionSettings:
-    """What a caller of `Bus.subscribe` asked for, checked and complete."""
+    """Options of one subscription, checked and complete; see `SubscribeOptions`."""
 
     buffer: int
     buffer_bytes: int
     overflow: OverflowPolicy
+    group: str | None = None
+    qos: int = 1
     ack: Literal["auto", "manual"] = "auto"
+    replay: HistoryQuery | None = None
     gaps: bool = False
     on_decode_error: DecodePolicy = "raise"
     dead_letter: str | None = None
 
-    def check(self) -> None:
-        """Raise ValueError for a value that makes no sense."""
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: One of them makes no sense.
+            InvalidTopic: The dead-letter topic is none.
+        """
         if self.buffer < 1 or self.buffer_bytes < 1:
             raise ValueError("buffer and buffer_bytes are 1 or more; a queue is never unbounded")
-        if self.overflow not in get_args(OverflowPolicy):
-            raise ValueError(
-                f"overflow={self.overflow!r}; pass one of {', '.join(get_args(OverflowPolicy))}"
-            )
-        if self.on_decode_error not in get_args(DecodePolicy):
-            raise ValueError(
-                f"on_decode_error={self.on_decode_error!r}; "
-                f"pass one of {', '.join(get_args(DecodePolicy))}"
-            )
-        if self.on_decode_error == "dead_letter" and self.dead_letter is None:
+        _check_word("overflow", self.overflow, OverflowPolicy)
+        _check_word("ack", self.ack, Literal["auto", "manual"])
+        _check_word("on_decode_error", self.on_decode_error, DecodePolicy)
+        group = self.group
+        if group is not None and (not group or any(each in group for each in "/+#\0")):
+            raise ValueError(f"group={group!r}; pass a name without / + # and NUL")
+        if self.qos not in (0, 1, 2):
+            raise ValueError(f"qos={self.qos!r}; pass 0, 1 or 2")
+        if self.replay is not None and self.replay.last is not None and self.replay.last < 0:
+            raise ValueError(f"replay={self.replay.last}; pass 0 or more")
+        if self.dead_letter is not None:
+            validate_topic(self.dead_letter)
+        elif self.on_decode_error == "dead_letter":
             raise ValueError("on_decode_error='dead_letter' needs dead_letter='a/topic'")
+
+    @classmethod
+    def of(cls, given: SubscribeOptions, defaults: BusOptions) -> Self:
+        """Return *given*, with the bus's *defaults* where it says nothing.
+
+        Raises:
+            BadOption: It has an option that there is not.
+            ValueError: A value makes no sense.
+        """
+        for name in given:
+            if name not in _OPTIONS:
+                raise unknown_option(name, _OPTIONS, place=f"subscribe({name}=)")
+        replay = given.get("replay")
+        return cls(
+            buffer=_or(given.get("buffer"), defaults.buffer),
+            buffer_bytes=_or(given.get("buffer_bytes"), defaults.buffer_bytes),
+            overflow=_or(given.get("overflow"), defaults.overflow),
+            group=given.get("group"),
+            qos=_or(given.get("qos"), defaults.qos),
+            ack=given.get("ack", "auto"),
+            replay=HistoryQuery(last=replay) if isinstance(replay, int) else replay,
+            gaps=given.get("gaps", False),
+            on_decode_error=given.get("on_decode_error", "raise"),
+            dead_letter=given.get("dead_letter"),
+        )
+
+
+def _or(given: T | None, default: T) -> T:
+    return default if given is None else given
+
+
+def _check_word(name: str, value: str, words: Any) -> None:
+    known = get_args(words)
+    if value not in known:
+        raise ValueError(f"{name}={value!r}; pass one of {', '.join(known)}")
 
 
 class Buffer:
@@ -154,20 +205,20 @@ class Buffer:
 
     # --- putting -----------------------------------------------------------------------
 
-    def put(self, frame: InFrame, delivery: Delivery | None) -> None:
+    def put(self, frame: InFrame, settlement: Settlement | None) -> None:
         """Take one frame; never waits. Applies the overflow policy."""
-        if self._special and not self._put_specially(frame, delivery):
+        if self._special and not self._put_specially(frame, settlement):
             return
         self.received += 1
         size = len(frame.payload)
         if (
             len(self._items) - self._gaps >= self._most or self.bytes + size > self._most_bytes
-        ) and not self._make_room(frame, delivery, size):
+        ) and not self._make_room(frame, settlement, size):
             return
         if self._newest is None:
-            self._items.append((frame, delivery))
+            self._items.append((frame, settlement))
         else:
-            self._newest[frame.topic] = entry = _Entry(frame, delivery)
+            self._newest[frame.topic] = entry = _Entry(frame, settlement)
             self._items.append(entry)
         self.bytes += size
         if self._waiters:
@@ -193,11 +244,11 @@ class Buffer:
             if frame.id is not None:
                 seen.add((frame.topic, frame.id))
             self.put(frame, None)
-        for frame, delivery in held:
+        for frame, settlement in held:
             if frame.id is None or (frame.topic, frame.id) not in seen:
-                self.put(frame, delivery)
-            elif delivery is not None:
-                delivery.decide(Verdict.ACK)
+                self.put(frame, settlement)
+            elif settlement is not None:
+                settlement.decide(Verdict.ACK)
 
     def bridge(self, frames: Iterable[InFrame]) -> None:
         """Take stored *frames* that fill a hole, each once.
@@ -224,16 +275,16 @@ class Buffer:
         if not self._ended:
             self.finish()
         self._settles = verdict is not None
-        waiting = [delivery for _, delivery in self._held or ()]
+        waiting = [settlement for _, settlement in self._held or ()]
         self._held = None
         while self._items:
             item = self.pop()
             if not isinstance(item, Gap):
                 waiting.append(item[1])
         if verdict is not None:
-            for delivery in waiting:
-                if delivery is not None:
-                    delivery.decide(verdict)
+            for settlement in waiting:
+                if settlement is not None:
+                    settlement.decide(verdict)
 
     def finish(self) -> None:
         """Take nothing more; what waits can still be taken.
@@ -251,25 +302,25 @@ class Buffer:
             self._special = True
             self._wake_all()
 
-    def _put_specially(self, frame: InFrame, delivery: Delivery | None) -> bool:
+    def _put_specially(self, frame: InFrame, settlement: Settlement | None) -> bool:
         """Return whether `put` shall go on."""
         if not self.open:
-            if delivery is not None and self._settles:
-                delivery.decide(Verdict.ACK)
+            if settlement is not None and self._settles:
+                settlement.decide(Verdict.ACK)
             return False
         if self._known and frame.id is not None and self._is_known(frame.topic, frame.id):
-            if delivery is not None:
-                delivery.decide(Verdict.ACK)
+            if settlement is not None:
+                settlement.decide(Verdict.ACK)
             return False
         if self._held is not None:
-            self._held.append((frame, delivery))
+            self._held.append((frame, settlement))
             if len(self._held) > self._most:
                 self.received += 1
                 self._drop(*self._held.pop(0))
             return False
         if self._newest is not None and (older := self._newest.get(frame.topic)) is not None:
             size = self.bytes - len(older.frame.payload) + len(frame.payload)
-            self._drop(older.frame, older.delivery)
+            self._drop(older.frame, older.settlement)
             if size > self._most_bytes:
                 self._items.remove(older)
                 del self._newest[frame.topic]
@@ -279,7 +330,7 @@ class Buffer:
             # topic cannot push a quiet one back for ever.
             self.received += 1
             self.bytes = size
-            older.frame, older.delivery = frame, delivery
+            older.frame, older.settlement = frame, settlement
             return False
         return True
 
@@ -294,7 +345,7 @@ class Buffer:
 
     # --- overflow ----------------------------------------------------------------------
 
-    def _make_room(self, frame: InFrame, delivery: Delivery | None, size: int) -> bool:
+    def _make_room(self, frame: InFrame, settlement: Settlement | None, size: int) -> bool:
         policy = self._settings.overflow
         if policy == "block":
             # The backend stops; what it had already read is kept rather than lost.
@@ -312,21 +363,21 @@ class Buffer:
                     topic=self._name,
                 )
             )
-            self._drop(frame, delivery)
+            self._drop(frame, settlement)
             return False
         if policy == "drop_newest" or size > self._most_bytes:
-            self._drop(frame, delivery)
+            self._drop(frame, settlement)
             self._gap_at_end()
             return False
         while len(self) >= self._most or self.bytes + size > self._most_bytes:
             self._drop_oldest()
         return True
 
-    def _drop(self, frame: InFrame, delivery: Delivery | None) -> None:
+    def _drop(self, frame: InFrame, settlement: Settlement | None) -> None:
         self.dropped += 1
         self.dropped_bytes += len(frame.payload)
-        if delivery is not None:
-            delivery.decide(Verdict.REJECT)
+        if settlement is not None:
+            settlement.decide(Verdict.REJECT)
 
     def _drop_oldest(self) -> None:
         before: list[Gap] = []
@@ -367,7 +418,7 @@ class Buffer:
         if isinstance(item, _Entry):
             if self._newest is not None:
                 del self._newest[item.frame.topic]
-            item = (item.frame, item.delivery)
+            item = (item.frame, item.settlement)
         self.bytes -= len(item[0].payload)
         if self._paused and len(self) * 2 <= self._most and self.bytes * 2 <= self._most_bytes:
             self._paused = False
@@ -376,17 +427,17 @@ class Buffer:
 
     def give_back(self, item: Item) -> None:
         """Put *item*, which was taken last, back to the front."""
-        frame, delivery = item
+        frame, settlement = item
         if self._ended and self._settles:
-            if delivery is not None:
-                delivery.decide(Verdict.REJECT)
+            if settlement is not None:
+                settlement.decide(Verdict.REJECT)
         elif self._newest is None:
             self._items.appendleft(item)
             self.bytes += len(frame.payload)
         elif frame.topic in self._newest:
-            self._drop(frame, delivery)  # a newer message of the topic waits already
+            self._drop(frame, settlement)  # a newer message of the topic waits already
         else:
-            self._newest[frame.topic] = entry = _Entry(frame, delivery)
+            self._newest[frame.topic] = entry = _Entry(frame, settlement)
             self._items.appendleft(entry)
             self.bytes += len(frame.payload)
         self._wake()

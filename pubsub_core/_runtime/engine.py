@@ -1,8 +1,7 @@
-"""What runs inside a bus: session, wiring, publisher and views, tied together.
+"""The engine of one open bus: it opens, closes and owns the parts.
 
-A `Bus` is what a program holds; the engine is what its parts see. It is the owner that the
-session engine reports to, the host that subscriptions ask, and it ends everything in order
-when the bus is closed.
+A `Bus` is what a program holds; the engine is what the parts see. The session reports to it,
+subscribers and answerers ask it, and it ends everything in order when the bus is closed.
 """
 
 from __future__ import annotations
@@ -13,15 +12,12 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
-from pubsub_core.authorization import Authorizers
 from pubsub_core.capabilities import Cap, Level, Support, effective
 from pubsub_core.clock import Clock
 from pubsub_core.codecs import CodecSet
 from pubsub_core.config import BusConfig
 from pubsub_core.errors import BadOption, HandlerFailed, NotSupported, OperationTimeout, PubSubError
 from pubsub_core.events import BusEvent, InterestEvent, Notice, Status, StatusChanged
-from pubsub_core.eventstream import EventHub
-from pubsub_core.interest import Views
 from pubsub_core.interfaces import (
     AuthorizationRequest,
     Backend,
@@ -41,11 +37,14 @@ from pubsub_core.middleware import (
 )
 from pubsub_core.plugins import Registry
 from pubsub_core.stats import BusStats
-from pubsub_core.subscription import Subscription
 
-from .broker_subscriptions import Wiring
+from .broker_subscriptions import BrokerSubscriptions
+from .delivery import Subscriber
+from .hub import EventHub
 from .publisher import Publisher
+from .questions import Questions
 from .session import Session
+from .views import Views
 
 __all__ = ["Engine"]
 
@@ -104,9 +103,11 @@ class Engine:
             self.spawn,
         )
         self.publisher.capabilities = self.capabilities
-        self.wiring = Wiring(self.backend, self.session, options, clock, self._stats, self)
+        self.subscriptions = BrokerSubscriptions(
+            self.backend, self.session, options, clock, self._stats, self
+        )
         self.views = Views(self.backend)
-        self.authorizers = Authorizers(self.backend)
+        self.questions = Questions(self.backend)
 
     def _named(self, names: Iterable[str]) -> list[Middleware]:
         known = {**builtin_middleware(), **self._registry.middleware()}
@@ -124,8 +125,8 @@ class Engine:
         """The counters, as they are now."""
         return dataclasses.replace(
             self._stats,
-            received=self.wiring.router.received,
-            unrouted=self.wiring.router.unrouted,
+            received=self.subscriptions.router.received,
+            unrouted=self.subscriptions.router.unrouted,
             offline=self.publisher.waiting,
             dropped=self._stats.dropped + self.publisher.displaced,
         )
@@ -136,7 +137,7 @@ class Engine:
         """Make the first session, and check that it can do what is required."""
         await self.session.start()
         if not self.options.echo:
-            self.need(Cap.ECHO_CONTROL)  # once more: the broker at hand may lack it
+            self.need(Cap.ECHO_CONTROL)  # once more: this very broker may lack it
         missing = [
             cap for cap in sorted({*require, *self.options.require}) if not self.capabilities[cap]
         ]
@@ -165,25 +166,25 @@ class Engine:
         session = self.session
         deadline = self._loop.time() + drain
         session.closing()
-        subscriptions = list(self.wiring.router.subscriptions())
+        subscribers = list(self.subscriptions.router.subscribers())
         handlers = {
-            subscription.handler_task
-            for subscription in subscriptions
-            if subscription.handler_task is not None
+            subscriber.handler_task
+            for subscriber in subscribers
+            if subscriber.handler_task is not None
         } - {caller}
-        for subscription in subscriptions:
-            if subscription.handler_task is None:
-                subscription.abandon()
+        for subscriber in subscribers:
+            if subscriber.handler_task is None:
+                subscriber.abandon()
             else:
-                subscription.buffer.finish()
+                subscriber.buffer.finish()
         if handlers:
             await asyncio.wait(handlers, timeout=drain)
         stop_intake()
-        for subscription in subscriptions:
-            subscription.abandon()
+        for subscriber in subscribers:
+            subscriber.abandon()
         self.views.end()
-        await self.authorizers.end(caller)
-        await asyncio.gather(*(each.stop_handler(caller) for each in subscriptions))
+        await self.questions.end(caller)
+        await asyncio.gather(*(each.stop_handler(caller) for each in subscribers))
         await self.publisher.drain(deadline - self._loop.time())
         await session.stop_trying()
         if abandoned := self.publisher.give_up(None):
@@ -223,7 +224,7 @@ class Engine:
     # --- capabilities and requests -------------------------------------------------------
 
     def can(self, cap: Cap) -> bool:
-        """Whether the session at hand has *cap*."""
+        """Whether the current session has *cap*."""
         return bool(self.capabilities[cap])
 
     def need(self, cap: Cap) -> None:
@@ -282,7 +283,7 @@ class Engine:
         )
         return await self.publisher.send(out, timeout, confirm)
 
-    # --- what subscriptions ask of their host --------------------------------------------
+    # --- what subscribers and answerers ask ----------------------------------------------
 
     def on_loop(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Call *function* on the bus's loop: now, if this is it."""
@@ -302,13 +303,13 @@ class Engine:
         elif verdict is Verdict.REJECT:
             self.need(Cap.ACK)
 
-    def pause(self, subscription: Subscription[Any]) -> None:
-        """Hold the broker back until *subscription* has room."""
-        self.wiring.pause(subscription)
+    def pause(self, subscriber: Subscriber) -> None:
+        """Hold the broker back until *subscriber* has room."""
+        self.subscriptions.pause(subscriber)
 
-    def unpause(self, subscription: Subscription[Any]) -> None:
-        """Say that *subscription* has room again."""
-        self.wiring.unpause(subscription)
+    def unpause(self, subscriber: Subscriber) -> None:
+        """Say that *subscriber* has room again."""
+        self.subscriptions.unpause(subscriber)
 
     def dead_letter(self, topic: str, frame: InFrame, error: BaseException) -> None:
         """Publish a message that nobody could handle to *topic*."""
@@ -330,32 +331,32 @@ class Engine:
         self.spawn(bury(), "dead letter")
 
     def handler_failed(self, error: HandlerFailed) -> None:
-        """Count a failure, and tell who listens."""
+        """Count a failure, and tell the listeners."""
         self._stats.handler_failures += 1
         for listener in self._listeners:
             listener(error)
 
-    # --- what the session engine asks of its owner ---------------------------------------
+    # --- what the session reports --------------------------------------------------------
 
     @property
     def route(self) -> Callable[[InFrame], None]:
-        """What routes one frame."""
-        return self.wiring.router.route
+        """Routes one frame."""
+        return self.subscriptions.router.route
 
     def interest(self, event: InterestEvent) -> None:
         """Bring a change of interest to the views it is for."""
         self.views.route(event)
 
     def authorization(self, request: AuthorizationRequest) -> None:
-        """Bring a question to who answers it; note one that nobody here can answer."""
-        if not self.authorizers.route(request):
+        """Bring a question to its answerer; note one that nobody here can answer."""
+        if not self.questions.route(request):
             text = "a client waits for authorization, and no authorizer here is for that topic"
             self.note(Notice("authorization", text, topic=request.topic))
 
     async def authorize(
         self, request: AuthorizationRequest, entitlements: Entitlements | None
     ) -> None:
-        """Answer a question of the session at hand."""
+        """Answer a question of the current session."""
         async with asyncio.timeout(self.options.timeout):
             await cast("HasAuthorization", self.backend).authorize(request, entitlements)
 
@@ -364,11 +365,11 @@ class Engine:
         self.publisher.sent_again(topic)
 
     def notice(self, notice: Notice) -> None:
-        """Pass a notice on to who listens."""
+        """Pass a notice on to the event streams."""
         self.note(notice)
 
     def note(self, event: BusEvent) -> None:
-        """Tell an event to who listens."""
+        """Tell an event to the event streams."""
         if isinstance(event, StatusChanged):
             logger.debug("bus %r: %s", self.name, event.status.value)
         self._hub.put(event)
@@ -384,17 +385,17 @@ class Engine:
             self.publisher.online()
         elif event.status is Status.FAILED and event.error is not None:
             self.publisher.give_up(event.error)
-            for subscription in self.wiring.router.subscriptions():
-                subscription.buffer.fail(event.error)
+            for subscriber in self.subscriptions.router.subscribers():
+                subscriber.buffer.fail(event.error)
             self.views.fail(event.error)
         self.note(event)
 
     async def restore(self, facts: SessionFacts, generation: int) -> None:
-        """Bring everything back in a new session; see `SessionOwner`."""
+        """Restore everything in a new session; see `SessionOwner`."""
         self.capabilities = effective(self.info.capabilities, await self.backend.probe())
         self.can_nack = bool(self.capabilities[Cap.NACK])
         self.publisher.capabilities = self.capabilities
         self.publisher.set_limits(self.backend.limits)
-        await self.wiring.restore(facts, generation, self._lost_at)
+        await self.subscriptions.restore(facts, generation, self._lost_at)
         await self.views.restore()
-        await self.authorizers.restore()
+        await self.questions.restore()

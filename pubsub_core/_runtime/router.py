@@ -1,7 +1,7 @@
-"""Which subscriptions a frame is for, and which subscriptions the broker must know of.
+"""Which subscribers a frame is for, and which subscriptions the broker must know of.
 
-Local subscriptions with the same filter and share group lean on one `Wire`: one
-subscription at the broker, made for the first of them and dropped after the last.
+Subscribers with the same filter and share group lean on one `Route`: one subscription at the
+broker, made for the first of them and dropped after the last.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import msgspec
 
 from pubsub_core.interfaces import HasAcknowledgement, WireSub
 from pubsub_core.message import InFrame, Origin, Verdict
-from pubsub_core.subscription import Subscription
 from pubsub_core.trie import HandlerTrie
 
-from .buffer import Delivery
+from .buffer import Settlement
+from .delivery import Subscriber
 
-__all__ = ["Router", "Wire"]
+__all__ = ["Route", "Router"]
 
 _ORPHANS = 4096
 # Looking up a member of an enumeration costs as much as making a frame in Python 3.11.
@@ -28,28 +27,29 @@ _RETAINED = Origin.RETAINED
 _ACK = Verdict.ACK
 
 
-class Wire:
-    """One subscription at the broker and the local ones that lean on it.
+class Route:
+    """One subscription at the broker and the subscribers that lean on it.
 
     Attributes:
         want: What the broker is asked for.
         generation: Session in which the broker confirmed `asked`; 0 for none.
         tried: Session in which the broker was asked, whether or not it answered.
         asked: What the broker confirmed.
+        last: The newest frame that came this way, to find the place in a history.
+        served: Subscribers that were there when the broker was asked, and so get what it
+            retained.
     """
 
     def __init__(self, want: WireSub) -> None:
         self.want = want
-        self.subscriptions: list[Subscription[Any]] = []
+        self.subscribers: list[Subscriber] = []
         self.generation = 0
         self.tried = 0
         self.asked: WireSub | None = None
         self.granted = 0
-        # The newest message it received, to find the place in a history.
         self.last: InFrame | None = None
         self._turn = 0
-        # Who was there when the broker was asked, and so gets what it retained.
-        self.served: list[Subscription[Any]] = []
+        self.served: list[Subscriber] = []
 
     @property
     def key(self) -> tuple[str, str | None]:
@@ -60,22 +60,22 @@ class Wire:
         """Whether the broker has accepted exactly what is wanted, in that session."""
         return self.generation == generation and self.asked == self.want
 
-    def targets(self) -> list[Subscription[Any]]:
+    def targets(self) -> list[Subscriber]:
         """Return who gets the next frame: all, or one member of a share group in turn."""
-        subscriptions = self.subscriptions
-        if self.want.group is None or len(subscriptions) < 2:
-            return subscriptions
-        self._turn = (self._turn + 1) % len(subscriptions)
-        return [subscriptions[self._turn]]
+        subscribers = self.subscribers
+        if self.want.group is None or len(subscribers) < 2:
+            return subscribers
+        self._turn = (self._turn + 1) % len(subscribers)
+        return [subscribers[self._turn]]
 
 
 class Router:
-    """Routes frames to subscriptions; lives on the bus's event loop."""
+    """Routes frames to subscribers; lives on the bus's event loop."""
 
     def __init__(self) -> None:
-        self._wires: dict[tuple[str, str | None], Wire] = {}
-        self._by_id: dict[int, Wire] = {}
-        self._trie: HandlerTrie[Wire] = HandlerTrie("mqtt")
+        self._routes: dict[tuple[str, str | None], Route] = {}
+        self._by_id: dict[int, Route] = {}
+        self._trie: HandlerTrie[Route] = HandlerTrie("mqtt")
         self._ids = itertools.count(1)
         self._settle: Callable[[object, Verdict], None] | None = None
         self.orphans: deque[InFrame] | None = None
@@ -87,60 +87,62 @@ class Router:
         self._settle = backend.settle if isinstance(backend, HasAcknowledgement) else None
 
     @property
-    def wires(self) -> tuple[Wire, ...]:
-        """All wires, oldest first."""
-        return tuple(self._wires.values())
+    def routes(self) -> tuple[Route, ...]:
+        """All routes, oldest first."""
+        return tuple(self._routes.values())
 
-    def subscriptions(self) -> Iterator[Subscription[Any]]:
-        """Yield every local subscription."""
-        for wire in self.wires:
-            yield from tuple(wire.subscriptions)
+    def subscribers(self) -> Iterator[Subscriber]:
+        """Yield every subscriber."""
+        for route in self.routes:
+            yield from tuple(route.subscribers)
 
-    def find(self, filter: str, group: str | None) -> Wire | None:
-        """Return the wire for that filter and group, if there is one."""
-        return self._wires.get((filter, group))
+    def find(self, filter: str, group: str | None) -> Route | None:
+        """Return the route for that filter and group, if there is one."""
+        return self._routes.get((filter, group))
 
-    def attach(self, subscription: Subscription[Any], *, echo: bool) -> Wire:
-        """Add *subscription*; return its wire, whose `want` may have changed."""
-        plain = subscription.topic_filter.filter
-        wire = self._wires.get((plain, subscription.group))
-        if wire is None:
+    def attach(self, subscriber: Subscriber, *, echo: bool) -> Route:
+        """Add *subscriber*; return its route, whose `want` may have changed."""
+        plain, settings = subscriber.topic_filter.filter, subscriber.settings
+        manual = settings.ack == "manual"
+        route = self._routes.get((plain, settings.group))
+        if route is None:
             want = WireSub(
                 id=next(self._ids),
                 filter=plain,
-                group=subscription.group,
-                qos=subscription.qos,
+                group=settings.group,
+                qos=settings.qos,
                 echo=echo,
-                manual_ack=subscription.settings.ack == "manual",
+                manual_ack=manual,
             )
-            wire = Wire(want)
-            self._wires[wire.key] = wire
-            self._by_id[want.id] = wire
-            self._trie.add(plain, wire)
+            route = Route(want)
+            self._routes[route.key] = route
+            self._by_id[want.id] = route
+            self._trie.add(plain, route)
         else:
-            manual = wire.want.manual_ack or subscription.settings.ack == "manual"
-            wire.want = msgspec.structs.replace(
-                wire.want, qos=max(wire.want.qos, subscription.qos), manual_ack=manual
+            route.want = msgspec.structs.replace(
+                route.want,
+                qos=max(route.want.qos, settings.qos),
+                manual_ack=route.want.manual_ack or manual,
             )
         # Replaced, not changed: a frame may be on its way through the old list.
-        wire.subscriptions = [*wire.subscriptions, subscription]
-        return wire
+        route.subscribers = [*route.subscribers, subscriber]
+        return route
 
-    def detach(self, subscription: Subscription[Any]) -> Wire | None:
-        """Remove *subscription*; return its wire when that was the last one leaning on it."""
-        wire = self._wires.get((subscription.topic_filter.filter, subscription.group))
-        if wire is None or subscription not in wire.subscriptions:
+    def detach(self, subscriber: Subscriber) -> Route | None:
+        """Remove *subscriber*; return its route when that was the last one leaning on it."""
+        route = self._routes.get((subscriber.topic_filter.filter, subscriber.settings.group))
+        if route is None or subscriber not in route.subscribers:
             return None
-        wire.subscriptions = [each for each in wire.subscriptions if each is not subscription]
-        if wire.subscriptions:
+        route.subscribers = [each for each in route.subscribers if each is not subscriber]
+        if route.subscribers:
             return None
-        del self._wires[wire.key]
-        del self._by_id[wire.want.id]
-        self._trie.remove(wire.want.filter, wire)
-        return wire
+        del self._routes[route.key]
+        del self._by_id[route.want.id]
+        self._trie.remove(route.want.filter, route)
+        return route
 
     def keep_orphans(self) -> None:
-        """Keep what nobody wants yet, for subscriptions to come.
+        """Hold messages that have no subscriber yet, for subscriptions to come.
 
         A session that was resumed from an earlier run delivers before anybody could
         subscribe.
@@ -148,14 +150,14 @@ class Router:
         self.orphans = deque()
 
     def drop_orphans(self) -> int:
-        """Give up what was kept and keep nothing more; return how many messages it was."""
+        """Give up the held messages and hold no more; return how many there were."""
         waiting, self.orphans = self.orphans or (), None
         for frame in waiting:
             self._unwanted(frame)
         return len(waiting)
 
     def adopt_orphans(self) -> None:
-        """Route what was kept and is wanted now."""
+        """Deliver held messages that now have a subscriber."""
         if not self.orphans:
             return
         waiting = list(self.orphans)
@@ -165,41 +167,44 @@ class Router:
             self.route(frame)
 
     def route(self, frame: InFrame) -> None:
-        """Put *frame* into the buffer of every subscription it is for."""
+        """Put *frame* into the buffer of every subscriber it is for; runs once per frame."""
         self.received += 1
+        # A broker that names subscriptions by number has matched already; others are matched
+        # here, which also corrects a broker that delivers more than the filters say.
         ids = frame.subscriptions
         if ids is not None and self.orphans is not None:
-            # An earlier process may have given the same number to another filter.
+            # The session was resumed from an earlier process, which may have given the same
+            # number to another filter; so the numbers have to agree with the topic.
             by_topic = self._trie.match(frame.topic)
             if not all(self._by_id.get(i) in by_topic for i in ids):
                 ids = None
-        wires: Sequence[Wire]
+        routes: Sequence[Route]
         if ids is None:
-            wires = self._trie.match(frame.topic)
+            routes = self._trie.match(frame.topic)
         elif len(ids) == 1:
-            wire = self._by_id.get(ids[0])
-            wires = () if wire is None else (wire,)
+            route = self._by_id.get(ids[0])
+            routes = () if route is None else (route,)
         else:
-            wires = [each for i in ids if (each := self._by_id.get(i)) is not None]
-        if len(wires) == 1:
-            wire = wires[0]
-            wire.last = frame
-            targets = wire.targets()
+            routes = [each for i in ids if (each := self._by_id.get(i)) is not None]
+        if len(routes) == 1:  # the common case, without a new list
+            route = routes[0]
+            route.last = frame
+            targets = route.targets()
         else:
-            targets = list[Subscription[Any]]()
-            for wire in wires:
-                wire.last = frame
-                targets += wire.targets()
+            targets = list[Subscriber]()
+            for route in routes:
+                route.last = frame
+                targets += route.targets()
         if frame.origin is _RETAINED:
             targets = [each for each in targets if each.first_retained(frame.topic)]
         if not targets:
             self._discard(frame)
             return
-        delivery = None
+        settlement = None
         if frame.tag is not None and self._settle is not None:
-            delivery = Delivery(frame.tag, len(targets), self._settle)
-        for subscription in targets:
-            subscription.put(frame, delivery)
+            settlement = Settlement(frame.tag, len(targets), self._settle)
+        for subscriber in targets:
+            subscriber.put(frame, settlement)
 
     def _discard(self, frame: InFrame) -> None:
         if self.orphans is not None and frame.origin is not _RETAINED:

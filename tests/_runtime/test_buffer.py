@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pubsub_core._runtime.buffer import Buffer, Delivery, SubscriptionSettings
+from pubsub_core._runtime.buffer import Buffer, Settlement, SubscriptionSettings
 from pubsub_core.errors import SubscriptionOverflow
 from pubsub_core.events import Gap, GapReason
+from pubsub_core.interfaces import HistoryQuery
 from pubsub_core.message import InFrame, Verdict
 
 
@@ -161,8 +162,8 @@ def test_gaps_do_not_take_the_room_of_messages() -> None:
 def test_dropped_messages_are_settled() -> None:
     settled: list[tuple[object, Verdict]] = []
 
-    def delivery(tag: str) -> Delivery:
-        return Delivery(tag, 1, lambda tag, verdict: settled.append((tag, verdict)))
+    def delivery(tag: str) -> Settlement:
+        return Settlement(tag, 1, lambda tag, verdict: settled.append((tag, verdict)))
 
     buffer = buffer_of(buffer=1)
     buffer.put(frame("a"), delivery("a"))
@@ -178,13 +179,13 @@ def test_what_arrives_or_waits_while_a_bus_closes_stays_with_the_broker() -> Non
     settled: list[object] = []
     buffer = buffer_of()
     for tag in ("waits", "late"):
-        buffer.put(frame(tag), Delivery(tag, 1, lambda tag, _: settled.append(tag)))
+        buffer.put(frame(tag), Settlement(tag, 1, lambda tag, _: settled.append(tag)))
         buffer.finish()
     assert drain(buffer) == ["waits"]
     other = buffer_of()
-    other.put(frame("waits"), Delivery("waits", 1, lambda tag, _: settled.append(tag)))
+    other.put(frame("waits"), Settlement("waits", 1, lambda tag, _: settled.append(tag)))
     other.end(None)
-    other.put(frame("late"), Delivery("late", 1, lambda tag, _: settled.append(tag)))
+    other.put(frame("late"), Settlement("late", 1, lambda tag, _: settled.append(tag)))
     assert not other.ready
     assert settled == []
 
@@ -204,7 +205,7 @@ def test_a_frame_for_several_is_settled_once_with_the_worst(
     verdicts: list[Verdict], final: Verdict
 ) -> None:
     settled: list[Verdict] = []
-    delivery = Delivery(1, len(verdicts), lambda tag, verdict: settled.append(verdict))
+    delivery = Settlement(1, len(verdicts), lambda tag, verdict: settled.append(verdict))
     for verdict in verdicts[:-1]:
         delivery.decide(verdict)
         assert settled == []
@@ -275,12 +276,17 @@ async def test_finish_lets_the_rest_be_taken_then_ends() -> None:
         {"overflow": "explode"},
         {"on_decode_error": "guess"},
         {"on_decode_error": "dead_letter"},
+        {"ack": "perhaps"},
+        {"qos": 3},
+        {"group": ""},
+        {"group": "a/b"},
+        {"replay": HistoryQuery(last=-1)},
     ],
 )
 def test_settings_without_sense_are_refused(settings: dict[str, Any]) -> None:
     complete = {"buffer": 1, "buffer_bytes": 1, "overflow": "drop_oldest", **settings}
     with pytest.raises(ValueError, match=next(iter(settings))):
-        SubscriptionSettings(**complete).check()
+        SubscriptionSettings(**complete)
 
 
 @given(

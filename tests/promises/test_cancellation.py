@@ -61,11 +61,11 @@ def pending(bus: Bus) -> list[str]:
     """Return what a bus at rest, without a subscription, must not hold."""
     engine = bus._engine
     assert engine is not None
-    wiring, outbox = engine.wiring, engine.publisher._outbox
+    subscriptions, outbox = engine.subscriptions, engine.publisher._outbox
     held: dict[str, object] = {
-        "wires": wiring.router.wires,
-        "locks": wiring._locks,
-        "pausing": wiring._pausing,
+        "routes": subscriptions.router.routes,
+        "locks": subscriptions._locks,
+        "pausing": subscriptions._pausing,
         "outbox": outbox._queue,
         "blocked": outbox._blocked,
         "waiters": engine.session._waiters,

@@ -1,4 +1,4 @@
-"""Presence and notifications: snapshot, changes, balance, resynchronisation."""
+"""PresenceView and notifications: snapshot, changes, balance, resynchronisation."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pubsub_core._runtime.views import NotificationsView, PresenceView, View
 from pubsub_core.errors import BusClosed, NotConnected
 from pubsub_core.events import InterestEvent, InterestKind
-from pubsub_core.interest import InterestView, Notifications, Presence
+from pubsub_core.interest import Presence
 from pubsub_core.interfaces import Watch, WatchKind
 from pubsub_core.message import Member
 
 
-async def nothing(view: InterestView) -> None:
+async def nothing(view: View) -> None:
     return None
 
 
-def presence() -> Presence:
-    return Presence(Watch(1, WatchKind.PRESENCE, "room"), nothing, nothing)
+def presence() -> PresenceView:
+    return PresenceView(Watch(1, WatchKind.PRESENCE, "room"), nothing, nothing)
 
 
-def notifications() -> Notifications:
-    return Notifications(Watch(1, WatchKind.NOTIFICATIONS, "LSE/#"), nothing, nothing)
+def notifications() -> NotificationsView:
+    return NotificationsView(Watch(1, WatchKind.NOTIFICATIONS, "LSE/#"), nothing, nothing)
 
 
 def joined(who: str, topic: str = "room") -> InterestEvent:
@@ -38,7 +39,7 @@ def left(who: str, topic: str = "room", reason: str = "unsubscribed") -> Interes
 SYNCED = InterestEvent(InterestKind.SYNCED, "LSE/#")
 
 
-def told(view: InterestView) -> list[str]:
+def told(view: View) -> list[str]:
     result = [
         f"{event.kind.value} {event.member.id if event.member else ''} {event.reason}".strip()
         for event in view._events
@@ -50,8 +51,8 @@ def told(view: InterestView) -> list[str]:
 def test_the_snapshot_is_there_before_any_change_is_told() -> None:
     view = presence()
     view.snapshot([Member("a"), Member("b")])
-    assert [member.id for member in view.members] == ["a", "b"]
-    assert view.count == 2
+    assert [member.id for member in view.members.values()] == ["a", "b"]
+    assert Presence(view).count == 2
     assert view.synced
     assert told(view) == []
 
@@ -62,7 +63,7 @@ def test_a_change_told_before_the_snapshot_counts_once() -> None:
     view.apply(joined("b"))
     view.apply(left("c"))
     view.snapshot([Member("a")])
-    assert [member.id for member in view.members] == ["a", "b"]
+    assert [member.id for member in view.members.values()] == ["a", "b"]
     assert told(view) == ["joined b"]
 
 
@@ -81,7 +82,7 @@ def test_after_a_reconnect_the_differences_are_told() -> None:
     view.apply(joined("d"))
     view.snapshot([Member("b"), Member("c")])
     assert told(view) == ["left a resync", "joined c", "resynced", "joined d"]
-    assert {member.id for member in view.members} == {"b", "c", "d"}
+    assert {member.id for member in view.members.values()} == {"b", "c", "d"}
 
 
 @given(
@@ -107,7 +108,7 @@ def test_presence_agrees_with_the_truth_wherever_the_snapshot_falls(
     for event in view._events:
         assert event.member is not None
         (known.add if event.joined else known.discard)(event.member.id)
-    assert {member.id for member in view.members} == truth == known
+    assert {member.id for member in view.members.values()} == truth == known
 
 
 def test_interest_is_balanced_over_repeated_subscriptions() -> None:
@@ -161,7 +162,7 @@ async def test_iterating_waits_and_ends_with_the_view() -> None:
     with pytest.raises(TimeoutError):
         await view.get(timeout=0)
     view.end()
-    assert [event async for event in view] == []
+    assert [event async for event in Presence(view)] == []
     with pytest.raises(BusClosed):
         await view.get(timeout=5)
 
@@ -183,5 +184,5 @@ def test_changes_nobody_reads_are_bounded_and_the_hole_is_told() -> None:
         view.apply(joined(str(number)))
     assert len(view._events) <= 4096
     assert view._events[0].kind is InterestKind.RESYNCED
-    assert view.count == 5000
+    assert len(view.members) == 5000
     assert view.dropped > 0
