@@ -30,8 +30,9 @@ from pubsub_core.interfaces import (
 from pubsub_core.message import InFrame, Member, OutFrame, Receipt, Verdict
 from pubsub_core.topics import parse_filter
 
+from .client import Group, LocalSub
 from .options import MemoryOptions
-from .space import Group, LocalSub, Space
+from .space import Space
 
 __all__ = ["MemoryBackend"]
 

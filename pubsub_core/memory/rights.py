@@ -10,7 +10,6 @@ Everything here is called with the lock of the space.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,8 +19,7 @@ from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame
 from pubsub_core.topics import TopicFilter, parse_filter
 
-if TYPE_CHECKING:
-    from .backend import MemoryBackend
+from .client import Client
 
 __all__ = ["Rights", "is_exact"]
 
@@ -40,7 +38,7 @@ class _Question:
     __slots__ = ("asked",)
 
     def __init__(self) -> None:
-        self.asked: set[MemoryBackend] = set()
+        self.asked: set[Client] = set()
 
 
 class Rights:
@@ -50,13 +48,13 @@ class Rights:
         may_authorize: Whether a client may answer for a topic.
     """
 
-    def __init__(self, may_authorize: Callable[[MemoryBackend, str], bool]) -> None:
+    def __init__(self, may_authorize: Callable[[Client, str], bool]) -> None:
         self._may_authorize = may_authorize
         self._filters: dict[str, TopicFilter] = {}
         self._guarded = BoundedCache[str, bool](_MOST_CACHED)
-        self._authorizers: dict[MemoryBackend, dict[str, TopicFilter]] = {}
+        self._authorizers: dict[Client, dict[str, TopicFilter]] = {}
         # An answer of None is a no.
-        self._known: dict[MemoryBackend, dict[str, Entitlements | _Question | None]] = {}
+        self._known: dict[Client, dict[str, Entitlements | _Question | None]] = {}
         self._waiting = 0
 
     @property
@@ -80,16 +78,16 @@ class Rights:
             found = self._guarded.keep(topic, guarded)
         return found
 
-    def held(self, client: MemoryBackend, topic: str) -> Entitlements | None:
+    def held(self, client: Client, topic: str) -> Entitlements | None:
         """Return what *client* holds for a guarded topic, or None for no right."""
         known = self._known.get(client, {}).get(topic)
         return None if isinstance(known, _Question) else known
 
-    def may_see(self, client: MemoryBackend, topic: str) -> bool:
+    def may_see(self, client: Client, topic: str) -> bool:
         """Whether anything of *topic* is for *client*."""
         return not self.guards(topic) or self.held(client, topic) is not None
 
-    def shown(self, client: MemoryBackend, frame: InFrame, *, tell: bool = False) -> InFrame | None:
+    def shown(self, client: Client, frame: InFrame, *, tell: bool = False) -> InFrame | None:
         """Return what *client* may see of *frame*; None when that is nothing.
 
         With *tell* a client that has a right, but to no part of it, is told.
@@ -113,7 +111,7 @@ class Rights:
 
     # --- questions -----------------------------------------------------------------------
 
-    def want(self, client: MemoryBackend, topic: str) -> None:
+    def want(self, client: Client, topic: str) -> None:
         """Ask what *client* may see of a guarded topic, unless that is known or asked."""
         known = self._known.setdefault(client, {})
         if topic in known:
@@ -134,14 +132,14 @@ class Rights:
             if any(each.matches(topic) for each in filters.values()):
                 self._ask(authorizer, client, topic, question)
 
-    def ask_again(self, client: MemoryBackend, filter: TopicFilter) -> None:
+    def ask_again(self, client: Client, filter: TopicFilter) -> None:
         """Forget what *client* was refused of that filter's topics."""
         known = self._known.get(client, {})
         for topic in [topic for topic, held in known.items() if held is None]:
             if filter.matches(topic):
                 del known[topic]
 
-    def drop(self, client: MemoryBackend, wanted: Callable[[str], bool]) -> None:
+    def drop(self, client: Client, wanted: Callable[[str], bool]) -> None:
         """Forget questions and refusals about topics that *client* no longer wants."""
         known = self._known.get(client)
         if not known:
@@ -150,7 +148,7 @@ class Rights:
             if (held is None or isinstance(held, _Question)) and not wanted(topic):
                 self._forget(known, topic)
 
-    def leave(self, client: MemoryBackend) -> None:
+    def leave(self, client: Client) -> None:
         """Forget everything about *client*."""
         self.end_session(client)
         known = self._known.pop(client, {})
@@ -159,7 +157,7 @@ class Rights:
 
     # --- answers -------------------------------------------------------------------------
 
-    def answer(self, client: MemoryBackend, topic: str, held: Entitlements | None) -> bool:
+    def answer(self, client: Client, topic: str, held: Entitlements | None) -> bool:
         """Take an answer; return False when nobody wants to know."""
         known = self._known.get(client, {})
         if topic not in known:
@@ -171,7 +169,7 @@ class Rights:
             client.note(Notice("not_entitled", f"this client may not see {topic!r}", topic))
         return True
 
-    def watch(self, authorizer: MemoryBackend, filter: str) -> None:
+    def watch(self, authorizer: Client, filter: str) -> None:
         """Ask *authorizer* about that filter's topics, and what waits for an answer at once."""
         parsed = parse_filter(filter)
         self._authorizers.setdefault(authorizer, {})[filter] = parsed
@@ -179,7 +177,7 @@ class Rights:
             if authorizer not in question.asked and parsed.matches(topic):
                 self._ask(authorizer, client, topic, question)
 
-    def unwatch(self, authorizer: MemoryBackend, filter: str) -> None:
+    def unwatch(self, authorizer: Client, filter: str) -> None:
         """Ask no more; what was not answered is asked again when it watches again."""
         filters = self._authorizers.get(authorizer, {})
         filters.pop(filter, None)
@@ -187,7 +185,7 @@ class Rights:
             if not any(each.matches(topic) for each in filters.values()):
                 question.asked.discard(authorizer)
 
-    def end_session(self, authorizer: MemoryBackend) -> None:
+    def end_session(self, authorizer: Client) -> None:
         """Ask *authorizer* nothing until it watches again."""
         if self._authorizers.pop(authorizer, None) is not None:
             for _, _, question in self._questions():
@@ -195,15 +193,13 @@ class Rights:
 
     # --- helpers -------------------------------------------------------------------------
 
-    def _questions(self) -> Iterator[tuple[MemoryBackend, str, _Question]]:
+    def _questions(self) -> Iterator[tuple[Client, str, _Question]]:
         for client, known in self._known.items():
             for topic, held in known.items():
                 if isinstance(held, _Question):
                     yield client, topic, held
 
-    def _ask(
-        self, authorizer: MemoryBackend, client: MemoryBackend, topic: str, question: _Question
-    ) -> None:
+    def _ask(self, authorizer: Client, client: Client, topic: str, question: _Question) -> None:
         if self._may_authorize(authorizer, topic):
             question.asked.add(authorizer)
             authorizer.ask(AuthorizationRequest(client.member, topic))

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import secrets
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple
 
 import msgspec
 
 from pubsub_core.capabilities import ConfirmedBy
 from pubsub_core.errors import (
-    AuthenticationFailed,
     ConnectError,
     NotAuthorized,
     Outcome,
     PublishFailed,
-    PublishNotAuthorized,
-    SubscribeNotAuthorized,
 )
 from pubsub_core.events import InterestEvent, InterestKind
 from pubsub_core.interfaces import (
@@ -36,59 +31,21 @@ from pubsub_core.message import InFrame, Member, Origin, OutFrame, Receipt
 from pubsub_core.topics import overlap, parse_filter
 from pubsub_core.trie import HandlerTrie
 
+from .client import Client, Group, LocalSub
 from .rights import Rights, is_exact
+from .users import Users
 
-if TYPE_CHECKING:
-    from .backend import MemoryBackend
-
-__all__ = ["Group", "LocalSub", "Space"]
+__all__ = ["Space"]
 
 _MOST_PLANS = 10_000
 # Looking up a member of an enumeration costs as much as making a frame in Python 3.11.
 _BROKER = ConfirmedBy.BROKER
 
 
-@dataclass(frozen=True, slots=True)
-class _User:
-    password: str
-    publish: tuple[str, ...]
-    subscribe: tuple[str, ...]
-    authorize: tuple[str, ...]
-
-
-class LocalSub:
-    """One wire subscription of one client."""
-
-    __slots__ = ("client", "filter", "want")
-
-    def __init__(self, client: MemoryBackend, want: WireSub) -> None:
-        self.client = client
-        self.want = want
-        self.filter = want.filter
-
-
-class Group:
-    """The members of one share group; each message goes to the next one that can take it."""
-
-    __slots__ = ("_turn", "members")
-
-    def __init__(self) -> None:
-        self.members: list[LocalSub] = []
-        self._turn = 0
-
-    def pick(self, members: Sequence[LocalSub]) -> LocalSub:
-        """Return the next of these *members* that has a session; there is at least one."""
-        present = [member for member in members if member.client.sink is not None]
-        if not present:
-            return members[0]
-        self._turn = (self._turn + 1) % len(present)
-        return present[self._turn]
-
-
 class _Route(NamedTuple):
     """Where a message of some topic goes: to a client's subscriptions, or to a group."""
 
-    client: MemoryBackend
+    client: Client
     ids: tuple[int, ...]
     manual: bool
     group: Group | None
@@ -108,12 +65,12 @@ class Space:
         self.lock = threading.RLock()
         self._trie: HandlerTrie[LocalSub | Group] = HandlerTrie("mqtt")
         self._groups: dict[tuple[str, str], Group] = {}
-        self._clients: dict[str, MemoryBackend] = {}
+        self._clients: dict[str, Client] = {}
         self._retained: dict[str, tuple[InFrame, float | None]] = {}
         self._history: deque[tuple[InFrame, float | None]] = deque(maxlen=history)
-        self._watches: dict[tuple[str, int], tuple[MemoryBackend, Watch]] = {}
-        self._users: dict[str, _User] = {}
-        self._rights = Rights(self._may_authorize)
+        self._watches: dict[tuple[str, int], tuple[Client, Watch]] = {}
+        self._users = Users()
+        self._rights = Rights(self._users.may_authorize)
         # Whether any topic needs authorization, as every publish asks that.
         self._guarding = False
         self._ids = itertools.count(1)
@@ -163,7 +120,9 @@ class Space:
         authorize: Iterable[str] = ("#",),
     ) -> None:
         """Let *username* in, with rights on these filters; anybody else is refused then."""
-        self._users[username] = _User(password, tuple(publish), tuple(subscribe), tuple(authorize))
+        self._users.allow(
+            username, password, publish=publish, subscribe=subscribe, authorize=authorize
+        )
 
     # --- guarded topics --------------------------------------------------------------------
 
@@ -191,26 +150,26 @@ class Space:
                 self._tell_of(client, topic, InterestKind.LEFT)
                 rights.want(client, topic)
 
-    def shown(self, client: MemoryBackend, frame: InFrame, *, tell: bool = False) -> InFrame | None:
+    def shown(self, client: Client, frame: InFrame, *, tell: bool = False) -> InFrame | None:
         """Return what *client* may see of *frame*; see `Rights.shown`."""
         if not self._guarding:
             return frame
         with self.lock:
             return self._rights.shown(client, frame, tell=tell)
 
-    def watch_authorizations(self, client: MemoryBackend, filter: str) -> None:
+    def watch_authorizations(self, client: Client, filter: str) -> None:
         """Ask *client* about those who want topics of *filter*, where it may answer."""
         with self.lock:
             self._rights.watch(client, filter)
 
-    def unwatch_authorizations(self, client: MemoryBackend, filter: str) -> None:
+    def unwatch_authorizations(self, client: Client, filter: str) -> None:
         """Ask no more."""
         with self.lock:
             self._rights.unwatch(client, filter)
 
     def authorize(
         self,
-        authorizer: MemoryBackend,
+        authorizer: Client,
         request: AuthorizationRequest,
         held: Entitlements | None,
     ) -> None:
@@ -219,7 +178,7 @@ class Space:
         The first right shows the client and what is retained; a refusal hides the client.
         """
         topic = request.topic
-        if not self._may_authorize(authorizer, topic):
+        if not self._users.may_authorize(authorizer, topic):
             raise NotAuthorized(
                 f"{authorizer.options.username!r} may not authorize on {topic!r}",
                 hint="ask for the right to authorize there",
@@ -245,26 +204,18 @@ class Space:
             elif before is not None and held is None:
                 self._tell_of(client, topic, InterestKind.LEFT, "not entitled")
 
-    def end_session(self, client: MemoryBackend) -> None:
+    def end_session(self, client: Client) -> None:
         """Ask *client* nothing until it is back; its own rights stay until it leaves."""
         with self.lock:
             self._rights.end_session(client)
 
-    def _may_authorize(self, client: MemoryBackend, topic: str) -> bool:
-        if not self._users:
-            return True
-        user = self._users.get(client.options.username)
-        return user is not None and any(
-            parse_filter(each).matches(topic) for each in user.authorize
-        )
-
-    def _visible(self, client: MemoryBackend, filter: str) -> bool:
+    def _visible(self, client: Client, filter: str) -> bool:
         """Whether others are told of *client*'s subscription to *filter*."""
         return not is_exact(filter) or self._rights.may_see(client, filter)
 
     def _tell_of(
         self,
-        client: MemoryBackend,
+        client: Client,
         topic: str,
         kind: InterestKind,
         reason: str = "",
@@ -286,7 +237,7 @@ class Space:
 
     # --- sessions ------------------------------------------------------------------------
 
-    def enter(self, client: MemoryBackend) -> bool:
+    def enter(self, client: Client) -> bool:
         """Begin a session; return whether an earlier one goes on."""
         if self._refusing:
             raise ConnectError(
@@ -294,15 +245,7 @@ class Space:
                 hint="call Space.refuse(False)",
                 backend="memory",
             )
-        user = self._users.get(client.options.username)
-        if self._users:
-            given = "" if client.options.password is None else client.options.password.reveal()
-            if user is None or not secrets.compare_digest(given.encode(), user.password.encode()):
-                raise AuthenticationFailed(
-                    f"{client.context.address} does not know that user name and password",
-                    hint="check username and password",
-                    backend="memory",
-                )
+        self._users.check_password(client)
         with self.lock:
             resumed = client.options.persistent and client.member.id in self._clients
             self._clients[client.member.id] = client
@@ -310,7 +253,7 @@ class Space:
                 self.guard(*client.options.guarded)
             return resumed
 
-    def leave(self, client: MemoryBackend, reason: str) -> None:
+    def leave(self, client: Client, reason: str) -> None:
         """End a session for good: subscriptions, watches and the wait for acks are gone."""
         with self.lock:
             if self._clients.pop(client.member.id, None) is None:
@@ -321,9 +264,9 @@ class Space:
                 del self._watches[key]
             self._rights.leave(client)
 
-    def subscribe(self, client: MemoryBackend, want: WireSub) -> None:
+    def subscribe(self, client: Client, want: WireSub) -> None:
         """Add a subscription, deliver retained values, tell who watches."""
-        self._check(client, want.filter, "subscribe")
+        self._users.check_subscribe(client, want.filter)
         with self.lock:
             old = client.subscriptions.get(want.id)
             if old is not None:
@@ -353,7 +296,7 @@ class Space:
             if want.group is None:
                 self.give_retained(subscription)
 
-    def unsubscribe(self, client: MemoryBackend, want: WireSub, reason: str) -> None:
+    def unsubscribe(self, client: Client, want: WireSub, reason: str) -> None:
         """Drop a subscription, tell who watches."""
         with self.lock:
             subscription = client.subscriptions.pop(want.id, None)
@@ -383,11 +326,11 @@ class Space:
 
     # --- messages ------------------------------------------------------------------------
 
-    def publish(self, client: MemoryBackend, out: OutFrame) -> Receipt:
+    def publish(self, client: Client, out: OutFrame) -> Receipt:
         """Store and deliver one message."""
         topic, payload, ttl = out.topic, out.payload, out.ttl
-        if self._users:
-            self._check(client, topic, "publish")
+        if self._users.known:
+            self._users.check_publish(client, topic)
         now = client.time()
         member = client.member
         with self.lock:
@@ -446,7 +389,7 @@ class Space:
             return Receipt(topic, _BROKER, identity, count)
 
     def _publish_to_group(
-        self, group: Group, client: MemoryBackend, out: OutFrame, now: float, identity: str
+        self, group: Group, client: Client, out: OutFrame, now: float, identity: str
     ) -> int:
         members = self._allowed(group, out.topic)
         if not members:
@@ -470,9 +413,9 @@ class Space:
         member.client.take(frame, group, manual=member.want.manual_ack)
         return 1
 
-    def send_to(self, client: MemoryBackend, member: str, out: OutFrame) -> Receipt:
+    def send_to(self, client: Client, member: str, out: OutFrame) -> Receipt:
         """Deliver to one client, if it is subscribed to the topic."""
-        self._check(client, out.topic, "publish")
+        self._users.check_publish(client, out.topic)
         with self.lock:
             receiver = self._clients.get(member)
             ids = (
@@ -510,7 +453,7 @@ class Space:
             receiver.take(frame)
             return Receipt(out.topic, _BROKER, identity, 1)
 
-    def blocked(self, client: MemoryBackend, out: OutFrame) -> MemoryBackend | None:
+    def blocked(self, client: Client, out: OutFrame) -> Client | None:
         """Return a receiver of *out* that asked to be spared for now, if there is one."""
         with self.lock:
             for route in self._plans.get(out.topic) or self._plan(out.topic):
@@ -522,7 +465,7 @@ class Space:
                     return route.client
         return None
 
-    def stored(self, client: MemoryBackend, filter: str, query: HistoryQuery) -> list[InFrame]:
+    def stored(self, client: Client, filter: str, query: HistoryQuery) -> list[InFrame]:
         """Return what *client* may see of the stored messages, oldest first."""
         matches = parse_filter(filter).matches
         now = client.time()
@@ -542,7 +485,7 @@ class Space:
         result.reverse()
         return result
 
-    def last(self, client: MemoryBackend, topic: str) -> InFrame | None:
+    def last(self, client: Client, topic: str) -> InFrame | None:
         """Return what *client* may see of the retained value of *topic*."""
         now = client.time()
         with self.lock:
@@ -570,7 +513,7 @@ class Space:
         return [member for member in group.members if rights.may_see(member.client, topic)]
 
     def _plan(self, topic: str) -> tuple[_Route, ...]:
-        plain: dict[MemoryBackend, list[int]] = {}
+        plain: dict[Client, list[int]] = {}
         rest: list[_Route] = []
         rights = self._rights
         guarded = rights.guards(topic)
@@ -605,32 +548,12 @@ class Space:
                 kept = msgspec.structs.replace(kept, subscriptions=(subscription.want.id,))
                 subscription.client.take(kept)
 
-    def _check(self, client: MemoryBackend, topic: str, action: str) -> None:
-        user = self._users.get(client.options.username)
-        if user is None:
-            return
-        if action == "publish":
-            if not any(parse_filter(each).matches(topic) for each in user.publish):
-                raise PublishNotAuthorized(
-                    f"{client.options.username!r} may not publish to {topic!r}",
-                    hint="ask for the right to publish there",
-                    backend="memory",
-                    topic=topic,
-                )
-        elif not any(_covers(each, topic) for each in user.subscribe):
-            raise SubscribeNotAuthorized(
-                f"{client.options.username!r} may not subscribe to {topic!r}",
-                hint="ask for the right to subscribe there",
-                backend="memory",
-                topic=topic,
-            )
-
     # --- interest ------------------------------------------------------------------------
 
-    def watch(self, client: MemoryBackend, watch: Watch) -> list[Member]:
+    def watch(self, client: Client, watch: Watch) -> list[Member]:
         """Report interest to *client* from now on; return who is there."""
         # Who may not listen to a topic may not see who does.
-        self._check(client, watch.filter, "subscribe")
+        self._users.check_subscribe(client, watch.filter)
         with self.lock:
             self._watches[client.member.id, watch.id] = (client, watch)
             if watch.kind is WatchKind.PRESENCE:
@@ -651,14 +574,14 @@ class Space:
             client.tell(InterestEvent(InterestKind.SYNCED, watch.filter, watches=(watch.id,)))
             return []
 
-    def unwatch(self, client: MemoryBackend, watch: Watch) -> None:
+    def unwatch(self, client: Client, watch: Watch) -> None:
         """Stop reporting."""
         with self.lock:
             self._watches.pop((client.member.id, watch.id), None)
 
-    def look(self, client: MemoryBackend, topic: str) -> list[Member]:
+    def look(self, client: Client, topic: str) -> list[Member]:
         """Return `members` to a client that may listen to *topic*."""
-        self._check(client, topic, "subscribe")
+        self._users.check_subscribe(client, topic)
         return self.members(topic)
 
     def members(self, topic: str) -> list[Member]:
@@ -674,7 +597,7 @@ class Space:
                 )
             ]
 
-    def _present(self, client: MemoryBackend, filter: str) -> frozenset[tuple[str, int]]:
+    def _present(self, client: Client, filter: str) -> frozenset[tuple[str, int]]:
         """Return the presence watches that see *client* without the subscription *filter*."""
         return frozenset(
             key
@@ -690,7 +613,7 @@ class Space:
 
     def _tell(
         self,
-        client: MemoryBackend,
+        client: Client,
         filter: str,
         kind: InterestKind,
         reason: str,
@@ -710,16 +633,3 @@ def _stored(frame: InFrame, expires: float | None, now: float, origin: Origin) -
         expires_in=None if expires is None else expires - now,
         subscriptions=None,
     )
-
-
-def _covers(granted: str, wanted: str) -> bool:
-    """Whether every topic that *wanted* can match is matched by *granted*."""
-    have, want = granted.split("/"), wanted.split("/")
-    for index, level in enumerate(have):
-        if level == "#":
-            return True
-        if index >= len(want) or want[index] == "#":
-            return False
-        if level != "+" and level != want[index]:
-            return False
-    return len(have) == len(want)
