@@ -33,6 +33,7 @@ from .capabilities import Cap, ConfirmedBy, Guarantees, Limits, Support, effecti
 from .clock import Clock, SystemClock
 from .config import BusConfig, Config
 from .config.bus_options import BusOptions
+from .config.options import field_types, unknown_option
 from .errors import (
     BadOption,
     BusClosed,
@@ -113,6 +114,10 @@ def connect(
         options: Options of the bus (`BusOptions`) or of its backend; they win over every
             other source.
 
+    Raises:
+        BadOption: Neither a bus nor the backend has an option of that name. Values are
+            checked when the bus is opened.
+
     Example:
         >>> async def main() -> None:
         ...     async with connect("memory://") as bus:
@@ -146,6 +151,7 @@ class Bus:
         self.clock: Clock = clock or SystemClock()
         self._config = config
         self._overrides = dict(options or {})
+        _check_names(where, self._overrides)
         self._resolved: BusConfig | None = None
         self._hub = EventHub()
         self._middleware: list[Middleware] = []
@@ -777,7 +783,7 @@ class Bus:
     def use(self, *middleware: Middleware) -> None:
         """Add middleware for both directions; the first one added is the outermost.
 
-        Subscriptions use what was added before they were entered.
+        Subscriptions use the middleware that was added before they were entered.
         """
         if self._open_engine is None:
             self._middleware.extend(middleware)
@@ -841,6 +847,39 @@ def _decoded(
     if decoder is not None:
         payload = decoder(frame.topic, payload, frame.content_type)
     return Message(frame.topic, payload, params, frame)
+
+
+def _check_names(where: str, options: Mapping[str, Any]) -> None:
+    """Raise BadOption for an argument that can be no option, whatever the configuration is."""
+    ours = field_types(BusOptions)
+    others = [name for name in options if name not in ours]
+    if not others:
+        return
+    plugins = registry()
+    scheme, is_url, _ = where.partition("://")
+    legal = list(ours)
+    if is_url:
+        try:
+            info = plugins.by_scheme(scheme)
+        except PubSubError:
+            return  # opening the bus says what is wrong with the URL
+        backend = info.name
+        legal = [*field_types(info.options), *legal]
+    else:
+        # Which backend it is stands in files, which are read when the bus is opened. A plugin
+        # that failed to load may have any option.
+        if plugins.failures:
+            return
+        backend = ""
+        legal += ["url", *(name for each in plugins.infos for name in field_types(each.options))]
+    for name in others:
+        if name not in legal:
+            raise unknown_option(
+                name,
+                dict.fromkeys(legal),
+                place=f"argument {name}",
+                backend=backend,
+            )
 
 
 def _known_cap(name: Cap | str) -> Cap:

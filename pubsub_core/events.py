@@ -1,4 +1,4 @@
-"""What happens to a bus, besides messages: its status, holes, interest, notices."""
+"""Events of a bus, besides messages: its status, gaps, interest, notices."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class SubscriptionRefused(msgspec.Struct, frozen=True):
 
 
 class Notice(msgspec.Struct, frozen=True):
-    """Something a backend tells: a stale publisher, an expired key, a refused message.
+    """A report from a backend: a stale publisher, an expired key, a refused message.
 
     Attributes:
         kind: A stable word, e.g. ``source_lost``, ``not_entitled``, ``key_expired``.
@@ -133,7 +133,7 @@ class InterestKind(StrEnum):
     SYNCED = "synced"
     """Everything that existed before the watch began has been told; member is None."""
     RESYNCED = "resynced"
-    """The session was renewed; the view was compared with a new snapshot."""
+    """The session was restored; the view was compared with a new snapshot."""
 
 
 class InterestEvent(msgspec.Struct, frozen=True):

@@ -1,8 +1,8 @@
 """What a backend implements: one `Backend`, and one small interface per optional power.
 
 A backend is wire work only: one session with one broker, and the translation of topics.
-The core owns retry, resubscription, routing, buffers, codecs, limits and events. Whoever
-writes a backend reads this module and `pubsub_core.testing`.
+The core owns retry, resubscription, routing, buffers, codecs, limits and events. Authors of
+backends need this module and `pubsub_core.testing`.
 
 Rules that hold for every method:
 
@@ -89,7 +89,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class BackendInfo:
-    """What a backend announces. Readable without importing the broker's client library.
+    """The announcement of a backend, readable without importing the broker's client library.
 
     Attributes:
         name: Lower case, e.g. ``mqtt``.
@@ -134,7 +134,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class BackendContext:
-    """What a backend is made from.
+    """The arguments of a backend.
 
     Attributes:
         info: Its own announcement.
@@ -152,12 +152,12 @@ class BackendContext:
 
 @dataclass(frozen=True, slots=True)
 class SessionFacts:
-    """What a new session is like.
+    """Facts about a new session.
 
     Attributes:
-        resumed: The broker kept our subscriptions and what was published meanwhile.
+        resumed: The broker kept our subscriptions and the messages published meanwhile.
         client_id: Our identifier at the broker, or ``""``.
-        server: What the broker tells of itself, or ``""``.
+        server: The broker's own name and version as it tells them, or ``""``.
     """
 
     resumed: bool = False
@@ -231,14 +231,14 @@ EVERYTHING: Final = Everything.EVERYTHING
 """Held by a client that may see every part of a message, whatever the part needs."""
 
 Entitlements: TypeAlias = frozenset[int] | Everything
-"""What a client with a right holds."""
+"""The entitlements of a client with a right."""
 
 
 class AuthorizationRequest(msgspec.Struct, frozen=True):
-    """The broker asks what *member* may see of *topic*.
+    """The broker asks which parts of *topic* the *member* may see.
 
     Attributes:
-        tag: What the backend needs to answer.
+        tag: For the backend's own use, to answer.
     """
 
     member: Member
@@ -252,7 +252,7 @@ class AuthorizationRequest(msgspec.Struct, frozen=True):
 
 
 class Sink(Protocol):
-    """Where a backend puts what arrives. One per session; a dead session's sink is deaf.
+    """Takes what arrives from a backend. One per session; a dead session's sink is deaf.
 
     Every method may be called from any thread and returns at once.
     """
@@ -262,33 +262,33 @@ class Sink(Protocol):
         ...
 
     def interest(self, event: InterestEvent) -> None:
-        """Tell a change of interest, for a watch that is open."""
+        """Report a change of interest, for a watch that is open."""
         ...
 
     def authorization(self, request: AuthorizationRequest) -> None:
-        """Ask what a client may see."""
+        """Ask which parts a client may see."""
         ...
 
     def notice(self, notice: Notice) -> None:
-        """Tell something that belongs to no call."""
+        """Report something that belongs to no call."""
         ...
 
     def sent_again(self, topic: str) -> None:
-        """Say that a message of an earlier session was sent once more.
+        """Report that a message of an earlier session was sent again.
 
         For brokers with a rate limit, which counts it again.
         """
         ...
 
     def lost(self, error: BaseException) -> None:
-        """Say that the session ended. The core decides what happens next; call it once."""
+        """Report that the session ended; call it once. The core decides what happens next."""
         ...
 
 
 class Backend(abc.ABC):
     """One session with one broker.
 
-    The same object is opened again after a lost session, so it can keep what must survive:
+    The same object is opened again after a lost session, so it can keep state that must survive:
     a client id, messages that wait for their acknowledgement.
     """
 
@@ -310,11 +310,11 @@ class Backend(abc.ABC):
         """
 
     async def restored(self) -> None:
-        """Learn that the subscriptions are back, and send what waited for that."""
+        """Called when the subscriptions are restored: send the publishes held until then."""
         return
 
     async def drop(self) -> None:
-        """End the session at hand at once, as if it had been lost; `open` may follow.
+        """End the current session at once, as if it had been lost; `open` may follow.
 
         Called when a session could not be restored. The sink needs no `Sink.lost`.
         """
@@ -368,13 +368,13 @@ class Backend(abc.ABC):
         """Deliver the retained messages of an existing subscription once more.
 
         For a local subscription that joins one already in place; the core gives each
-        retained message to those only that have not had it. Brokers that keep no retained
-        messages need not care.
+        retained message only to those that have not had it. For brokers that keep no retained
+        messages the default will do.
         """
         return
 
     async def probe(self) -> Mapping[Cap, Support]:
-        """Tell what this server and these credentials really allow; see `effective`."""
+        """Return what this server and these credentials really allow; see `effective`."""
         return {}
 
     @property
@@ -389,12 +389,12 @@ class Backend(abc.ABC):
 
     @property
     def limits(self) -> Limits:
-        """The limits of the session at hand; the declared ones unless the broker said less."""
+        """The limits of the current session; the declared ones unless the broker said less."""
         return self.context.info.limits
 
     @property
     def guarantees(self) -> Guarantees:
-        """The guarantees with the options at hand; the declared ones unless overridden."""
+        """The guarantees with the given options; the declared ones unless overridden."""
         return self.context.info.guarantees
 
     def to_wire(self, topic: str) -> str:
@@ -499,7 +499,7 @@ class HasAcknowledgement(Protocol):
     """Capability ``ack``."""
 
     def settle(self, tag: object, verdict: Verdict) -> None:
-        """Act on a subscriber's decision about the frame with that tag; never blocks.
+        """Act on the decision about the frame with that tag; never blocks.
 
         A tag of an earlier session is ignored.
         """
@@ -516,8 +516,8 @@ class HasAuthorization(Protocol):
     async def watch_authorizations(self, filter: str) -> None:
         """Ask the sink about clients that want topics matching *filter*.
 
-        Called again in each session, and perhaps twice for one filter. What the broker asked
-        earlier in the session is kept until then: a client may have waited longer than we.
+        Called again in each session, and perhaps twice for one filter. Keep questions that the
+        broker asked earlier in the session until then: a client may have waited longer than we.
         """
         ...
 
@@ -531,7 +531,7 @@ class HasAuthorization(Protocol):
         """Answer: the entitlements held, `EVERYTHING`, or None for no right at all.
 
         Return once the broker acts on it, where that can be known. The same request may be
-        answered again later, which replaces what was answered before.
+        answered again later, which replaces the earlier answer.
 
         Raises:
             ValueError: The broker cannot carry these entitlements.

@@ -76,7 +76,7 @@ V = TypeVar("V", bound=InterestView)
 _CHECK = 0.25
 _EXIT_DRAIN = 2.0
 _EXIT_LIMIT = 4.0
-# An async handler that blocks its loop must not block whoever closes the bus as well.
+# An async handler that blocks its loop must not block the thread that closes the bus as well.
 _STOP_LIMIT = 5.0
 _JOIN_LIMIT = 1.0
 
@@ -963,7 +963,7 @@ class _Portal(_Caller):
             for task in tasks:
                 task.cancel()
             if tasks:
-                # Whoever waits for one of them is told that the bus was closed.
+                # A caller that waits for one of them is told that the bus was closed.
                 loop.run_until_complete(asyncio.wait(tasks))
             loop.run_until_complete(loop.shutdown_asyncgens())
         finally:
@@ -972,7 +972,7 @@ class _Portal(_Caller):
 
     @classmethod
     def after_fork(cls) -> None:
-        """Begin anew in a child process; the parent's loop and buses are its own."""
+        """Start over in a child process: the parent's loop and buses are its own."""
         cls._lock = threading.Lock()
         if cls._current is not None:
             cls._inherited.append(cls._current)
@@ -980,7 +980,7 @@ class _Portal(_Caller):
 
     @classmethod
     def at_exit(cls) -> None:
-        """Close what was left open, within a few seconds."""
+        """Close the buses that were left open, within a few seconds."""
         with cls._lock:
             portal, cls._current = cls._current, None
         if portal is not None:

@@ -38,6 +38,7 @@ from pubsub_core import (
     UnknownBackend,
     WrongLoop,
     connect,
+    sync,
 )
 from pubsub_core.memory import Space
 from pubsub_core.memory.backend import MemoryBackend
@@ -175,6 +176,29 @@ async def test_unknown_options_are_refused_with_a_suggestion() -> None:
     with pytest.raises(BadOption, match="usernam") as caught:
         await connect("memory://", usernam="tom")
     assert "username" in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["memory://", "mqtt://localhost", "main"])
+def test_names_of_options_are_checked_at_the_call(where: str) -> None:
+    with pytest.raises(BadOption, match="argument qoss is no option") as caught:
+        connect(where, qoss=1)
+    assert "did you mean 'qos'?" in str(caught.value)
+    with pytest.raises(BadOption, match="argument qoss"):
+        sync.connect(where, qoss=1)
+
+
+def test_an_option_of_another_backend_is_refused_at_the_call_where_that_is_known() -> None:
+    with pytest.raises(BadOption, match="argument keepalive is no option of memory"):
+        connect("memory://", keepalive=5)
+    assert connect("main", keepalive=5).name == "main", "configuration decides"
+    assert connect("main", url="memory://").name == "main"
+
+
+async def test_names_of_subscribe_options_are_checked_at_the_call(lab: str) -> None:
+    async with connect(lab) as bus:
+        with pytest.raises(BadOption, match=r"subscribe\(qoss=\) is no option") as caught:
+            bus.subscribe("a", qoss=1)  # type: ignore[call-overload]
+        assert "did you mean 'qos'?" in str(caught.value)
 
 
 async def test_unknown_schemes_are_refused_with_a_suggestion() -> None:

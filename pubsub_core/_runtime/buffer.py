@@ -269,8 +269,8 @@ class Buffer:
     def end(self, verdict: Verdict | None) -> None:
         """Take and give nothing more; what waits is settled with *verdict*.
 
-        With None nothing is settled any more: the broker still has what was not handled,
-        and gives it to the next session, if it keeps one.
+        With None nothing is settled any more: the broker still has the messages that were not
+        handled, and gives them to the next session, if it keeps one.
         """
         if not self._ended:
             self.finish()
@@ -327,7 +327,7 @@ class Buffer:
                 self.bytes -= len(older.frame.payload)
                 return True
             # The newer message takes the older one's place in the queue, so that a busy
-            # topic cannot push a quiet one back for ever.
+            # topic cannot push a quiet one back again and again.
             self.received += 1
             self.bytes = size
             older.frame, older.settlement = frame, settlement

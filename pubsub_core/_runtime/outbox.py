@@ -101,7 +101,7 @@ class Outbox:
 
     @property
     def flushing(self) -> bool:
-        """Whether somebody sends what waits; whoever comes meanwhile need not."""
+        """Whether the outbox is being sent; one flush at a time is enough."""
         return self._flushing
 
     @property
@@ -201,7 +201,7 @@ class Outbox:
         while len(self):
             waiting = self._take()
             waiting.future.set_exception(error(waiting.frame))
-            # Whoever published without waiting for it has no one to raise to.
+            # Looked at: a publish with confirm="nobody" has returned, and nobody else would.
             waiting.future.exception()
         for blocked in self._blocked:
             blocked.wake()
@@ -272,7 +272,7 @@ class Outbox:
         try:
             receipt = await send(waiting.frame)
         except NotConnected as error:
-            # Not sent: the session was lost and the engine has not noticed yet. It waits
+            # Not sent: the backend lost the session, which has not noticed it yet. It waits
             # for the next one, in its old place.
             waiting.sent = False
             if future.done():

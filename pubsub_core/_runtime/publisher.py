@@ -62,8 +62,8 @@ class Publisher:
     """Publishes for one bus.
 
     Attributes:
-        capabilities: What the session at hand can do; set by the bus.
-        limits: Limits of the session at hand; set with `set_limits`.
+        capabilities: Those of the current session; set by the engine.
+        limits: Those of the current session; set with `set_limits`.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class Publisher:
         try:
             receipt = self._backend.try_publish(out)
         except NotConnected:
-            return None  # lost just now, and the engine has not noticed; `send` waits for that
+            return None  # lost just now, which the session has not noticed; `send` waits for it
         except PubSubError:
             self._stats.failed += 1
             raise
@@ -285,7 +285,7 @@ class Publisher:
             self._start_flush()
 
     async def drain(self, seconds: float) -> None:
-        """Wait, so long at most, until what waited for the session at hand is sent."""
+        """Wait at most *seconds* until the offline buffer is sent in the current session."""
         deadline = asyncio.get_running_loop().time() + seconds
         while self._outbox.busy and self._flushes and self._session.online:
             left = deadline - asyncio.get_running_loop().time()

@@ -1,9 +1,9 @@
-"""The session engine: connect, notice a loss, come back, in that order and for ever.
+"""The session of a bus: connect, notice a loss, restore, until the bus is closed.
 
 Backends make one session and say when it ended; everything about trying again is here.
-While a session is being restored, what it delivers is held back, so that a gap is marked
-before what came after it. Each session has a generation number, and a dead one's sink is
-deaf: late frames cannot mix with new ones.
+While a session is being restored, its frames are held back, so that a gap is marked before
+the messages that came after it. Each session has a generation number, and a dead one's sink
+is deaf: late frames cannot mix with new ones.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _SHORT_ATTEMPT = 2.0
 
 
 class SessionOwner(Protocol):
-    """What the engine asks of the bus."""
+    """What the session reports to the engine."""
 
     @property
     def route(self) -> Callable[[InFrame], None]:
-        """What routes one frame."""
+        """Routes one frame."""
         ...
 
     def interest(self, event: InterestEvent) -> None:
@@ -63,11 +63,11 @@ class SessionOwner(Protocol):
         ...
 
     async def restore(self, facts: SessionFacts, generation: int) -> None:
-        """Bring subscriptions and watches back in a session that was just opened."""
+        """Restore subscriptions and watches in a session that was just opened."""
         ...
 
     def status_changed(self, event: StatusChanged) -> None:
-        """Learn of a change of status."""
+        """Act on a change of status."""
         ...
 
 
@@ -75,7 +75,8 @@ class Inbox:
     """Takes frames from any thread and routes them on the loop, in order.
 
     On the loop's own thread a frame is routed at once. From another thread frames are
-    queued, with one wake-up of the loop for a burst of them.
+    queued, with one wake-up of the loop for a burst of them: a `call_soon_threadsafe` for
+    each frame writes a byte to the loop's self-pipe each time, which costs more than routing.
     """
 
     def __init__(
@@ -106,12 +107,12 @@ class Inbox:
             self._enqueue(action)
 
     def release(self) -> None:
-        """Let what was held while the session was restored go its way."""
+        """Route the frames that were held while the session was restored."""
         self._held = False
         self._drain()
 
     def close(self) -> None:
-        """Take nothing more; late frames of a dead session stop here."""
+        """Drop everything from now on: these are late frames of a dead session."""
         self._deaf = True
         self._direct = False
         self._queue.clear()
@@ -259,25 +260,25 @@ class Session:
             self._set(Status.CLOSING)
 
     async def stop_trying(self) -> None:
-        """End the engine's task; an attempt under way is cancelled."""
+        """End the task that reconnects; an attempt under way is cancelled."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
 
     def closed(self) -> None:
-        """Say that it is over."""
+        """Enter the status ``closed``."""
         self.online = False
         if self._sink is not None:
             self._sink.close()
             self._sink = None
         self._set(Status.CLOSED)
 
-    # --- the engine --------------------------------------------------------------------
+    # --- keeping it up -----------------------------------------------------------------
 
     async def _supervise(self) -> None:
         await self._keep_up()
-        # There will be no session any more: what waits for one in the backend must end.
+        # There will be no more session: publishes that wait for one in the backend must end.
         try:
             await self._backend.close(drain=0.0)
         except Exception:
@@ -299,10 +300,11 @@ class Session:
                 delay = self._backoff.next()
                 self._set(Status.RECONNECTING, error, retry_in=delay)
                 await self._clock.sleep(delay)
-            if not await self._renew(lost_at):
+            if not await self._reconnect(lost_at):
                 return
 
-    async def _renew(self, lost_at: float) -> bool:
+    async def _reconnect(self, lost_at: float) -> bool:
+        """Try until there is a session; return False when that is pointless."""
         while True:
             try:
                 await self._attempt(self._clock.monotonic() - lost_at)
@@ -360,7 +362,7 @@ class Session:
                 ) from error
             self.generation += 1
             try:
-                await self._restored(sink, facts)
+                await self._restore(sink, facts)
             except BaseException:
                 await self._backend.drop()
                 raise
@@ -368,7 +370,12 @@ class Session:
             sink.close()
             raise
 
-    async def _restored(self, sink: _SessionSink, facts: SessionFacts) -> None:
+    async def _restore(self, sink: _SessionSink, facts: SessionFacts) -> None:
+        """Let the engine restore everything; then the session is online.
+
+        A session that is lost meanwhile ends this at once: without that, restoring would wait
+        for its answers until the deadline of each.
+        """
         restoring = asyncio.ensure_future(self._owner.restore(facts, self.generation))
         try:
             either: list[asyncio.Future[Any]] = [restoring, sink.ended]

@@ -107,7 +107,7 @@ class View(abc.ABC):
 
     @abc.abstractmethod
     def stale(self) -> None:
-        """Learn that the session was lost; what is known must be confirmed anew."""
+        """Note that the session was lost: a new one must confirm what is known."""
 
     def end(self) -> None:
         """Let iterators return."""
