@@ -587,7 +587,7 @@ async def test_a_will_is_published_with_its_key(server: EmitterServer) -> None:
             async with bus_of(server, will=will, **options):
                 pass
             assert (await inbox.get(5)).payload == b"bye"
-    with pytest.raises(ConnectError, match="no key at hand"):
+    with pytest.raises(ConnectError, match="no key is given"):
         await within(bus_of(server, will=will, master_key=MASTER_KEY).open())
 
 

@@ -1,4 +1,4 @@
-"""What the native client raises: one class for each kind of refusal."""
+"""Errors of the native client: one class for each kind of refusal."""
 
 from __future__ import annotations
 
@@ -67,6 +67,6 @@ _KINDS: dict[int, tuple[type[EmitterError], str]] = {
 
 
 def refusal(status: int, message: str, what: str) -> EmitterError:
-    """Return the error for what a broker answered to *what*."""
+    """Return the error for a broker's answer to *what*."""
     kind, hint = _KINDS.get(status, (EmitterError, ""))
     return kind(f"{what} was refused: {message} ({status})", status=status, hint=hint)

@@ -1,8 +1,8 @@
-"""Licenses and keys of an Emitter broker: what the 32 characters of a key say, in pure Python.
+"""Licenses and keys of an Emitter broker, read and made in pure Python.
 
 A *license* is the secret of a broker: the cipher key that all its keys are encrypted with, and
 its contract. A *key* is 24 bytes, encrypted, that say which channels may be used for what.
-Whoever holds the license can make keys without asking the broker:
+The holder of the license can make keys without asking the broker:
 
 >>> license = License.generate()
 >>> key = license.make_key("demo/#/", "rw")
@@ -10,7 +10,7 @@ Whoever holds the license can make keys without asking the broker:
 True
 
 Versions 2 and 3 of a license XOR the key with a stream, without authentication. Somebody who has
-a key and knows what it says can therefore change that to anything else unnoticed: permissions,
+a key and knows its content can therefore change it to anything else unnoticed: permissions,
 expiry and channel, and it can become a master key. That is a property of the format, on every
 broker. Only contract and signature must stay as they are, so keys of another license, or made up
 ones, are refused.
@@ -95,7 +95,7 @@ class TargetTooLong(InvalidTarget):
 
 
 class Permission(enum.IntFlag):
-    """What a key may be used for. A master key is one that has `MASTER` and nothing else."""
+    """The operations that a key allows. A master key is one that has `MASTER` and nothing else."""
 
     NONE = 0
     MASTER = 0x01
@@ -315,7 +315,7 @@ _ROUND: Final = (
 
 
 def _block(cipher_key: bytes, given: bytes) -> tuple[list[int], list[int]]:
-    """Return the 16 words that Salsa20 starts from, and what 20 rounds make of them."""
+    """Return the 16 words that Salsa20 starts from, and the result of 20 rounds."""
     k = struct.unpack("<8I", cipher_key)
     n = struct.unpack("<4I", given)
     s = _SIGMA
@@ -349,7 +349,7 @@ def _salsa20(cipher_key: bytes, given: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a key says, decrypted. It is worth nothing without the license it belongs to.
+    """A decrypted key. It is worth nothing without the license it belongs to.
 
     Attributes:
         salt: Two random bytes, so that equal keys look different.
@@ -425,12 +425,12 @@ def _expiry(ttl: int, now: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class License:
-    """What a broker encrypts and checks keys with; its text is `text`.
+    """The secret with which a broker encrypts and checks keys; its text is `text`.
 
     Attributes:
         version: Which cipher: 1 is XTEA, 2 XSalsa20, 3 Emitter's own "shuffle" of it.
         contract: The only contract whose keys the broker accepts.
-        signature: What those keys must hold.
+        signature: A number that those keys must hold.
         master: How many master keys the license counts; brokers accept the first only.
         expires: Unix seconds, or 0 (version 1 only; brokers do not enforce it).
         kind: 2 is on-premise (version 1 only).

@@ -81,9 +81,9 @@ class ChannelKeys:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmitterOptions(TransportOptions):
-    """What can be said about a connection to an Emitter broker.
+    """Options of a connection to an Emitter broker.
 
-    Anyone can connect; what may be done is decided by keys. `key` is for all topics, `keys` for
+    Any client can connect; keys decide about each operation. `key` is for all topics, `keys` for
     those that match a pattern, and with `master_key` or `license` the backend makes itself a
     key for each topic, which can do no more than is needed there.
     """
@@ -107,7 +107,7 @@ class EmitterOptions(TransportOptions):
     )
     key_ttl: int = field(
         default=86_400,
-        metadata=_help("seconds that keys made by the backend are valid; 0: for ever"),
+        metadata=_help("seconds that keys made by the backend are valid; 0: they do not expire"),
     )
     store: int | None = field(
         default=None,

@@ -1,7 +1,7 @@
 """Answers to ``emitter://``, its TLS and its WebSocket variants; plain data.
 
-What is declared here is the most that a broker with its storage switched on allows to somebody
-who has all keys; `EmitterBackend.probe` lowers it for the keys and options at hand.
+The declaration is the most that a broker with storage allows a client with all keys;
+`EmitterBackend.probe` lowers it to the given keys and options.
 """
 
 from __future__ import annotations

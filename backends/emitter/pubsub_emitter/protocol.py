@@ -58,10 +58,10 @@ __all__ = [
 ]
 
 API: Final = "emitter"
-"""What stands in the place of the key in requests to the broker."""
+"""Takes the place of the key in requests to the broker."""
 
 ERROR_TOPIC: Final = "emitter/error/"
-"""Where the broker reports what it refused."""
+"""Where the broker reports refusals."""
 
 SHARE: Final = "$share"
 """First segment of a subscription within a share group."""
@@ -98,13 +98,13 @@ class BadRequest(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What a broker answers when it refuses; generic, so that it gives nothing away."""
+    """The broker's answer to a refused request; generic, so that it gives nothing away."""
 
     status: int
     message: str
 
     def body(self, req: int = 0) -> bytes:
-        """Return the JSON; *req* is the packet id of what was refused, 0 for none."""
+        """Return the JSON; *req* is the packet id of the refused packet, 0 for none."""
         return answer({"status": self.status, "message": self.message}, req)
 
 
@@ -456,7 +456,7 @@ class MessageId:
 
     @property
     def age(self) -> tuple[int, int]:
-        """What to sort by, oldest first."""
+        """Sort key; the oldest comes first."""
         return self.time, self.counter
 
     def to_bytes(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Commands: reading what the platform sends, and writing it as the platform does; no I/O.
+"""Commands: read and written as the platform does; no I/O.
 
 A command is a JSON object with ``name``, and maybe ``payload`` and ``time``. Dates come as
 extended JSON and become aware datetimes in UTC.
@@ -50,7 +50,7 @@ def parse_command(payload: bytes) -> dict[str, Any]:
     """Return the command in *payload*; no key is required of it.
 
     ``{"$date": …}`` at any depth below the top becomes a datetime in UTC, and
-    ``{"$undefined": true}`` None. What cannot be read as a date stays as it is.
+    ``{"$undefined": true}`` None. A value that is no date stays as it is.
 
     Raises:
         BadCommand: It is no JSON object.
@@ -79,7 +79,7 @@ def encode_command(name: str, payload: Any = ABSENT, time: datetime | int | None
 
     Raises:
         ValueError: The name has not 1 to 255 characters, or a number is not finite.
-        TypeError: The payload holds what JSON has no form for.
+        TypeError: The payload holds a value that JSON has no form for.
     """
     if not 1 <= len(name) <= 255:
         raise ValueError(f"a command's name has 1 to 255 characters, not {len(name)}")

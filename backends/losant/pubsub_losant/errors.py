@@ -1,4 +1,4 @@
-"""What the native client raises, and what the backend adds to the errors of the core.
+"""Errors of the native client, and those that the backend adds to the core's.
 
     LosantError               base; a `PubSubError` like every error of this library
     ├─ LosantConnectError     no connection, or no session; also a `ConnectionError`
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class LosantError(PubSubError):
-    """Base of what this client raises by itself."""
+    """Base of this client's own errors."""
 
     code = "losant"
 
@@ -94,7 +94,7 @@ class LosantTLSError(LosantError, ssl.SSLError):
 
 
 class LosantProtocolError(LosantError):
-    """The peer sent what MQTT 3.1.1 does not allow."""
+    """The peer sent a packet that MQTT 3.1.1 does not allow."""
 
     code = "losant_protocol"
     retryable = True
@@ -103,7 +103,7 @@ class LosantProtocolError(LosantError):
 class LosantThrottled(ServerRefused):
     """The platform lets the device in again after a while: it is banned, or too much connects.
 
-    What the backend raises and tells; `Device` only waits longer before its next attempt.
+    The backend raises it; `Device` only waits longer before its next attempt.
 
     Attributes:
         retry_after: Seconds after which it may be accepted, as far as that is known.

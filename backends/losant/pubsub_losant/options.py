@@ -31,7 +31,7 @@ def bad_option(option: str, problem: str, hint: str) -> BadOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LosantOptions(TransportOptions):
-    """What can be said about the connection of a device.
+    """Options of a device's connection.
 
     Key and secret may stand in the URL as well; those here win. `endpoint` is a host, since the
     place of the host is the device's id; a port other than the usual one stands behind that.
@@ -47,7 +47,7 @@ class LosantOptions(TransportOptions):
         default=PLATFORM, metadata=_help("host of the broker; its port stands in the URL")
     )
     transport: Transport | None = field(
-        default=None, metadata=_help("tcp or websockets; default: what the scheme says")
+        default=None, metadata=_help("tcp or websockets; default: as the scheme says")
     )
     secure: bool = field(
         default=True, metadata=_help("false: without TLS, for tests and development")

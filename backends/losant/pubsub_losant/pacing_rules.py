@@ -29,7 +29,7 @@ PLATFORM: Final = "broker.losant.com"
 """Host of the platform's broker."""
 
 RateGuard: TypeAlias = Literal["drop", "wait", "off"]
-"""What happens to a state that would exceed the platform's limits."""
+"""The fate of a state that would exceed the platform's limits."""
 
 BAN: Final = 30.0
 """Seconds a device that exceeded a limit is refused, at least."""
@@ -72,7 +72,7 @@ class Backoff:
 
         Args:
             lasted: Seconds the session had lasted that was lost; after a stable one the
-                delays begin anew.
+                delays start over.
         """
         if lasted >= _STABLE:
             self._attempts = 0
@@ -82,7 +82,7 @@ class Backoff:
 
 
 def own_windows() -> Windows:
-    """Return what counts the messages of one connection, a little stricter than the platform."""
+    """Return counters for one connection, a little stricter than the platform's."""
     return Windows(_with_margin(RATE), _with_margin(RATE_PER_TOPIC))
 
 

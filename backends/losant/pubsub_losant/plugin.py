@@ -44,7 +44,7 @@ INFO = BackendInfo(
             "subscribe with one device and share the work out in the program",
         ),
         Cap.RETAINED: Support.none(
-            "the platform ends the connection of whoever retains a message",
+            "the platform ends the connection over a retained message",
             "publish to state: the platform stores it, and its REST API gives the last one",
         ),
         Cap.HISTORY: Support.none(
@@ -53,7 +53,7 @@ INFO = BackendInfo(
         Cap.REPLAY: Support.none(
             "MQTT gives what is sent now", "the platform's REST API has the states of a device"
         ),
-        Cap.TTL: Support.none("nothing of a message expires", "give a state its time"),
+        Cap.TTL: Support.none("messages do not expire", "give a state its time"),
         Cap.HEADERS: Support.none(
             _PLAIN, "put them into the payload; DeviceState has time= and meta="
         ),
@@ -73,10 +73,8 @@ INFO = BackendInfo(
         Cap.ACK: Support.none("deliveries have quality of service 0"),
         Cap.NACK: Support.none("deliveries have quality of service 0"),
         Cap.REDELIVERY: Support.none("a command that a device misses is not sent again"),
-        Cap.FLOW_CONTROL: Support.none(
-            "what becomes of messages for a slow reader is not documented"
-        ),
-        Cap.ECHO_CONTROL: Support.none("whoever is subscribed gets its own messages, too"),
+        Cap.FLOW_CONTROL: Support.none("the fate of messages for a slow reader is not documented"),
+        Cap.ECHO_CONTROL: Support.none("a subscriber gets its own messages, too"),
         Cap.REFUSAL_VISIBLE: Support.none(
             "the platform ends the connection over a message that it refuses, without a word",
             "the connection log of the device has the reason",

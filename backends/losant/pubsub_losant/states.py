@@ -1,4 +1,4 @@
-"""State as the platform wants it, byte for byte what ``losant-mqtt`` sends; no I/O.
+"""State as the platform wants it, byte for byte as ``losant-mqtt`` sends it; no I/O.
 
 One state is ``{"data": {…}, "time": …}``; several may travel as an array in one message.
 
@@ -19,7 +19,7 @@ __all__ = ["encode_state", "extended", "join_states"]
 
 
 def extended(value: object) -> object:
-    """Return what JSON has for a value it does not know: ``{"$date": …}`` for a datetime.
+    """Return the form for a value that JSON does not know: ``{"$date": …}`` for a datetime.
 
     Raises:
         TypeError: There is nothing for it.
@@ -50,7 +50,7 @@ def encode_state(
         meta: Any JSON value that travels beside it; left out when None.
 
     Raises:
-        TypeError: *state* is no mapping, or holds what JSON has no form for.
+        TypeError: *state* is no mapping, or holds a value that JSON has no form for.
         ValueError: A value is NaN or infinite, or the time is impossible.
     """
     if not isinstance(state, dict):

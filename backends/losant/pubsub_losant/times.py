@@ -1,4 +1,4 @@
-"""Times: what a program gives, what goes on the wire, and how the platform reads it; no I/O.
+"""Times: as a program gives them, as the wire has them, and as the platform reads them; no I/O.
 
 On the wire a time is a number (milliseconds since 1970; seconds below 1e12; relative
 milliseconds when negative), text, or extended JSON: ``{"$date": "2016-06-01T01:09:51.145Z"}``.
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 TimeLike: TypeAlias = datetime | time.struct_time | int | float | str | dict[str, str] | None
-"""What may be given as the time of a state."""
+"""The forms in which a program may give the time of a state."""
 
 PAST_LIMIT: Final = 30 * 86_400_000
 """A state that is older by so many milliseconds is ignored."""
@@ -77,7 +77,7 @@ def format_date(when: datetime) -> str:
 
 
 def platform_time(time_like: Any, now: int) -> int | str | dict[str, str]:
-    """Return what goes on the wire for a time that a program gave.
+    """Return the wire's form of a time that a program gave.
 
     Args:
         time_like: None for now; a `datetime` (without a zone it is UTC); what
@@ -205,7 +205,7 @@ def resolve_time(value: Any, now: int) -> int:
 
 
 def _read_mail_date(text: str) -> datetime | None:
-    """Read what RFC 2822 defines, which JavaScript reads as well."""
+    """Read a date as in RFC 2822, which JavaScript reads as well."""
     try:
         moment = parsedate_to_datetime(text)
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

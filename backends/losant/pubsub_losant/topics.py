@@ -56,7 +56,7 @@ def command_topic(device_id: str) -> str:
 
 
 def hello_topic(device_id: str) -> str:
-    """Return the topic on which edge and embedded agents say what they run."""
+    """Return the topic on which edge and embedded agents announce their versions."""
     return f"{_PREFIX}{device_id}/fromAgent/hello"
 
 

@@ -1,4 +1,4 @@
-"""What a bus uses: an Emitter broker as the core sees it."""
+"""For a bus: an Emitter broker as the core sees it."""
 
 from __future__ import annotations
 

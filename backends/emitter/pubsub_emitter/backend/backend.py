@@ -87,7 +87,7 @@ class _Route:
 class EmitterBackend(EmitterSession):
     """One session with an Emitter broker.
 
-    It is also what `Bus.native` gives: `keygen`, `keyban`, `link`, `publish_link` and `me` are
+    `Bus.native` is this object: `keygen`, `keyban`, `link`, `publish_link` and `me` are
     the broker's own requests, and `request` sends any other.
     """
 
@@ -246,7 +246,7 @@ class EmitterBackend(EmitterSession):
             raise
 
     async def _serve(self) -> None:
-        """Submit what is queued; it ends with the session, which fails the rest."""
+        """Submit queued publishes; the task ends with the session, which fails the rest."""
         queued = self._queued
         while queued:
             out, turn = queued[0]
@@ -340,7 +340,7 @@ class EmitterBackend(EmitterSession):
         try:
             fault = await waiter
         except asyncio.CancelledError:
-            # Not waited for: whoever was cancelled must not wait, and must not leave it.
+            # Not waited for: a cancelled caller must not wait, and no subscription may stay.
             with contextlib.suppress(NotConnected):
                 self.connection.unsubscribe([topic], _ignore)
             raise
@@ -532,7 +532,7 @@ class EmitterBackend(EmitterSession):
         try:
             found = await self._stored(want.filter, query, scan=_SCAN)
         except (NotAuthorized, EmitterError) as error:
-            # No key may read it, or the broker is too old to be asked for what it has stored.
+            # No key allows it, or the broker is too old to have history.
             logger.debug("nothing retained for %r: %s", want.filter, error)
             return
         newest = {frame.topic: frame for frame in found}

@@ -2,8 +2,8 @@
 
 A page is one packet: if its JSON would be longer than that, the broker leaves the answer out and
 only confirms the request, so the page is asked for again with fewer messages. The order within a
-page is not reliable, so messages are sorted by what their identifiers say. The broker matches by
-prefix, and counts what it matches; so pages are asked for until enough messages fit the filter.
+page is not reliable, so messages are sorted by their identifiers. The broker matches by prefix and
+counts its own matches; so pages are requested until enough messages fit the filter.
 The time of a message is told in whole seconds.
 
 Source: emitter-io/emitter, ``internal/service/history``, ``internal/message/id.go``.
@@ -97,7 +97,7 @@ async def fetch(
             if size == 1:
                 logger.warning(
                     "a stored message of %r is too long for the broker's history; "
-                    "what is older cannot be had",
+                    "older ones cannot be read",
                     channel,
                 )
                 break

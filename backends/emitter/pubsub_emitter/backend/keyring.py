@@ -1,6 +1,6 @@
 """Which key goes with which channel: given ones by pattern, and narrow ones made on demand.
 
-Given keys are opaque unless a license tells what they say. A pattern is a topic filter, and
+Given keys are opaque unless there is a license to read them with. A pattern is a topic filter, and
 covers a channel when every topic of the channel matches it; of several the most specific wins,
 for each permission separately. Where no key is given and there is a master key or a license, a
 key is made for that channel alone, with only the permissions of that kind of work, and kept
@@ -8,7 +8,7 @@ until shortly before it expires.
 
 Nothing here shows the text of a key: it is in no repr and no error.
 
-Source: emitter-io/emitter, ``internal/security/key.go`` for what a key's target covers.
+Source: emitter-io/emitter, ``internal/security/key.go`` for the channels that a target covers.
 """
 
 from __future__ import annotations
@@ -48,12 +48,11 @@ _BUNDLES: Final = {"r": "rl", "l": "rl", "w": "ws", "s": "ws", "p": "p"}
 
 @dataclass(slots=True, eq=False)
 class RingKey:
-    """A key and what is known of it.
+    """A key and the facts about it.
 
     Attributes:
         text: The key itself. Secret.
-        pattern: What it stands for: the filter that it was given for, or the channel that it
-            was made for.
+        pattern: The filter that it was given for, or the channel that it was made for.
         letters: Permissions that it may be used for.
         expires: Unix seconds, 0 for never or not known.
         made: Whether the ring had it made.
@@ -121,7 +120,7 @@ def target_for(*channels: str) -> str:
 
 
 def _specificity(pattern: str) -> tuple[int, ...]:
-    """Return what to sort by: earlier literal levels count most; one that ends beats ``#``."""
+    """Return a sort key: earlier literal levels count most; an end beats ``#``."""
     rank = {"#": 0, "+": 1}
     return (*(rank.get(level, 2) for level in pattern.strip("/").split("/")), 3)
 
@@ -136,9 +135,9 @@ class KeyRing:
     Args:
         key: For every channel.
         keys: By pattern.
-        license: Tells what given keys say, and makes keys.
+        license: Reads given keys, and makes keys.
         can_issue: Whether there is a master key besides.
-        ttl: Seconds that made keys are valid, 0 for ever.
+        ttl: Seconds that made keys are valid; 0: they do not expire.
         clock: Unix seconds.
     """
 
@@ -210,7 +209,7 @@ class KeyRing:
         return self._issues
 
     def peek(self, letters: str, *channels: str) -> RingKey | None:
-        """Return the key that is at hand for all *channels*, or None: see `obtain`."""
+        """Return a known key for all *channels*, or None: see `obtain`."""
         wanted = (letters, channels[0]) if len(channels) == 1 else (letters, "\n".join(channels))
         found = self._found.get(wanted)
         if found is None or self.is_old(found):
@@ -238,7 +237,7 @@ class KeyRing:
 
     def is_old(self, key: RingKey) -> bool:
         """Whether a made key is so close to its end that another one shall be made."""
-        # A given key is used until it is refused: whoever gave it may know better.
+        # A given key is used until the broker refuses it: the clocks may differ.
         return key.made and key.expires != 0 and self._clock() >= key.expires
 
     async def obtain(self, issue: Issue, letters: str, *channels: str) -> RingKey | None:
@@ -255,7 +254,7 @@ class KeyRing:
             task = asyncio.create_task(self._make(issue, place), name="pubsub emitter key")
             self._making[place] = task
             task.add_done_callback(lambda done: self._made_one(place, done))
-        # Shielded: whoever gives up must not take the key away from the others.
+        # Shielded: a caller that gives up must not take the key away from the others.
         return await asyncio.shield(task)
 
     async def _make(self, issue: Issue, place: tuple[str, str]) -> RingKey:
@@ -277,7 +276,7 @@ class KeyRing:
     def _made_one(self, place: tuple[str, str], task: asyncio.Task[RingKey]) -> None:
         self._making.pop(place, None)
         if not task.cancelled():
-            task.exception()  # told to whoever waits; nobody may be left
+            task.exception()  # the waiters have it, if any are left; read, or asyncio complains
 
     def forget(self, key: RingKey) -> None:
         """Drop a made key that the broker refused, so that the next use has a new one."""

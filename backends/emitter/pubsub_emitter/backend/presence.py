@@ -1,11 +1,12 @@
 """Presence and notifications, from Emitter's presence requests and events.
 
-The broker can be asked whom it would send a message on a channel, and tells on request who
-subscribes to that channel and, with its own matching rule, to those below. The two do not say
-the same: whoever is listed for a wildcard or for a channel above is not told of when leaving. So
-a member that unsubscribes is looked up once more before it has left, and members are compared
-with the broker's list from time to time. Of a share group the list has one member, chosen anew
-each time; so that list adds nobody later on, and nobody goes for missing there once.
+The broker lists on request the clients that would get a message on a channel, and reports
+subscriptions to that channel and, with its own matching rule, to channels below. List and reports
+differ: the list has subscribers of wildcards and of channels above, whose leaving is not reported,
+and a client that unsubscribes from one channel may stay in it through another. So a member that
+unsubscribes is looked up before it counts as gone, and members are compared with the list from
+time to time. The list has one member of a share group, a random one each time. So a later list adds
+no member, and a member is gone only when two lists in a row lack it.
 
 Source: emitter-io/emitter, ``internal/service/presence``.
 """
@@ -74,7 +75,7 @@ class Interest:
     Args:
         ask: Makes a presence request.
         channels: Channels to listen on for a filter.
-        tell: Takes what changed.
+        tell: Takes each change.
         spawn: Runs something beside, until the session ends.
         refresh: Seconds between comparisons, 0 for none.
     """

@@ -4,7 +4,7 @@ The MQTT below is `pubsub_mqtt`'s. A request is a publish whose answer comes bef
 confirmation, on the topic of the request and with its packet id; so is a refusal, on
 ``emitter/error/``. Both are brought to the call that waits.
 
-The text of a key is in what is sent, and nowhere else: not in what a message is called here, not
+The text of a key is on the wire and nowhere else: not in the topic of a message here, not
 in an error, not in the log.
 
 Sources: emitter-io/emitter, ``internal/service`` and ``internal/security/channel.go``.
@@ -90,7 +90,7 @@ class _KeyedWill(Will):
 
 
 class EmitterSession(ConnectionBackend):
-    """What a backend for Emitter needs before it can publish or subscribe.
+    """The session of a backend for Emitter: connecting, keys, requests to the broker.
 
     Attributes:
         matcher: The broker's matching rule, as far as it is known.
@@ -243,7 +243,7 @@ class EmitterSession(ConnectionBackend):
             key = RingKey(self._license.make_key(channel, "ws"), channel, "ws", made=True)
         if key is None:
             raise ConnectError(
-                f"no key at hand for the will's topic {will.topic!r}",
+                f"no key is given for the will's topic {will.topic!r}",
                 hint="give one in key or keys; the broker cannot make it before the connection",
                 backend=self.name,
                 retryable=False,
@@ -288,7 +288,7 @@ class EmitterSession(ConnectionBackend):
         )
 
     async def probe(self) -> Mapping[Cap, Support]:
-        """Lower what the keys or the options at hand do not allow."""
+        """Lower the declared capabilities to the given keys and options."""
         found: dict[Cap, Support] = {}
         no_key = "give a key with the permission {} in key or keys, or a master_key"
         if not self._ring.may("l"):
@@ -489,7 +489,7 @@ class EmitterSession(ConnectionBackend):
         raise EmitterError("no master key is given", hint="set the option master_key")
 
     async def me(self) -> Mapping[str, Any]:
-        """Return what the broker knows of this connection: ``id`` and ``links``."""
+        """Return ``id`` and ``links`` of this connection, as the broker has them."""
         return await self.request("me", {})
 
     async def link(
@@ -499,7 +499,7 @@ class EmitterSession(ConnectionBackend):
 
         Args:
             name: One or two letters or digits.
-            topic: What it stands for.
+            topic: The topic that it stands for.
             ttl: Seconds that messages through the link are stored for.
             echo: Whether they come back to this connection.
 
@@ -580,7 +580,7 @@ class EmitterSession(ConnectionBackend):
     # --- receiving ----------------------------------------------------------------------------
 
     def received(self, message: Incoming) -> None:
-        """Tell what the broker says from messages of channels."""
+        """Take a message of a channel, or an answer of the broker."""
         if message.topic.startswith(_PREFIX):
             self._from_broker(message.topic, message.payload)
         elif self.sink is not None:
@@ -595,7 +595,7 @@ class EmitterSession(ConnectionBackend):
         """Take a change of presence."""
 
     def _from_broker(self, topic: str, payload: bytes) -> None:
-        """Bring what the broker says to whoever waits for it.
+        """Hand an answer of the broker to its waiter.
 
         The same text can come from a publisher on a channel below ``emitter/``; then nothing
         waits for it, unless it guesses a packet id.
@@ -605,7 +605,7 @@ class EmitterSession(ConnectionBackend):
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            logger.info("what came on %r is no answer", topic[:64])
+            logger.info("a message on %r is no answer", topic[:64])
             return
         body = cast("dict[str, Any]", found)
         req = body.get("req")
@@ -626,7 +626,7 @@ class EmitterSession(ConnectionBackend):
         elif isinstance(req, int) and req in self._subscribing:
             self._subscribing[req] = fault
         elif isinstance(req, int):
-            # Only leaving a channel is left: what comes from there goes on until the session ends.
+            # It was an UNSUBSCRIBE: messages of that channel go on until the session ends.
             logger.info("the broker refused a request: %s (%d)", fault.message, fault.status)
         elif req is None:
             self.notice(

@@ -1,4 +1,4 @@
-"""What programs give to the native client, and what becomes of it on the wire.
+"""Arguments of the native client, and their form on the wire.
 
 Options, payloads, channels to subscribe to, times and addresses, in every form that emitter-io
 takes or documents.
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Options: TypeAlias = Iterable[str] | Mapping[str, Any] | None
-"""What ``with_…`` helpers return, in a list, tuple or set; or a dictionary of names and values."""
+"""Results of ``with_…`` helpers in a list, tuple or set; or a dictionary of names and values."""
 
 Seconds: TypeAlias = float | datetime
 
@@ -40,7 +40,7 @@ Payload: TypeAlias = str | bytes | bytearray | float | None
 
 @dataclass(slots=True)
 class Subscription:
-    """What is subscribed again after a reconnect."""
+    """A subscription, to be made again after a reconnect."""
 
     key: str
     channel: str

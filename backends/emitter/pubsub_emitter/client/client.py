@@ -4,7 +4,7 @@ A program written for that SDK runs with its import line changed:
 
     from pubsub_emitter import Client
 
-Everything has its names, arguments and defaults. What is new:
+Everything has its names, arguments and defaults. New are:
 
 * Every call that asks the broker something returns a `Reply`: ``client.keygen(…).result()``, or
   ``await client.keygen(…)``. The packet id of a request ties the broker's answer to it, so a
@@ -16,7 +16,7 @@ Handlers are called in the thread that runs the loop (`loop_start`, `loop_foreve
 They may call everything here, but cannot wait for a `Reply`: the answer would have to come
 through the very thread that waits, so that raises at once.
 
-Source: emitter-io 2.3.0, ``emitter/emitter.py``; its public names and what it sends.
+Source: emitter-io 2.3.0, ``emitter/emitter.py``: its public names and its packets.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Client:
     Args:
         timeout: Seconds that a `Reply` is waited for by default.
         restore: Whether subscriptions, links and presence changes come back after a
-            reconnect. What is stored is not replayed again then.
+            reconnect. Stored messages are not replayed again then.
     """
 
     RETAIN = "+r"
@@ -253,9 +253,9 @@ class Client:
 
         *host* is a name or address, ``host:port``, or a URL with ``mqtt``, ``mqtts``, ``tcp``,
         ``ws`` or ``wss``, which then says whether TLS and WebSocket are used. The default is
-        the SDK's; that service was shut down in 2019. *username* is what presence shows
-        others. The topic of a *will* is ``key/channel/``; the broker publishes it when the
-        connection ends, for any reason.
+        the SDK's; that service was shut down in 2019. *username* is shown in presence. The topic
+        of a *will* is ``key/channel/``; the broker publishes it when the connection ends, for any
+        reason.
 
         Raises:
             ConnectError: Typed by what went wrong; nothing is left open.
@@ -318,10 +318,10 @@ class Client:
             driver.loop_stop()
             self._looping = False
         driver.paho.rest()
-        self._forget(NotConnected("the client connected anew", backend="emitter"))
+        self._forget(NotConnected("the client connected again", backend="emitter"))
 
     def _rest(self) -> None:
-        """Close what paho keeps to be woken, once nothing runs any more."""
+        """Close paho's wake-up sockets, once nothing runs any more."""
         if self._driver is not None and not self._looping and not self._connected:
             self._driver.paho.rest()
 
@@ -681,7 +681,7 @@ class Client:
         what: str,
         finish: Callable[[dict[str, Any]], T],
     ) -> Reply[T]:
-        """Publish a request at QoS 1: its packet id is what the answer names."""
+        """Publish a request at QoS 1: the answer names its packet id."""
         reply: Reply[T] = Reply(self, what)
         topic = f"emitter/{name}/"
         pending = _Pending(topic, reply, finish)
@@ -768,7 +768,7 @@ class Client:
             return
         if threading.get_ident() in self._calling:
             raise RuntimeError(
-                "a handler cannot wait for the broker: its thread reads what the broker says; "
+                "a handler cannot wait for the broker: its thread reads the broker's answers; "
                 "use add_done_callback, or a thread of your own"
             )
         if self._looping or self._driver is None:
@@ -785,7 +785,7 @@ class Client:
             self._run(handler, *arguments)
 
     def _run(self, handler: Callable[..., Any], *arguments: Any) -> None:
-        """Call something of the user's; what it raises is logged and ends nothing."""
+        """Call a handler; its exception is logged and ends nothing."""
         ident = threading.get_ident()
         outer = ident in self._calling
         self._calling.add(ident)
@@ -807,7 +807,7 @@ class Client:
         self._call("connect")
 
     def _restore(self) -> None:
-        """Give a new session what the last one had; the broker keeps nothing."""
+        """Restore subscriptions, links and presence changes; the broker keeps nothing."""
         for wanted in list(self._subscriptions.values()):
             kept = tuple(pair for pair in wanted.options if pair[0] not in _REPLAY)
             if "#" not in wanted.channel.split("/"):
@@ -942,7 +942,7 @@ def _api(topic: str) -> str | None:
 
 
 def _too_large(topic: str, payload: bytes) -> PayloadTooLarge | None:
-    """Return an error for what no broker takes: it would close the connection over it.
+    """Return an error for a packet that no broker takes: it would close the connection.
 
     The client would then send it again after every reconnect.
     """

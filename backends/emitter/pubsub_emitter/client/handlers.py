@@ -131,7 +131,7 @@ def canonical(channel: str) -> str:
 def _same(one: Callable[[A], Any], other: Callable[[A], Any]) -> bool:
     """Whether two handlers are one.
 
-    A lambda that is evaluated anew, with the same variables around it, is the same handler.
+    A lambda that is evaluated again, with the same variables around it, is the same handler.
     """
     if one == other:
         return True

@@ -1,4 +1,4 @@
-"""What a handler of the native client is given."""
+"""The message that a handler of the native client gets."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class EmitterMessage:
     @overload
     def as_object(self, type: type[T]) -> T: ...
     def as_object(self, type: Any = None) -> Any:
-        """Return what the JSON of the payload says.
+        """Decode the JSON of the payload.
 
         Without *type*, objects are dictionaries whose fields are attributes as well, and a
         payload that is not JSON is logged and gives None. With *type* (a dataclass, a

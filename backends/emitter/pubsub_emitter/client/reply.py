@@ -1,4 +1,4 @@
-"""What a call of the native client returns: the broker's answer, once it is there."""
+"""The result of a call of the native client: the broker's answer, once it is there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SETTLING: Final = threading.Lock()
 
 
 class _Asking(Protocol):
-    """What a reply needs of its client.
+    """The part of the client that a reply needs.
 
     Attributes:
         timeout: Seconds to wait for by default.
@@ -32,7 +32,7 @@ class _Asking(Protocol):
 
 
 class Reply(Generic[T]):
-    """What the broker will answer. Wait for it, await it, or ignore it.
+    """The broker's answer. Wait for it, await it, or ignore it.
 
     It is a refusal's exception as well, so a program that ignores it sees refusals in
     `Client.on_error` only, as with the SDK.

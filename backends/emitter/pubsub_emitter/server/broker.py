@@ -1,4 +1,4 @@
-"""What an Emitter broker makes of packets: keys, channels, delivery, storage, requests.
+"""The rules of an Emitter broker: keys, channels, delivery, storage, requests.
 
 `EmitterDialect` is the service behind `pubsub_emitter.server.EmitterServer`; the sockets are
 the endpoint's of `pubsub_mqtt`. It copies what a client can observe of the Go broker and might
@@ -13,7 +13,7 @@ rely on, and differs where that is a defect or a hole:
 * Times to live beyond 32 bits are capped, not cut. Replay is strictly oldest first.
 * There is no statistics channel.
 
-What is refused gets the generic answer of the protocol; why it was refused is in the log of
+A refusal gets the generic answer of the protocol; its reason is in the log of
 ``pubsub_emitter.broker``, without keys.
 
 Sources: emitter-io/emitter, ``internal/service``, ``internal/broker`` and ``internal/message``.
@@ -98,7 +98,7 @@ _MAX_LEVELS: Final = 128
 _MAX_LINK: Final = 4096
 
 _PROFILE: Final = Profile(
-    # Go checks neither; what comes after version 3.1.1 is laid out otherwise.
+    # Go checks neither name nor level. Packets of MQTT 5 have another layout.
     levels=frozenset({("MQTT", 4), ("MQTT", 3), ("MQIsdp", 3), ("MQIsdp", 4)}),
     max_packet=MAX_PACKET,
     max_early_packet=MAX_PACKET,
@@ -112,10 +112,10 @@ _PROFILE: Final = Profile(
 
 @dataclass(slots=True)
 class _Peer:
-    """What the broker knows of one connection.
+    """One connection.
 
     Attributes:
-        id: What others see of it; private channels contain it.
+        id: Shown to others in presence; private channels contain it.
         links: Channels by their short names.
         channels: Subscriptions by the text of their channel: share group and inner channel.
         listening: Channels whose presence changes it wants.
@@ -191,7 +191,7 @@ class EmitterDialect(Dialect):
     # --- connections --------------------------------------------------------------------
 
     def connect(self, client: Client, packet: Connect) -> int:
-        """Accept everybody: what may be done is decided by keys."""
+        """Accept every client: keys decide about each operation."""
         identifier = base64.b32encode(secrets.token_bytes(16)).rstrip(b"=").decode()
         client.state = _Peer(identifier, packet.username or "")
         return 0
@@ -199,9 +199,11 @@ class EmitterDialect(Dialect):
     def disconnected(self, client: Client, *, clean: bool) -> None:
         """Unsubscribe, tell who listens, and publish the will."""
         peer: _Peer = client.state
+        # In Go's order: listeners see the client leave its channels, then the will arrives, and
+        # not at the client itself.
         for name in peer.listening:
             self._listeners.remove(name, client)
-        for name in list(peer.channels):
+        for name in list(peer.channels):  # _leave removes from it
             self._leave(client, name)
         will = client.packet.will if client.packet is not None else None
         if will is None or (clean and not self.will_on_disconnect):
@@ -224,7 +226,7 @@ class EmitterDialect(Dialect):
         """Deliver and store a message, use a link, or answer a request."""
         try:
             topic = packet.topic
-            if len(topic) <= 2:
+            if len(topic) <= 2:  # the name of a link; a channel has a key of 32 before it
                 channel = self._linked(client, topic)
             else:
                 channel = self._parse(topic)
@@ -239,6 +241,8 @@ class EmitterDialect(Dialect):
             return True
         options = channel.options
         excluded = client if options and channel.excludes_publisher else None
+        # Delivery comes first and waits for no disk. Subscribers get a message that cannot be
+        # stored, too; its publisher is told so by a 500.
         self._deliver(channel.name, packet.payload, excluded=excluded)
         ttl = (channel.ttl or 0) if options else 0
         if ttl <= 0 and packet.retain:
@@ -250,6 +254,8 @@ class EmitterDialect(Dialect):
         if not packet.packet_id:
             return True
 
+        # PUBACK means that the message is stored, so it comes when the disk has it. Waiting here
+        # would stop all other clients; False tells the endpoint that `acknowledge` follows.
         def stored(error: BaseException | None) -> None:
             if error is not None:
                 self._error(client, SERVER_ERROR, packet.packet_id)
@@ -279,6 +285,8 @@ class EmitterDialect(Dialect):
     def _deliver(self, channel: str, payload: bytes, *, excluded: Client | None = None) -> None:
         receivers: Sequence[Client] = self._subscribers.match(channel)
         if len(receivers) > 1:
+            # A client with overlapping channels gets one copy. A dictionary keeps the order of
+            # the subscriptions; a set would deliver in another order in each process.
             receivers = tuple(dict.fromkeys(receivers))
         members = self._members.match(channel)
         if members:
@@ -288,7 +296,7 @@ class EmitterDialect(Dialect):
         if 2 + len(channel) + len(payload) > MAX_PACKET:
             logger.warning("a message to %s is too long to be delivered", _named(channel))
             return
-        data = encode_publish(channel, payload)
+        data = encode_publish(channel, payload)  # once: the packet is the same for all
         for client in receivers:
             if client is not excluded:
                 client.send(data)
@@ -299,9 +307,10 @@ class EmitterDialect(Dialect):
         members: Sequence[tuple[str, Client]],
         excluded: Client | None,
     ) -> Sequence[Client]:
-        """Add one member of each group, chosen anew for every message."""
+        """Add one member of each group, chosen at random for every message, as Go does."""
         groups: dict[str, dict[Client, None]] = {}
         for group, client in members:
+            # Excluded before the choice: with me=0 another member gets the message.
             if client is not excluded:
                 groups.setdefault(group, {})[client] = None
         found = dict.fromkeys(receivers)
@@ -344,7 +353,7 @@ class EmitterDialect(Dialect):
     def _join(self, client: Client, channel: str) -> None:
         peer: _Peer = client.state
         if channel in peer.channels:
-            return
+            return  # once for the trie, and listeners see no second joining
         if self.matcher == "emitter" and "#" in channel.split("/"):
             logger.warning(
                 "%s subscribed to %s, where '#' matches nothing live: with this matching rule "
@@ -391,9 +400,13 @@ class EmitterDialect(Dialect):
             raise _Refused(BAD_REQUEST, str(exc)) from None
         if found.name.count("/") > _MAX_LEVELS:
             raise _Refused(BAD_REQUEST, f"a channel of more than {_MAX_LEVELS} segments")
+        # Programs publish to few topics. Long texts are not kept: 4,096 of 64 KB would take a
+        # quarter of a gigabyte.
         return self._parsed.keep(topic, found) if len(topic) <= _KEPT_LENGTH else found
 
     def _decrypt(self, text: str) -> Key:
+        # Salsa20 in Python takes hundreds of microseconds, more than all the rest of a publish.
+        # Texts that are no keys are kept as None, so that repeating one costs a client no less.
         found = self._keys.get(text, ...)
         if found is ...:
             try:
@@ -407,7 +420,10 @@ class EmitterDialect(Dialect):
         return found
 
     def _authorize(self, channel: Channel, needed: Permission, *, extend: bool = False) -> Key:
-        """Return the key of *channel* if it allows what is asked for.
+        """Return the key of *channel* if it allows the operation.
+
+        The order of the checks is Go's. Nothing but the decrypted key is cached, so that a ban,
+        an expiry and another license take effect with the next packet.
 
         With *extend* it must be an extendable key, without it must not be one.
         """
@@ -438,7 +454,11 @@ class EmitterDialect(Dialect):
     # --- requests -----------------------------------------------------------------------
 
     def _request(self, client: Client, channel: Channel, packet: Publish) -> bool:
-        """Answer on the topic of the request, errors included; a ban once it is kept."""
+        """Answer on the topic of the request, errors included.
+
+        A ban is answered once the disk has it: whoever was told of it may rely on it after a
+        crash. The other requests change nothing that is stored.
+        """
         topic = f"{API}/{channel.name}{channel.query}"
         req = packet.packet_id
         name = channel.name[:-1]
@@ -550,7 +570,7 @@ class EmitterDialect(Dialect):
         peer: _Peer = client.state
         peer.links[request.name] = channel
         if request.subscribe:
-            # Without a right to it the link is made all the same, and nobody is told.
+            # Without the right the link is made all the same, and the client is not told, as in Go.
             try:
                 self._authorize(channel, Permission.READ)
             except _Refused as exc:
@@ -704,7 +724,7 @@ class EmitterDialect(Dialect):
 
 
 def _named(channel: str) -> str:
-    """Return a channel for the log: escaped, and without what may be a key in a wrong place."""
+    """Return a channel for the log: escaped, and without text that may be a misplaced key."""
     return printable(_KEY_LIKE.sub("***", channel))
 
 
@@ -740,7 +760,7 @@ def _page(text: str) -> HttpResponse:
 
 
 class _Log:
-    """Says why something was refused, and is not flooded by whoever tries keys."""
+    """Logs why operations were refused; a client that guesses keys cannot flood it."""
 
     def __init__(self) -> None:
         self._second = 0

@@ -38,7 +38,7 @@ class EmitterServer(EndpointServer):
         license: Text of a license of any version; a new one is made when None, or the one that
             *store* remembers.
         store: Path of a file that keeps stored messages and bans. Without it they are gone when
-            the server stops. What was acknowledged as stored survives a crash.
+            the server stops. Messages that were acknowledged as stored survive a crash.
         matcher: ``emitter``, where a subscription also gets everything below its channel, or
             ``mqtt``.
         will_on_disconnect: Publish a will after a DISCONNECT, too, as the Go broker does.
@@ -108,7 +108,7 @@ class EmitterServer(EndpointServer):
 
     @property
     def storage(self) -> Storage:
-        """What is stored."""
+        """The stored messages and bans."""
         return self._storage
 
     def make_key(self, channel: str, permissions: str, *, ttl: int = 0) -> str:
@@ -144,7 +144,7 @@ class EmitterServer(EndpointServer):
             raise
 
     async def stop(self) -> None:
-        """Stop; what is stored in memory is gone."""
+        """Stop; messages stored in memory are gone."""
         await super().stop()
         await self._storage.close()
 

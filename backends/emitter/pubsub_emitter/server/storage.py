@@ -1,7 +1,7 @@
 """Stored messages, bans and, in a file, the license of an Emitter broker.
 
-`Storage` answers from memory. With a file it has every change written by a `Journal`; who must
-not lose a message waits for `Storage.settled` before confirming it.
+`Storage` answers from memory. With a file it has every change written by a `Journal`; a broker
+confirms a message only after `Storage.settled`.
 
 Source: emitter-io/emitter, ``internal/provider/storage`` and ``internal/message/id.go``, for
 what a query returns. Messages come strictly oldest first here, where Go's order within a
@@ -253,7 +253,11 @@ class Storage:
         self._bytes += _size(message.channel, message.payload)
 
     def _sweep(self, now: float) -> None:
-        """Drop what has expired."""
+        """Drop expired messages.
+
+        Called once in 2,048 messages and when there is no room. Queries skip expired messages
+        anyway, and a look at all of them with each new one would make storing quadratic.
+        """
         self._since_sweep = 0
         self._bytes = 0
         for place, messages in list(self._messages.items()):
@@ -300,9 +304,9 @@ def _size(channel: str, payload: bytes) -> int:
 
 
 def _covering(segments: Sequence[str]) -> Callable[[str], object]:
-    """Return what tells whether the filter matches a stored channel or one above it.
+    """Return a predicate: whether the filter matches a stored channel or one above it.
 
-    It is asked for every message that is stored, so it is nothing that runs in Python.
+    A query asks it for every stored message, so it is a C function in both cases.
     """
     if "+" not in segments and "#" not in segments:
         return operator.methodcaller("startswith", "/".join(segments) + "/")

@@ -1,4 +1,4 @@
-"""What a bus uses: a Losant device as the core sees it."""
+"""For a bus: a Losant device as the core sees it."""
 
 from __future__ import annotations
 

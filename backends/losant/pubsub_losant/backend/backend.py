@@ -86,7 +86,7 @@ _GOOD_CONDUCT: Final = 900.0
 class LosantBackend(ConnectionBackend):
     """One session of a device, or of a gateway with its peripherals.
 
-    It is also what `Bus.native` gives: `device_id`, and `driver` and `connection` for MQTT's
+    `Bus.native` is this object: `device_id`, and `driver` and `connection` for MQTT's
     own words.
 
     Attributes:
@@ -247,7 +247,7 @@ class LosantBackend(ConnectionBackend):
         return error
 
     def session_ended(self, error: ConnectError | None) -> ConnectError | None:
-        """Return what most likely ended the session."""
+        """Return the error for the most likely cause of the end."""
         return None if error is None else self._cause(error)
 
     @property
@@ -257,7 +257,11 @@ class LosantBackend(ConnectionBackend):
         return topic if self._clock.monotonic() - at < _BLAME else ""
 
     def _cause(self, error: ConnectError) -> ConnectError:
-        """Return the error for a session that ended, with what most likely ended it."""
+        """Return the error for a session that ended, with the most likely cause.
+
+        The platform closes the connection without a word, so the cause is a guess: a limit,
+        where one may be exceeded; else a message that went out just before.
+        """
         if isinstance(error, TakenOver):
             error.hint = (
                 "does the same device connect elsewhere? each connection ends the one before"

@@ -59,7 +59,7 @@ class DeviceState(
 
 
 class DeviceCommand(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the platform asks a device to do.
+    """A command: the platform asks a device to do something.
 
     Attributes:
         time: When the platform sent it, in UTC.
@@ -71,7 +71,7 @@ class DeviceCommand(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class BadState(ValueError):
-    """What cannot be sent as a state. The text holds names of attributes and no values."""
+    """A value that cannot be sent as a state. The text has names of attributes, no values."""
 
 
 class Received(NamedTuple):
@@ -89,7 +89,7 @@ class Received(NamedTuple):
 
 
 def write_states(payload: bytes, now: int) -> bytes:
-    """Return what goes on the wire for encoded attributes, a `DeviceState`, or a list of them.
+    """Return the wire's form of encoded attributes, a `DeviceState`, or a list of them.
 
     Args:
         payload: JSON.
@@ -111,7 +111,7 @@ def write_states(payload: bytes, now: int) -> bytes:
 
 
 def write_will(payload: bytes) -> bytes:
-    """Return what goes on the wire for one state whose time is that of its arrival.
+    """Return the wire's form of one state whose time is that of its arrival.
 
     Raises:
         BadState: As for `write_states`, or it says a time.
@@ -184,7 +184,7 @@ def _time_like(value: Any) -> Any:
 
 
 def read_states(payload: bytes, now: int) -> Sequence[Received]:
-    """Return one message for each state; what is no state comes back as it is.
+    """Return one message for each state; anything else comes back as it is.
 
     Args:
         payload: As it arrived.
@@ -208,7 +208,7 @@ def _read_state(found: dict[str, Any], now: int) -> Received:
 
 
 def read_command(payload: bytes) -> Received:
-    """Return a command whose dates are RFC 3339 text; what is no command as it is.
+    """Return a command with dates as RFC 3339 text; anything else as it is.
 
     A command that has no dates but text is not touched.
     """
@@ -244,5 +244,5 @@ def _plain(value: Any) -> Any:
 
 
 def _list(value: Any) -> list[Any]:
-    """Return it with a type that says what a list holds: anything."""
+    """Return it typed as a list of anything."""
     return cast("list[Any]", value)

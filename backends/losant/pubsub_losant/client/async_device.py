@@ -1,4 +1,4 @@
-"""The client of a program with an event loop: what `Device` is, with ``await``.
+"""The device for programs with an event loop: `Device`, with ``await``.
 
     async with AsyncDevice(device_id, key, secret) as device:
         await device.send_state({"temperature": 21.5})
@@ -42,7 +42,7 @@ _DRAIN: Final = 1.0
 
 
 class _Feed(Generic[T]):
-    """What arrived and nobody took yet; the oldest goes when it is full."""
+    """A queue of arrivals that are not read yet; the oldest goes when it is full."""
 
     def __init__(self, count_dropped: Callable[[], None], check_loop: Callable[[], None]) -> None:
         self._check_loop = check_loop
@@ -171,7 +171,7 @@ class AsyncDevice(DeviceCore):
     async def close(self, *, drain: float = _DRAIN) -> None:
         """End the connection in good order; nothing if there is none.
 
-        What is on its way at QoS 1 gets *drain* seconds to be acknowledged. Iterators of
+        Messages on their way at QoS 1 get *drain* seconds to be acknowledged. Iterators of
         `commands` and `messages` end when they are empty.
 
         Raises:
@@ -295,15 +295,15 @@ class AsyncDevice(DeviceCore):
     def commands(self) -> AsyncIterator[dict[str, Any]]:
         """Iterate over the commands as they arrive; it ends when the device is closed.
 
-        The newest 1000 that nobody took are kept. Several iterators share them.
+        The newest 1000 unread ones are kept. Several iterators share them.
 
         Raises:
-            LosantError: What ended all attempts to connect, out of the iteration.
+            LosantError: The end of all attempts to connect, out of the iteration.
         """
         return self._commands[self._device_id]
 
     def messages(self) -> AsyncIterator[tuple[str, bytes]]:
-        """Iterate over topic and payload of what `subscribe` brings; see `commands`."""
+        """Iterate over topics and payloads of messages from `subscribe`; see `commands`."""
         return self._messages
 
     def _emit(self, name: str, *args: Any, device_id: str = "") -> None:
@@ -380,7 +380,7 @@ class AsyncDevice(DeviceCore):
         version: str = "1.0.0",
         compiler_options: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Say what an edge or embedded agent runs; other devices may not and are dropped."""
+        """Announce the versions of an edge or embedded agent; other devices are cut off."""
         payload = encode_hello(
             bundle, service=service, version=version, compiler_options=compiler_options
         )
@@ -396,7 +396,7 @@ class AsyncDevice(DeviceCore):
         return await self._deliver(topic, data, qos=qos)
 
     async def subscribe(self, topic: str) -> None:
-        """Get what is published to a topic of your own from `messages`, also after a reconnect.
+        """Receive messages to a topic of your own in `messages`, also after a reconnect.
 
         State and command topics of other devices in the key's scope are allowed as well.
 
@@ -481,7 +481,7 @@ async def _finish(result: Awaitable[Any]) -> Any:
 
 
 def _cause(error: ConnectError) -> BaseException:
-    """Return what the system said, or the error itself."""
+    """Return the error of the system, or the error itself."""
     cause = error.__cause__
     if isinstance(cause, TimeoutError) and not cause.args:
         return TimeoutError(str(error.args[0]))

@@ -174,7 +174,7 @@ class Device(DeviceCore):
         Only resolving a name can take longer. Does nothing when there is no connection.
 
         Raises:
-            LosantError: The blocking `connect` runs the loop already; or, once, what ended
+            LosantError: The blocking `connect` runs the loop already; or, once, what has ended
                 all attempts: `LosantAuthError`, `LosantTLSError`, `LosantConnectError`.
         """
         if self._active and self._blocking:
@@ -228,7 +228,7 @@ class Device(DeviceCore):
         version: str = "1.0.0",
         compiler_options: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Say what an edge or embedded agent runs; other devices may not and are dropped."""
+        """Announce the versions of an edge or embedded agent; other devices are cut off."""
         payload = encode_hello(
             bundle, service=service, version=version, compiler_options=compiler_options
         )
@@ -244,7 +244,7 @@ class Device(DeviceCore):
         return self._deliver(topic, data, qos=qos)
 
     def subscribe(self, topic: str) -> None:
-        """Get what is published to a topic of your own, as ``message`` events.
+        """Receive messages to a topic of your own, as ``message`` events.
 
         It comes back after a reconnect. State and command topics of other devices in the
         key's scope are allowed as well. A refusal is an ``error`` event.
@@ -301,7 +301,7 @@ class Device(DeviceCore):
         return self._active and not self._closing
 
     def _push(self) -> None:
-        """Hand to the system what it takes; let the loop's thread do the rest."""
+        """Write as much as the system takes; the loop's thread writes the rest."""
         if self._awaits_room:
             return  # it sends this as well, and more at once
         before, self._pushed_at = self._pushed_at, time.monotonic()
@@ -401,7 +401,7 @@ class Device(DeviceCore):
         except BaseException:
             steps.close()
             with self._lock:
-                if self._steps is steps:  # an interrupt: whoever goes on dials anew
+                if self._steps is steps:  # an interrupt: the next turn dials again
                     self._steps = self._wait = None
                     self._retry_at = time.monotonic()
             raise
@@ -434,7 +434,7 @@ class Device(DeviceCore):
         return ready
 
     def _turn(self, timeout: float) -> None:
-        """Tell what happened, wait once, act on it, tell again."""
+        """Report events, wait once, act, report again."""
         with self._turn_taken(min(timeout, threading.TIMEOUT_MAX)) as ours:
             if not ours:
                 return  # another thread does it
@@ -460,7 +460,7 @@ class Device(DeviceCore):
             self._dispatch()
 
     def _interest(self, now: float) -> tuple[dict[int, int], float]:
-        """Return what to wait for, and for how long at most."""
+        """Return descriptors to wait for, and the longest time."""
         sock = self._connection.socket
         if sock is None:
             return {}, _LONG if self._retry_at is None else self._retry_at - now
@@ -502,7 +502,7 @@ class Device(DeviceCore):
     # --- telling -------------------------------------------------------------------------
 
     def _dispatch(self) -> bool:
-        """Call the observers of what happened, in order; return whether there was anything."""
+        """Call the observers of each event, in order; return whether there was any."""
         told = False
         before, self._calling = self._calling, threading.get_ident()
         try:
@@ -551,7 +551,7 @@ class Device(DeviceCore):
         self._stop()
 
     def _goodbye(self) -> None:
-        """Send what waits and the end of the stream, and let the broker close first.
+        """Send queued bytes and the end of the stream, and let the broker close first.
 
         Closing a socket with unread input resets the connection, and the broker could lose
         what was sent last.
@@ -571,7 +571,7 @@ class Device(DeviceCore):
             _wait_for(sock, select.POLLIN, left)
 
     def _stop(self) -> None:
-        """Let go of what a closed device holds; a thread in a turn does it when it leaves."""
+        """Release the resources of a closed device; a thread in a turn does it when it leaves."""
         if self._busy:
             self._ring()
             return

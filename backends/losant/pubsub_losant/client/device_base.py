@@ -1,12 +1,12 @@
-"""What every client of the platform does alike, whoever waits for the socket.
+"""The part of a device that is the same with threads and with asyncio.
 
-`DeviceCore` holds the constructor, the observers and the rules: what is subscribed after
-each CONNACK, when ``connect`` is told, what may be sent and what is kept meanwhile, which
+`DeviceCore` holds the constructor, the observers and the rules: which topics are subscribed after
+each CONNACK, when ``connect`` is reported, which messages may be sent or are kept meanwhile, which
 loss is worth another attempt. It never waits, and knows neither threads nor an event loop;
 `device` and `async_device` bring those.
 
 Sources: Losant's documentation of the MQTT broker, losant-mqtt 1.2.1 (``device.py``) for the
-names and what its users rely on, losant-mqtt-js for gateways.
+names and behaviour that users rely on, losant-mqtt-js for gateways.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ logger = logging.getLogger("pubsub_losant")
 
 Transport = Literal["tcp", "websockets"]
 Observer = Callable[..., Any]
-"""Called with the device, and what the event brings."""
+"""Called with the device and the values of the event."""
 
 EVENTS: Final = frozenset(
     {"connect", "reconnect", "close", "command", "disconnect", "error", "throttled", "message"}
@@ -116,7 +116,7 @@ class Observers:
 
 
 class PeripheralCore:
-    """A device behind a gateway, whoever waits for its socket."""
+    """A device behind a gateway, for threads and for asyncio."""
 
     def __init__(self, device_id: str, observers: Observers) -> None:
         self.device_id = device_id
@@ -204,10 +204,10 @@ class DeviceCore:
             reconnect_max: Most seconds between attempts.
             retry_first: Go on trying when the very first dial fails, instead of raising.
             buffer_offline: Keep that many of the newest states while the link is down.
-            rate_guard: What happens over the platform's limits: ``"drop"``, ``"wait"`` or
+            rate_guard: The fate of messages over the platform's limits: ``"drop"``, ``"wait"`` or
                 ``"off"``; None is ``"drop"`` for the platform itself, else ``"off"``.
             strict: Refuse to observe an event that does not exist.
-            raise_observer_errors: Raise what an observer raised, when all were called.
+            raise_observer_errors: Raise an observer's exception, after all were called.
 
         Raises:
             ValueError: An argument has a value that cannot be.
@@ -276,9 +276,9 @@ class DeviceCore:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Finish the constructor; subclasses add what they hold, and so keep its signature."""
+        """Finish the constructor; subclasses add their attributes here and keep its signature."""
 
-    # --- what users ask -----------------------------------------------------------------
+    # --- for users ----------------------------------------------------------------------
 
     @property
     def device_id(self) -> str:
@@ -345,7 +345,7 @@ class DeviceCore:
             self._endpoint = replace(self._endpoint, tls=TLSSettings(context=context))
 
     def _open(self) -> None:
-        """Begin what one ``connect()`` begins: everything of the last one is over."""
+        """Begin a ``connect()``: everything of the last one is over."""
         endpoint = self._endpoint = self._target()
         default: RateGuard = "drop" if is_platform(endpoint.host) else "off"
         self._guard = self._rate_guard or default
@@ -376,7 +376,7 @@ class DeviceCore:
         self._answers_by = self._session_at + _SUBACK_PATIENCE
         own, *others = self._routes
         filters = [*others, *self._custom]
-        # The first one alone, so that it is byte for byte what losant-mqtt sends.
+        # The first one alone, so that it has the bytes that losant-mqtt sends.
         self._subscribe([own])
         for start in range(0, len(filters), _FILTERS_AT_ONCE):
             self._subscribe(filters[start : start + _FILTERS_AT_ONCE])
@@ -386,7 +386,7 @@ class DeviceCore:
     def _subscribe(
         self, filters: list[str], then: Callable[[LosantError | None], None] | None = None
     ) -> None:
-        """Send one SUBSCRIBE; *then* hears what became of it."""
+        """Send one SUBSCRIBE; *then* is called with its outcome."""
         self._answers += 1
         generation = self._connection.generation
 
@@ -474,7 +474,7 @@ class DeviceCore:
         return text
 
     def _hopeless(self, error: ConnectError) -> LosantError | None:
-        """Return what ends all attempts, or None when the next one can succeed."""
+        """Return the error that ends all attempts, or None when the next one can succeed."""
         code = error.reason if isinstance(error, CredentialsRefused | ServerRefused) else 0
         if code in (2, 4, 5):
             return LosantAuthError(code)
@@ -495,7 +495,7 @@ class DeviceCore:
         return None
 
     def _dial_failure(self, exc: BaseException, *, first: bool) -> BaseException | None:
-        """Note a failed dial; return what the caller of ``connect()`` shall see, if anything."""
+        """Note a failed dial; return the error for the caller of ``connect()``, if any."""
         error = dial_error(exc, str(self._endpoint), backend="losant")
         fatal = self._hopeless(error)
         if fatal is not None:
@@ -657,7 +657,7 @@ class DeviceCore:
         return True
 
     def _flush_backlog(self, now: float) -> None:
-        """Send what was kept, as arrays, in order, as far as the platform's limits allow."""
+        """Send the kept states as arrays, in order, as far as the platform's limits allow."""
         self._backlog_at = None
         while self._backlog:
             topic = self._backlog[0][0]
@@ -678,7 +678,7 @@ class DeviceCore:
             self._backlog.extendleft(reversed(passed))
 
     def _next_batch(self, topic: str) -> tuple[list[str], list[tuple[str, str]]]:
-        """Return the oldest states of a topic that fit in one message, and what is among them.
+        """Return the oldest states of a topic that fit in one message, and those among them.
 
         At least one state, so that there is always progress.
         """
@@ -698,7 +698,7 @@ class DeviceCore:
     # --- topics --------------------------------------------------------------------------
 
     def _custom_payload(self, topic: str, payload: bytes | str, qos: int | None) -> bytes:
-        """Return what goes out for a message to a topic of the user's own; check all of it."""
+        """Check a message to a topic of the user's own; return its payload in bytes."""
         if qos not in (None, 0, 1):
             raise ValueError(f"the platform has QoS 0 and 1, not {qos}")
         check_publish_topic(topic)

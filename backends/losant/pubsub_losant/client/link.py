@@ -1,4 +1,4 @@
-"""What a device does with its connection that no other client does: its keepalive.
+"""The keepalive of a device, which differs from that of other MQTT clients.
 
 Sources: Losant's documentation of the MQTT broker; losant-mqtt 1.2.1 for the intervals.
 """
@@ -28,7 +28,7 @@ def device_connection(settings: SessionSettings) -> Connection:
 def device_keepalive(quiet: Quiet) -> KeepaliveStep:
     """Ping after one interval without sending; wait another one for any answer.
 
-    A device that only sends never needs to ping: what was sent and is never acknowledged by
+    A device that only sends never needs to ping: data that is never acknowledged by
     the peer's system ends the connection by itself; see `limit_unacknowledged`.
     """
     if quiet.pinged is not None and quiet.unanswered:
@@ -41,7 +41,7 @@ def device_keepalive(quiet: Quiet) -> KeepaliveStep:
 
 
 def limit_unacknowledged(descriptor: int, seconds: float) -> None:
-    """Let the system end a TCP connection whose peer is silent for so long about what was sent.
+    """Let the system end a TCP connection whose peer acknowledges no data for so long.
 
     A device that only sends never needs to ping, so it would notice a dead link after the
     system's own patience of a quarter of an hour. Does nothing where that cannot be set.

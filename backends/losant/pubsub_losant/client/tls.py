@@ -15,7 +15,7 @@ __all__ = ["TLSOptions"]
 
 @dataclass(frozen=True, slots=True)
 class TLSOptions:
-    """What the constructor of a device was given about certificates.
+    """The arguments of a device about certificates.
 
     Attributes:
         context: Used as it is.

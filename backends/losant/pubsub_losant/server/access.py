@@ -1,7 +1,7 @@
 """Who may connect, publish and subscribe: devices, access keys, scopes and topics; no I/O.
 
 A `Registry` holds the devices and keys of one application and answers questions. It changes
-nothing, so whoever asks can do so before any state of a broker changes.
+nothing, so a broker can ask before it changes any state.
 
 Rules that no documentation gives, and that are decided here: ids are compared as they are
 given; a wildcard before or within a name that begins with ``losant`` is refused; a filter is
@@ -229,7 +229,7 @@ class Registry:
         if device is None or found is None:
             return False
         target, rest = found
-        if target == "+":  # nobody's id, whatever the registry has
+        if target == "+":  # no device id, whatever the registry has
             return False
         if rest in ("state", "command"):
             other = self.devices.get(target)

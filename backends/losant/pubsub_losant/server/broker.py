@@ -1,4 +1,4 @@
-"""What the platform makes of packets: who connects, state intake, commands, bans, the log.
+"""The rules of the platform: connecting, state intake, commands, bans, the connection log.
 
 `LosantDialect` is the service behind `pubsub_losant.server.LosantServer`; the sockets are the
 endpoint's of `pubsub_mqtt`. It behaves as the platform does as far as that is known, and every
@@ -6,14 +6,14 @@ check comes before any change: a CONNECT that is refused disturbs nobody.
 
 What no documentation says is decided here, and can be seen in `LosantDialect.rejections` and
 `LosantDialect.errors`: return codes of refusals, the wording of most reasons, how values are
-converted, and that a device is not told what was wrong with its state.
+converted, and that a device is not told why its state was left out.
 
 Beside devices there is the *operator*: a client of this machine that signs in with the name
 ``operator`` and the broker's own secret. It publishes commands and anything else, and subscribes
 to anything, with any MQTT client; the platform has its web interface for that.
 
 Sources: Losant's documentation of the MQTT broker, access keys, device state, commands,
-throttling and the connection log; public reports for what it does to forbidden publishes.
+throttling and the connection log; public reports about forbidden publishes.
 """
 
 from __future__ import annotations
@@ -142,11 +142,11 @@ class _Peer:
 
 
 class LosantDialect(Dialect):
-    """One application: its devices and keys, who is connected, and what was sent.
+    """One application: its devices and keys, their connections, states and commands.
 
     Args:
         registry: Devices and access keys; may be changed while it runs.
-        storage: States and histories; opened and closed by whoever owns it.
+        storage: States and histories; its owner opens and closes it.
         strict: Whether QoS 2, RETAIN, sessions that persist and payloads over the limit are
             refused, as the platform does.
         throttle: Limits and bans; None for none.
@@ -198,7 +198,8 @@ class LosantDialect(Dialect):
         code, reason, key = self._judge(client, packet)
         if code != _ACCEPTED:
             self._reject(client, packet.client_id, code, reason)
-            # Marks it as recorded.
+            # `rejected` is called for every connection that was not accepted; a state tells it
+            # that this one is recorded.
             client.state = reason
             return code
         device_id = packet.client_id
@@ -207,6 +208,8 @@ class LosantDialect(Dialect):
         if key is None:
             return _ACCEPTED
         if self.one_connection:
+            # Left at once, so that its log entry and its will come before the new connection's:
+            # the endpoint reports the end of a connection only when its socket is closed.
             for other in list(self._connected.get(device_id, ())):
                 self._leave(other, "Duplicate connection")
                 other.close("the device connected again")
@@ -224,7 +227,11 @@ class LosantDialect(Dialect):
         return _ACCEPTED
 
     def _judge(self, client: Client, packet: Connect) -> tuple[int, str, AccessKey | None]:
-        """Return code, reason, and the key of a device; changes nothing but counters."""
+        """Return code, reason, and the key of a device; changes nothing but counters.
+
+        The limits come last. A CONNECT counts only if it would be accepted otherwise: without a
+        valid secret nobody can use up the connections of an application.
+        """
         if self._refuse:
             return self._refuse.popleft(), "the next CONNECT was to be refused", None
         if not packet.client_id:
@@ -258,6 +265,7 @@ class LosantDialect(Dialect):
 
     def _judge_operator(self, client: Client, packet: Connect) -> str:
         secret = packet.password or b""
+        # Compared in any case, so that the time of an answer does not tell whether one is set.
         if not (
             hmac.compare_digest(secret, self._operator_secret or b"none is set")
             and self._operator_secret
@@ -311,7 +319,7 @@ class LosantDialect(Dialect):
 
     def _leave(self, client: Client, reason: str) -> None:
         peer: _Peer = client.state
-        if peer.ended:
+        if peer.ended:  # taken over before; this is the end of its socket
             return
         peer.ended = True
         for text in peer.filters:
@@ -345,7 +353,11 @@ class LosantDialect(Dialect):
         self._changed()
 
     def _end(self, client: Client, reason: str) -> bool:
-        """Close a connection for a reason that the log is to have."""
+        """Close a connection for a reason that the log is to have.
+
+        The first reason stays: packets that were read together with the forbidden one may break
+        other rules before the connection is closed.
+        """
         peer: _Peer = client.state
         peer.reason = peer.reason or reason
         client.close(reason)
@@ -354,7 +366,7 @@ class LosantDialect(Dialect):
     # --- publishing ---------------------------------------------------------------------
 
     def publish(self, client: Client, packet: Publish) -> bool:
-        """Take a message, or close the connection of whoever may not send it."""
+        """Take a message, or close the connection where it is forbidden."""
         peer: _Peer = client.state
         peer.received += 1
         topic, payload = packet.topic, packet.payload
@@ -365,6 +377,7 @@ class LosantDialect(Dialect):
                 return self._end(client, "Publish Error - Retain not supported")
             if len(payload) > MAX_PAYLOAD:
                 return self._end(client, "Publish Error - Payload too large")
+        # Before the right is checked: forbidden messages count as well.
         if peer.meter is not None and not peer.meter.incoming(topic, self._clock()):
             return self._punish(client, topic)
         if peer.key is None:
@@ -377,6 +390,8 @@ class LosantDialect(Dialect):
         if not packet.packet_id:
             return True
 
+        # A device forgets a state once it is acknowledged, so PUBACK waits for the disk, and where
+        # the disk fails the connection ends: the device sends the state again.
         def stored(error: BaseException | None) -> None:
             if error is None:
                 client.acknowledge(packet)
@@ -396,7 +411,7 @@ class LosantDialect(Dialect):
         return self._end(client, f"Throttled - {printable(topic)}")
 
     def _process(self, device_id: str, topic: str, payload: bytes) -> None:
-        """Store a state, and deliver it or whatever else it is."""
+        """Store a state and deliver it; other messages are only delivered."""
         found = split_topic(topic)
         if found is None or found[1] != "state":
             self.deliver(topic, payload)
@@ -411,7 +426,7 @@ class LosantDialect(Dialect):
             self._error(device_id, topic, reason)
         if not states:
             return
-        size = len(payload) // len(states)
+        size = len(payload) // len(states)  # near enough for the storage's bound
         stored: list[State] = []
         for state in states:
             if state.dropped:
@@ -429,6 +444,7 @@ class LosantDialect(Dialect):
                         size=size,
                     )
                 )
+        # The bytes of the device, with the attributes that were not kept.
         self.deliver(topic, payload)
         for hook in self.on_state:
             for each in stored:
@@ -454,6 +470,7 @@ class LosantDialect(Dialect):
         for client in dict.fromkeys(receivers):
             peer: _Peer = client.state
             if peer.meter is not None and not peer.meter.outgoing(topic, self._clock()):
+                # Dropped, without a ban: the device did not cause it.
                 self.throttled += 1
             elif client.send(data):
                 peer.sent += 1
@@ -463,7 +480,7 @@ class LosantDialect(Dialect):
     # --- subscribing --------------------------------------------------------------------
 
     def subscribe(self, client: Client, packet: Subscribe) -> Sequence[int]:
-        """Subscribe to what is allowed; everything is delivered at QoS 0."""
+        """Subscribe to each filter that is allowed; everything is delivered at QoS 0."""
         return [self._subscribe(client, text) for text, _ in packet.filters]
 
     def _subscribe(self, client: Client, text: str) -> int:
@@ -485,7 +502,7 @@ class LosantDialect(Dialect):
         return 0
 
     def unsubscribe(self, client: Client, packet: Unsubscribe) -> None:
-        """Unsubscribe from what was subscribed to."""
+        """Drop subscriptions, by their text."""
         peer: _Peer = client.state
         for text in packet.filters:
             if text in peer.filters:
@@ -503,8 +520,8 @@ class LosantDialect(Dialect):
     ) -> int:
         """Send a command, and keep it in the history; return how many connections got it.
 
-        A device that is not connected never gets it. A peripheral's goes to whoever
-        subscribed, as a rule its gateway.
+        A device that is not connected never gets it. A peripheral's goes to the subscribers of
+        its topic, as a rule its gateway.
 
         Args:
             device_id: Whom it is for.
@@ -533,7 +550,7 @@ class LosantDialect(Dialect):
         return count
 
     def _operate(self, client: Client, topic: str, payload: bytes) -> bool:
-        """Do what the operator published; False when it was refused."""
+        """Handle a message of the operator; False when it was refused."""
         found = split_topic(topic)
         if topic.startswith("$"):
             self._forbid(client, topic)
@@ -550,7 +567,7 @@ class LosantDialect(Dialect):
             else:
                 self._command_of_operator(device_id, payload)
         except (ValueError, TypeError, OverflowError) as exc:
-            logger.warning("refused what the operator sent to %s: %s", printable(topic), exc)
+            logger.warning("refused a message of the operator to %s: %s", printable(topic), exc)
             self._end(client, f"Publish Error - {printable(topic)}: {exc}")
             return False
         return True

@@ -70,7 +70,7 @@ _TOP: Final = ("devices", "keys", "one_connection", "strict", "throttle")
 
 @dataclass(frozen=True, slots=True)
 class ApplicationConfig:
-    """What a file says; None where it says nothing."""
+    """The content of a file; None where it has no value."""
 
     devices: Mapping[str, DeviceSpec] = field(default_factory=dict[str, DeviceSpec])
     keys: Sequence[AccessKey] | None = None

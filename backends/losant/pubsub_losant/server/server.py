@@ -2,8 +2,8 @@
 
 `LosantServer` takes devices and access keys from its arguments or a file, and without either
 makes one device and a key for it; they are in `LosantServer.describe`, so that ``pubsub serve
-losant`` prints them. The rules are `LosantDialect`'s; here are the listeners, and what a test
-wants to do to its broker.
+losant`` prints them. The rules are `LosantDialect`'s; here are the listeners, and the switches for
+tests.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class LosantServer(EndpointServer):
         keys: Access keys. A key for everything is made when neither these nor *config* has any.
         store: Path of a file that keeps states and histories, and the credentials made here.
             Without it they are gone when the server stops.
-        strict: Refuse what the platform refuses: QoS 2, RETAIN, persistent sessions, payloads
+        strict: Refuse as the platform does: QoS 2, RETAIN, persistent sessions, payloads
             over 256 KiB. On unless *config* says otherwise.
         throttle: Limit messages and ban devices, as the platform does. Off unless *config* says
             otherwise.
@@ -151,7 +151,7 @@ class LosantServer(EndpointServer):
     def _others(self) -> list[EndpointServer]:
         return [each for each in (self._ws, self._secure) if each is not None]
 
-    # --- what it is ---------------------------------------------------------------------
+    # --- facts --------------------------------------------------------------------------
 
     @property
     def device_id(self) -> str:
@@ -175,7 +175,7 @@ class LosantServer(EndpointServer):
 
     @property
     def storage(self) -> Storage:
-        """What is stored."""
+        """The stored states and histories."""
         return self._storage
 
     @property
@@ -268,7 +268,7 @@ class LosantServer(EndpointServer):
             raise
 
     async def stop(self) -> None:
-        """Stop; what is stored in memory is gone."""
+        """Stop; states stored in memory are gone."""
         self._losant.stopping = True
         for other in self._others:
             await other.stop()
@@ -276,7 +276,7 @@ class LosantServer(EndpointServer):
         await self._storage.close()
 
     def _introduce(self, known: Mapping[str, str]) -> None:
-        """Make what was not given: the device and the key; the store may know them already."""
+        """Make the device and the key where none were given; the store may know them already."""
         registry = self.registry
         if self._made_device:
             registry.devices.pop(self._device_id, None)
@@ -421,8 +421,8 @@ class LosantServer(EndpointServer):
 
         Args:
             device_id: Whose connections.
-            reason: What the connection log says.
-            abrupt: Drop the connection at once; else what waits is sent before.
+            reason: For the connection log.
+            abrupt: Drop the connection at once; else queued messages are sent before.
         """
         clients = self._losant.clients(device_id)
         for client in clients:

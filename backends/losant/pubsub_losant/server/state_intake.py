@@ -1,7 +1,7 @@
-"""What becomes of a state message: its shape, its time, and the types of its attributes; no I/O.
+"""State messages: their shape, their time, and the types of attributes; no I/O.
 
-A message is one state or an array of them. What does not fit is left out, and the reason is
-told: nobody answers a device, so a broker keeps it for whoever looks. How values are converted
+A message is one state or an array of them. Values that do not fit are left out, and the reasons
+are returned: a device gets no answer, so a broker keeps them for its user. How values are converted
 to the type of their attribute is decided here; the platform documents the types only.
 
 Sources: Losant's JSON schema of device state, and its documentation of attributes (names, types,
@@ -78,7 +78,7 @@ def read_states(
     """Return the states in a message, and why others in it were left out.
 
     Args:
-        payload: What the device sent.
+        payload: The bytes of the message.
         now: Milliseconds since 1970.
         attributes: Types by attribute, or None to take every attribute.
     """
@@ -87,7 +87,7 @@ def read_states(
     except _LeftOut as exc:
         return [], [str(exc)]
     except msgspec.ValidationError:
-        pass  # an array, or what is wrong is to be found out
+        pass  # an array, or a mistake that the slow way finds
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return [], ["it is no JSON"]
     try:
@@ -145,7 +145,7 @@ def _take(state: _State, now: int, attributes: Mapping[str, AttributeType] | Non
 
 
 def _is_name(name: str) -> bool:
-    """Whether an attribute may be called so; what may is remembered, in bounds."""
+    """Whether an attribute may have that name; good names are remembered, in bounds."""
     if _NAME.fullmatch(name) is None:
         return False
     return _names.keep(name, True)
@@ -154,7 +154,7 @@ def _is_name(name: str) -> bool:
 def convert(value: Any, kind: AttributeType | None) -> Value | None:
     """Return a received value as its attribute's type has it; None when it has no such form.
 
-    Without a type numbers, booleans and texts stay what they are.
+    Without a type numbers, booleans and texts stay as they are.
 
     >>> convert("21.5", "number"), convert(21.0, "string"), convert("True", "boolean")
     (21.5, '21', True)

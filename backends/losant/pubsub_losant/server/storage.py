@@ -3,8 +3,8 @@
 `Storage` answers from memory. With a file it has every change written by a `Journal`, and so
 survives a crash. It is bounded: the oldest goes first, and the last value of each attribute stays.
 
-Source: Losant's documentation of device state, for what equal times do and what a composite last
-state is; its connection log, for the form of the entries.
+Source: Losant's documentation of device state, for equal times and the composite last state; its
+connection log, for the form of the entries.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class State(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         ms: When it was, in milliseconds since 1970; no two states of a device have the same.
         data: Values by attribute.
-        meta: What was sent beside it.
-        received_ms: When it, or what was merged into it last, arrived.
+        meta: Sent beside it, any JSON value.
+        received_ms: When it, or the last state merged into it, arrived.
         size: About how many bytes it takes.
     """
 
@@ -175,13 +175,13 @@ class Storage:
         received_ms: int = 0,
         size: int = 0,
     ) -> State:
-        """Keep a state, or merge it into the one of the same millisecond; return what is kept.
+        """Keep a state, or merge it into the one of the same millisecond; return the result.
 
         Args:
             device_id: Whose state it is.
             ms: When it was, in milliseconds since 1970.
             data: Values by attribute; of an existing state it replaces the same attributes.
-            meta: What was sent beside it.
+            meta: Sent beside it, any JSON value.
             flow_version: Version of the workflow it is for.
             received_ms: When it arrived.
             size: About how many bytes it takes beside its overhead.
@@ -307,7 +307,7 @@ class Storage:
     # --- facts --------------------------------------------------------------------------
 
     def fact(self, name: str) -> str:
-        """Return what is known under a name, or ``""``."""
+        """Return the fact of that name, or ``""``."""
         return self._facts.get(name, "")
 
     def set_fact(self, name: str, value: str) -> None:
@@ -345,7 +345,7 @@ class Storage:
         )
 
     def _read(self, database: sqlite3.Connection) -> None:
-        """Read everything; called in another thread, while nobody uses the storage."""
+        """Read everything; called in another thread, while the storage is not in use."""
         self._facts.update(database.execute("SELECT name, value FROM facts"))
         states: Iterator[tuple[str, int, int, str, str | None, str | None]] = database.execute(
             "SELECT device, ms, received, data, meta, flow_version FROM states ORDER BY device, ms"
@@ -406,14 +406,14 @@ class Storage:
 
 
 def _merged(old: State, new: State) -> State:
-    """Return both states as one: what the new one carries wins."""
+    """Return both states as one; values of the new one win."""
     return State(
         old.ms,
         {**old.data, **new.data},
         new.meta if new.meta is not None else old.meta,
         new.flow_version if new.flow_version is not None else old.flow_version,
         new.received_ms,
-        # The size of what was replaced is not known; repeated merging must not add up.
+        # The size of the replaced values is not known; repeated merging must not add up.
         max(old.size, new.size) if old.data.keys() >= new.data.keys() else old.size + new.size,
     )
 

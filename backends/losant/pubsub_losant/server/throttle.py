@@ -1,10 +1,10 @@
 """How often a device may publish and connect, and for how long it is banned if it does more.
 
-Pure bookkeeping over sliding windows: time comes in as a number. A window counts what was
-admitted in its seconds; what exceeds it is not admitted. Who exceeds a limit is banned, for
-longer each time, until it behaved for a while after the last ban.
+Pure bookkeeping over sliding windows: time comes in as a number. A window counts the messages that
+were admitted in its seconds, and admits no more than its limit. A device that exceeds a limit is
+banned, for longer each time, until it has behaved for a while after the last ban.
 
-Counting each direction by itself, and not punishing a device for what is sent to it, is decided
+Counting each direction by itself, and not punishing a device for messages to it, is decided
 here; no documentation says it.
 
 Source: Losant's documentation of message throttling.
@@ -81,7 +81,7 @@ class Ban:
 
 
 class Throttle:
-    """What is shared by all connections: bans, and how many connect."""
+    """Shared by all connections: bans, and the rate of new connections."""
 
     def __init__(self, rules: Rules | None = None) -> None:
         self.rules = rules or Rules()
