@@ -45,7 +45,8 @@ from pubsub_emitter import EmitterServer, License
 from pubsub_emitter.keys import Permission
 from pubsub_emitter.server.broker import EmitterDialect
 from pubsub_emitter.server.storage import Storage
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server import AmqttServer, MosquittoServer, find_mosquitto
+from pubsub_mqtt.server.endpoint.packets import (
     ConnAck,
     Connect,
     Decoder,
@@ -55,7 +56,6 @@ from pubsub_mqtt.endpoint.packets import (
     encode,
     encode_publish,
 )
-from pubsub_mqtt.server import AmqttServer, MosquittoServer, find_mosquitto
 
 PAYLOAD = b"x" * 100
 CHANNEL = "bench/a/"

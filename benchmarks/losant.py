@@ -47,7 +47,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pubsub_losant import AccessKey, DeviceSpec, LosantServer
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server import AmqttServer, MosquittoServer, find_mosquitto
+from pubsub_mqtt.server.endpoint.packets import (
     ConnAck,
     Connect,
     Decoder,
@@ -57,7 +58,6 @@ from pubsub_mqtt.endpoint.packets import (
     encode,
     encode_publish,
 )
-from pubsub_mqtt.server import AmqttServer, MosquittoServer, find_mosquitto
 
 DEVICES = [f"{number:024x}" for number in range(1000)]
 KEY, SECRET = "key", "secret"

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 
-import pubsub_mqtt.server
 from pubsub_core.errors import ConnectError
 from pubsub_core.plugins import registry
 from pubsub_core.testing.stopwatch import Stopwatch
@@ -82,7 +81,7 @@ def test_on_amqtt_where_mosquitto_is_missing(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("amqtt", reason="amqtt is not installed")
-    monkeypatch.setattr(pubsub_mqtt.server, "find_mosquitto", lambda: None)
+    monkeypatch.setattr("pubsub_mqtt.server.mqtt.find_mosquitto", lambda: None)
     result = invoke("demo", "mqtt", "--json")
     assert result.exit_code == 0, result.output
     ended = results(records(result.stdout))["mqtt"]

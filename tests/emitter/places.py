@@ -10,7 +10,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from pubsub_emitter import Client
-from pubsub_mqtt.endpoint import EndpointServer
+from pubsub_mqtt.server.endpoint import EndpointServer
 
 __all__ = ["Place", "Running", "real"]
 

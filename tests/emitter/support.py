@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from pubsub_emitter import EmitterServer
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server.endpoint.packets import (
     ConnAck,
     Connect,
     Packet,

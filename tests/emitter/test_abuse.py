@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server.endpoint.packets import (
     ConnAck,
     Connect,
     Packet,

@@ -29,8 +29,8 @@ from pubsub_emitter.protocol import (
 )
 from pubsub_emitter.server.broker import EmitterDialect
 from pubsub_emitter.server.storage import Storage
-from pubsub_mqtt.endpoint import Client, EndpointStats
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server.endpoint import Client, EndpointStats
+from pubsub_mqtt.server.endpoint.packets import (
     ConnAck,
     Connect,
     Disconnect,

@@ -40,9 +40,9 @@ from pubsub_emitter import (
 from pubsub_emitter.client.handlers import Handlers
 from pubsub_emitter.protocol import OLDEST_TIME, YOUNGEST_TIME
 from pubsub_mqtt.connection import Will
-from pubsub_mqtt.endpoint import Client as Peer
-from pubsub_mqtt.endpoint import EndpointServer
-from pubsub_mqtt.endpoint.packets import Connect, Publish, Subscribe, Unsubscribe
+from pubsub_mqtt.server.endpoint import Client as Peer
+from pubsub_mqtt.server.endpoint import EndpointServer
+from pubsub_mqtt.server.endpoint.packets import Connect, Publish, Subscribe, Unsubscribe
 from tests.emitter.places import Place, Running, real
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY, VECTORS
 from tests.endpoint.wire import SmallDialect

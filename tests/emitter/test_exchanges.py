@@ -9,7 +9,7 @@ import pytest
 
 from pubsub_emitter import EmitterServer
 from pubsub_emitter.server.broker import Matcher
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server.endpoint.packets import (
     Packet,
     PingReq,
     PingResp,

@@ -23,8 +23,8 @@ from pubsub_core.errors import BadOption, ConnectError
 from pubsub_core.interfaces import DevServer
 from pubsub_emitter import EmitterServer, License
 from pubsub_emitter.server.storage import Storage, StorageFull
-from pubsub_mqtt.endpoint.journal import Done
-from pubsub_mqtt.endpoint.packets import ConnAck, Connect, PubAck, Publish, encode
+from pubsub_mqtt.server.endpoint.journal import Done
+from pubsub_mqtt.server.endpoint.packets import ConnAck, Connect, PubAck, Publish, encode
 from tests.emitter.support import Peer, broker
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY
 from tests.endpoint.attacks import acknowledged_until_killed
@@ -310,7 +310,7 @@ async def test_a_ban_is_answered_when_the_file_has_it(
 async def test_a_file_that_falls_behind_takes_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pubsub_mqtt.endpoint.journal.Journal.is_full", True)
+    monkeypatch.setattr("pubsub_mqtt.server.endpoint.journal.Journal.is_full", True)
     async with broker(store=tmp_path / "store") as server, Peer.connected(server) as peer:
         await peer.subscribe(f"{DEMO}/demo/a/")
         found = await peer.publish(f"{DEMO}/demo/a/?ttl=60")

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server.endpoint.packets import (
     Connect,
     Packet,
     PingReq,

@@ -20,7 +20,8 @@ from wsproto import events as ws
 
 from pubsub_core.errors import ConnectError, TLSProblem
 from pubsub_core.testing.stopwatch import Stopwatch
-from pubsub_mqtt.endpoint import (
+from pubsub_mqtt.server import ServerTLS
+from pubsub_mqtt.server.endpoint import (
     Client,
     Ending,
     EndpointServer,
@@ -28,7 +29,7 @@ from pubsub_mqtt.endpoint import (
     Leniency,
     Profile,
 )
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server.endpoint.packets import (
     ConnAck,
     Connect,
     Disconnect,
@@ -46,7 +47,6 @@ from pubsub_mqtt.endpoint.packets import (
     WillMessage,
     encode,
 )
-from pubsub_mqtt.server import ServerTLS
 from tests.endpoint.wire import DEADLINE, SmallDialect, WebWire, Wire
 from tests.servers import Authority, eventually
 
@@ -547,7 +547,7 @@ async def test_half_sent_connects_do_not_hinder_a_good_client() -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A publisher is held up for a moment only because of a reader that has stopped."""
-    monkeypatch.setattr("pubsub_mqtt.endpoint.server._GRACE", 0.05)
+    monkeypatch.setattr("pubsub_mqtt.server.endpoint.server._GRACE", 0.05)
 
 
 async def test_a_reader_that_stops_is_closed_and_the_others_get_everything() -> None:
@@ -626,7 +626,7 @@ async def test_a_connection_is_not_closed_while_asyncio_sends_on_it() -> None:
 def test_a_client_that_asks_and_does_not_read_the_answers_is_closed(
     packet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pubsub_mqtt.endpoint.connection._ANSWERS", 2000)
+    monkeypatch.setattr("pubsub_mqtt.server.endpoint.client._ANSWERS", 2000)
     stats = EndpointStats()
     client = Client(SmallDialect(), stats, now=0.0)
     client.receive(encode(Connect("asking")), 0.0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pubsub_core.errors import ConnectError
-from pubsub_mqtt.endpoint.journal import Journal
+from pubsub_mqtt.server.endpoint.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server.endpoint.packets import (
     MAX_LENGTH,
     ConnAck,
     Connect,
@@ -14,9 +14,9 @@ from pubsub_mqtt.endpoint.packets import (
     Disconnect,
     Leniency,
     Packet,
+    PacketError,
     PingReq,
     PingResp,
-    ProtocolError,
     PubAck,
     PubComp,
     Publish,
@@ -95,9 +95,9 @@ def test_hostile_bytes_give_packets_or_a_protocol_error(data: bytes, cut: int) -
                 while (packet := decoder.next_packet()) is not None:
                     found.append(packet)
             errors.append("")
-        except ProtocolError as exc:
+        except PacketError as exc:
             errors.append(str(exc))
-            with pytest.raises(ProtocolError):
+            with pytest.raises(PacketError):
                 decoder.next_packet()
     assert whole == pieces
     assert errors[0] == errors[1]
@@ -112,7 +112,7 @@ def test_a_damaged_packet_is_another_packet_or_a_protocol_error(
     data[place] ^= source.draw(st.integers(1, 255))
     try:
         decode(bytes(data))
-    except ProtocolError:
+    except PacketError:
         return
 
 
@@ -196,9 +196,9 @@ def test_what_the_standard_forbids_is_a_protocol_error(wire: str) -> None:
     decoder = Decoder()
     decoder.receive(encode(good) + bytes.fromhex(wire))
     assert decoder.next_packet() == good
-    with pytest.raises(ProtocolError):
+    with pytest.raises(PacketError):
         decoder.next_packet()
-    with pytest.raises(ProtocolError):
+    with pytest.raises(PacketError):
         decoder.next_packet()
 
 
@@ -219,7 +219,7 @@ def test_another_level_is_told_by_its_header_alone() -> None:
 def test_a_packet_over_the_limit_is_refused_on_its_header() -> None:
     decoder = Decoder(1000)
     decoder.receive(bytes.fromhex("30e907"))  # 1001
-    with pytest.raises(ProtocolError, match="1001"):
+    with pytest.raises(PacketError, match="1001"):
         decoder.next_packet()
     assert decode(bytes.fromhex("30e807") + b"\0\0" + bytes(998), limit=1000)
 

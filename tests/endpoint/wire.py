@@ -11,8 +11,8 @@ from wsproto import ConnectionType, WSConnection
 from wsproto import events as ws
 
 from pubsub_core.trie import HandlerTrie
-from pubsub_mqtt.endpoint import Client, Dialect, HttpRequest, HttpResponse, Profile
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server.endpoint import Client, Dialect, HttpRequest, HttpResponse, Profile
+from pubsub_mqtt.server.endpoint.packets import (
     ConnAck,
     Connect,
     Decoder,

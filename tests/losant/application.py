@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from pubsub_losant import AccessKey, DeviceSpec, LosantServer
 from pubsub_losant.server.access import Registry
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server.endpoint.packets import (
     ConnAck,
     Connect,
     Packet,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pubsub_mqtt.endpoint.packets import Connect, Publish, SubAck, Subscribe
+from pubsub_mqtt.server.endpoint.packets import Connect, Publish, SubAck, Subscribe
 from tests.endpoint.wire import Wire
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]

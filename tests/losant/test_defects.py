@@ -18,7 +18,7 @@ import pytest
 
 import pubsub_losant
 from pubsub_losant import Device, Gateway, LosantAuthError, LosantConnectError
-from pubsub_mqtt.dial import dial_steps
+from pubsub_mqtt.connection.dial import dial_steps
 from tests.losant.support import (
     CONNECT,
     PUBLISH,

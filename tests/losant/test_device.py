@@ -26,7 +26,7 @@ from pubsub_losant import (
     LosantProtocolError,
 )
 from pubsub_mqtt.connection import Connection
-from pubsub_mqtt.dial import dial_steps
+from pubsub_mqtt.connection.dial import dial_steps
 from tests.losant.support import (
     CONNECT,
     DISCONNECT,

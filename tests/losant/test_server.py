@@ -20,7 +20,7 @@ from pubsub_core.testing.stopwatch import Stopwatch
 from pubsub_losant import AccessKey, DeviceSpec, LosantServer
 from pubsub_losant.commands import ABSENT
 from pubsub_losant.server.storage import State
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.server.endpoint.packets import (
     REFUSED,
     ConnAck,
     Connect,

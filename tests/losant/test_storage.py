@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pubsub_core.errors import ConnectError
 from pubsub_losant import LosantServer
 from pubsub_losant.server.storage import Storage
-from pubsub_mqtt.endpoint.packets import ConnAck, Connect, PubAck, Publish
+from pubsub_mqtt.server.endpoint.packets import ConnAck, Connect, PubAck, Publish
 from tests.endpoint.attacks import acknowledged_until_killed
 from tests.endpoint.stores import check_refusals
 from tests.endpoint.wire import Wire

@@ -10,8 +10,8 @@ import pytest
 
 from pubsub_core.errors import ConnectError
 from pubsub_mqtt.connection import Connection, Outgoing, Session, SessionSettings
+from pubsub_mqtt.connection.transport import BufferedSocket
 from pubsub_mqtt.packets import Incoming
-from pubsub_mqtt.transport import BufferedSocket
 
 ACCEPT = bytes.fromhex("20 02 00 00")
 ACCEPT_PRESENT = bytes.fromhex("20 02 01 00")

@@ -49,7 +49,9 @@ from pubsub_core.interfaces import (
 )
 from pubsub_core.message import Headers, InFrame, OutFrame, Verdict
 from pubsub_core.testing.proxy import FaultProxy
-from pubsub_mqtt.backend import MQTTBackend, endpoint_of, settings_of
+from pubsub_mqtt.backend import MQTTBackend
+from pubsub_mqtt.connection.address import broker_address
+from pubsub_mqtt.connection.session_data import settings_of
 from pubsub_mqtt.options import MQTTOptions, TopicDefaults, WillOptions
 from pubsub_mqtt.plugin import INFO
 from pubsub_mqtt.server import AmqttServer, MosquittoServer
@@ -192,14 +194,14 @@ def test_every_option_has_help() -> None:
 def test_addresses(url: str, host: str, port: int, tls: bool, path: str | None) -> None:
     address, query = parse_url(url)
     options = build(MQTTOptions, query, where=url, backend="mqtt")
-    where = endpoint_of(address, options)
+    where = broker_address(address, options)
     assert (where.host, where.port, where.tls is not None) == (host, port, tls)
     assert (where.websocket.path if where.websocket else None) == path
 
 
 def test_a_unix_socket() -> None:
     address, _ = parse_url("mqtt+unix:///run/broker.sock")
-    assert endpoint_of(address, MQTTOptions()).unix_path == "/run/broker.sock"
+    assert broker_address(address, MQTTOptions()).unix_path == "/run/broker.sock"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_a_unix_socket() -> None:
 )
 def test_addresses_that_cannot_be(address: Address) -> None:
     with pytest.raises(BadOption) as caught:
-        endpoint_of(address, MQTTOptions())
+        broker_address(address, MQTTOptions())
     assert caught.value.hint
 
 
@@ -267,7 +269,7 @@ def test_what_prints_options_prints_no_secret() -> None:
         will=WillOptions(topic="w", payload="canary4"),
     )
     text = repr(options) + repr(settings_of(Address("ws", "h"), options))
-    text += repr(endpoint_of(Address("wss", "h"), options))
+    text += repr(broker_address(Address("wss", "h"), options))
     assert "canary" not in text
 
 

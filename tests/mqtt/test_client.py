@@ -30,7 +30,7 @@ from pubsub_mqtt.client import (
     ConnectException,
     MQTTClient,
 )
-from pubsub_mqtt.client_config import ClientConfig
+from pubsub_mqtt.client.config import ClientConfig
 from pubsub_mqtt.server import AmqttServer, MosquittoServer
 from tests.conftest import PASSWORD
 from tests.mqtt import scripted as wire

@@ -30,11 +30,13 @@ from pubsub_core.errors import (
 from pubsub_core.secrets import Secret
 from pubsub_core.testing.proxy import Direction, FaultProxy
 from pubsub_core.testing.stopwatch import Stopwatch
-from pubsub_mqtt.connection import Connection, Incoming, Session, SessionSettings, Subscribe, Will
-from pubsub_mqtt.driver import AsyncioDriver, BlockingDriver, dial
+from pubsub_mqtt.connection import Connection, Session, SessionSettings, Subscribe, Will
+from pubsub_mqtt.connection.address import BrokerAddress, TLSSettings, WebSocketTarget
+from pubsub_mqtt.connection.driver import AsyncioDriver, BlockingDriver, dial
+from pubsub_mqtt.connection.transport import BufferedSocket
 from pubsub_mqtt.errors import ProtocolError
+from pubsub_mqtt.packets import Incoming
 from pubsub_mqtt.server import AmqttServer, MosquittoServer
-from pubsub_mqtt.transport import BufferedSocket, Endpoint, TLSSettings, WebSocketTarget
 from tests.conftest import PASSWORD
 from tests.mqtt.scripted import DISCONNECT, PUBLISH, SUBSCRIBE, scripted
 from tests.promises.support import Lag
@@ -63,7 +65,7 @@ class Peer:
         if message.serial and self.settle:
             self.connection.settle(message.serial)
 
-    async def open(self, endpoint: Endpoint, **options: Any) -> Session:
+    async def open(self, endpoint: BrokerAddress, **options: Any) -> Session:
         options.setdefault("timeout", 5)
         session = await self.driver.open(endpoint, **options)
         self.connection.release()
@@ -82,7 +84,7 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer(endpoint: Endpoint, **settings: Any) -> AsyncIterator[Peer]:
+async def peer(endpoint: BrokerAddress, **settings: Any) -> AsyncIterator[Peer]:
     made = Peer(**settings)
     await made.open(endpoint)
     try:
@@ -92,8 +94,8 @@ async def peer(endpoint: Endpoint, **settings: Any) -> AsyncIterator[Peer]:
             await made.driver.close(drain=1)
 
 
-def tcp(port: int) -> Endpoint:
-    return Endpoint(HOST, port)
+def tcp(port: int) -> BrokerAddress:
+    return BrokerAddress(HOST, port)
 
 
 @pytest.fixture
@@ -137,9 +139,11 @@ async def test_connecting_may_be_cancelled_at_any_point(
     transport: str,
 ) -> None:
     endpoint = {
-        "tcp": Endpoint("localhost", mosquitto.port),
-        "tls": Endpoint("localhost", mosquitto_tls.port, tls=TLSSettings(ca_file=authority.cafile)),
-        "websocket": Endpoint(
+        "tcp": BrokerAddress("localhost", mosquitto.port),
+        "tls": BrokerAddress(
+            "localhost", mosquitto_tls.port, tls=TLSSettings(ca_file=authority.cafile)
+        ),
+        "websocket": BrokerAddress(
             "localhost", mosquitto.websocket_port, websocket=WebSocketTarget("/mqtt")
         ),
     }[transport]
@@ -172,7 +176,7 @@ async def test_a_refused_connection_says_so() -> None:
 
 async def test_an_unknown_name_says_so() -> None:
     with pytest.raises(ConnectError, match="cannot be resolved"):
-        await Peer().open(Endpoint("no-such-host.invalid", 1883))
+        await Peer().open(BrokerAddress("no-such-host.invalid", 1883))
 
 
 async def test_a_name_server_that_hangs_does_not_hold_the_deadline_up(
@@ -188,7 +192,7 @@ async def test_a_name_server_that_hangs_does_not_hold_the_deadline_up(
     watch = Stopwatch()
     try:
         with pytest.raises(ConnectTimeout):
-            await Peer().open(Endpoint("slow.example", 1883), timeout=0.2)
+            await Peer().open(BrokerAddress("slow.example", 1883), timeout=0.2)
         assert watch.seconds < 1.0
     finally:
         release.set()
@@ -203,7 +207,7 @@ async def test_the_next_address_is_tried_while_the_first_hangs(
     ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     watch = Stopwatch()
-    async with peer(Endpoint("two.example", mosquitto.port)):
+    async with peer(BrokerAddress("two.example", mosquitto.port)):
         assert watch.seconds < 2.0
 
 
@@ -272,8 +276,8 @@ async def test_dialling_never_blocks_the_loop(
     tls = TLSSettings(ca_file=authority.cafile)
     async with Lag() as lag:
         for endpoint in (
-            Endpoint("localhost", mosquitto_tls.port, tls=tls),
-            Endpoint(
+            BrokerAddress("localhost", mosquitto_tls.port, tls=tls),
+            BrokerAddress(
                 "localhost",
                 mosquitto_tls.websocket_port,
                 tls=tls,
@@ -288,7 +292,7 @@ async def test_dialling_never_blocks_the_loop(
 # --- transports -----------------------------------------------------------------------
 
 
-async def round_trip(endpoint: Endpoint, topic: str, **settings: Any) -> None:
+async def round_trip(endpoint: BrokerAddress, topic: str, **settings: Any) -> None:
     async with peer(endpoint, **settings) as made:
         await made.subscribe(topic, 2)
         for qos in (0, 1, 2):
@@ -304,7 +308,7 @@ async def test_tcp(mosquitto: MosquittoServer, unique: Callable[..., str]) -> No
 
 async def test_unix_socket(mosquitto: MosquittoServer, unique: Callable[..., str]) -> None:
     assert mosquitto.unix_path
-    await round_trip(Endpoint(unix_path=str(mosquitto.unix_path)), unique())
+    await round_trip(BrokerAddress(unix_path=str(mosquitto.unix_path)), unique())
 
 
 async def test_amqtt(amqtt_server: AmqttServer, unique: Callable[..., str]) -> None:
@@ -318,9 +322,9 @@ async def test_tls_with_a_private_ca(
 
     pem = Path(authority.cafile).read_text()
     for tls in (TLSSettings(ca_file=authority.cafile), TLSSettings(ca_data=pem)):
-        await round_trip(Endpoint("localhost", mosquitto_tls.port, tls=tls), unique())
+        await round_trip(BrokerAddress("localhost", mosquitto_tls.port, tls=tls), unique())
     with pytest.raises(TLSProblem) as caught:
-        await Peer().open(Endpoint("localhost", mosquitto_tls.port, tls=TLSSettings()))
+        await Peer().open(BrokerAddress("localhost", mosquitto_tls.port, tls=TLSSettings()))
     assert caught.value.retryable is False
     assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
 
@@ -330,7 +334,7 @@ async def test_tls_large_messages(
 ) -> None:
     tls = TLSSettings(ca_file=authority.cafile)
     topic = unique()
-    async with peer(Endpoint("localhost", mosquitto_tls.port, tls=tls)) as made:
+    async with peer(BrokerAddress("localhost", mosquitto_tls.port, tls=tls)) as made:
         await made.subscribe(topic, 1)
         payload = bytes(range(256)) * 8192
         for _ in range(3):
@@ -344,7 +348,7 @@ async def test_tls_refuses_a_wrong_host(
 ) -> None:
     tls = TLSSettings(ca_file=authority.cafile)
     with pytest.raises(TLSProblem, match="certificate"):
-        await Peer().open(Endpoint("localhost", mosquitto_wrong_host.port, tls=tls))
+        await Peer().open(BrokerAddress("localhost", mosquitto_wrong_host.port, tls=tls))
 
 
 async def test_tls_refuses_an_expired_certificate(
@@ -352,7 +356,7 @@ async def test_tls_refuses_an_expired_certificate(
 ) -> None:
     tls = TLSSettings(ca_file=authority.cafile)
     with pytest.raises(TLSProblem, match="expired"):
-        await Peer().open(Endpoint("localhost", mosquitto_expired.port, tls=tls))
+        await Peer().open(BrokerAddress("localhost", mosquitto_expired.port, tls=tls))
 
 
 async def test_tls_verification_is_only_switched_off_loudly(
@@ -360,10 +364,10 @@ async def test_tls_verification_is_only_switched_off_loudly(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pubsub_mqtt.transport._warned_insecure", False)
+    monkeypatch.setattr("pubsub_mqtt.connection.address._warned_insecure", False)
     tls = TLSSettings(insecure_skip_verify=True)
     for _ in range(2):
-        async with peer(Endpoint("localhost", mosquitto_wrong_host.port, tls=tls)):
+        async with peer(BrokerAddress("localhost", mosquitto_wrong_host.port, tls=tls)):
             pass
     warnings = [record for record in caplog.records if "insecure" in record.message]
     assert len(warnings) == 1
@@ -378,19 +382,21 @@ async def test_tls_client_certificate(
 ) -> None:
     port = mosquitto_client_certificates.port
     with pytest.raises(ConnectError) as caught:
-        await Peer().open(Endpoint("localhost", port, tls=TLSSettings(ca_file=authority.cafile)))
+        await Peer().open(
+            BrokerAddress("localhost", port, tls=TLSSettings(ca_file=authority.cafile))
+        )
     assert isinstance(caught.value, TLSProblem)
     tls = TLSSettings(
         ca_file=authority.cafile,
         cert_file=client_certificate.certfile,
         key_file=client_certificate.keyfile,
     )
-    await round_trip(Endpoint("localhost", port, tls=tls), unique())
+    await round_trip(BrokerAddress("localhost", port, tls=tls), unique())
 
 
 async def test_tls_needs_tls_on_the_other_side(mosquitto: MosquittoServer) -> None:
     with pytest.raises(ConnectError):
-        await Peer().open(Endpoint("localhost", mosquitto.port, tls=TLSSettings()))
+        await Peer().open(BrokerAddress("localhost", mosquitto.port, tls=TLSSettings()))
 
 
 @pytest.mark.parametrize("name", ["ca_file", "ca_path", "cert_file"])
@@ -398,7 +404,7 @@ async def test_tls_files_that_do_not_exist(name: str) -> None:
     paths: dict[str, Any] = {name: "/no/such/file"}
     tls = TLSSettings(**paths)
     with pytest.raises(TLSProblem, match=name.partition("_")[0].replace("cert", "certificate")):
-        await Peer().open(Endpoint("localhost", 1, tls=tls))
+        await Peer().open(BrokerAddress("localhost", 1, tls=tls))
 
 
 def test_tls_below_1_2_is_never_spoken() -> None:
@@ -410,14 +416,14 @@ def test_tls_below_1_2_is_never_spoken() -> None:
 
 
 async def test_websocket(mosquitto: MosquittoServer, unique: Callable[..., str]) -> None:
-    endpoint = Endpoint(HOST, mosquitto.websocket_port, websocket=WebSocketTarget("/mqtt"))
+    endpoint = BrokerAddress(HOST, mosquitto.websocket_port, websocket=WebSocketTarget("/mqtt"))
     await round_trip(endpoint, unique())
 
 
 async def test_websocket_with_tls(
     mosquitto_tls: MosquittoServer, authority: Authority, unique: Callable[..., str]
 ) -> None:
-    endpoint = Endpoint(
+    endpoint = BrokerAddress(
         "localhost",
         mosquitto_tls.websocket_port,
         tls=TLSSettings(ca_file=authority.cafile),
@@ -429,7 +435,7 @@ async def test_websocket_with_tls(
 async def test_websocket_large_messages(
     mosquitto: MosquittoServer, unique: Callable[..., str]
 ) -> None:
-    endpoint = Endpoint(HOST, mosquitto.websocket_port, websocket=WebSocketTarget("/mqtt"))
+    endpoint = BrokerAddress(HOST, mosquitto.websocket_port, websocket=WebSocketTarget("/mqtt"))
     topic = unique()
     async with peer(endpoint) as made:
         await made.subscribe(topic, 1)
@@ -512,7 +518,7 @@ async def test_websocket_request_and_frames() -> None:
             frame(b"\x30\x03\x00\x01a\x30\x03\x00\x01b\x30\x03"),
             frame(b"\x00\x01c"),
         ]
-        endpoint = Endpoint(
+        endpoint = BrokerAddress(
             HOST, broker.port, websocket=WebSocketTarget("/some/path?x=1", {"X-Key": "value"})
         )
         made = Peer()
@@ -539,7 +545,7 @@ async def test_websocket_refusals(status: int, kind: type[ConnectError], retryab
     async with websocket_broker() as broker:
         broker.reject = status
         with pytest.raises(kind, match=str(status)) as caught:
-            await Peer().open(Endpoint(HOST, broker.port, websocket=WebSocketTarget("/x")))
+            await Peer().open(BrokerAddress(HOST, broker.port, websocket=WebSocketTarget("/x")))
         assert caught.value.retryable is retryable
 
 
@@ -547,23 +553,25 @@ async def test_websocket_text_frames_end_the_session() -> None:
     async with websocket_broker() as broker:
         broker.chunks = [frame(b"\x20\x02\x00\x00"), frame(b"hello", opcode=1)]
         made = Peer()
-        await made.open(Endpoint(HOST, broker.port, websocket=WebSocketTarget("/x")))
+        await made.open(BrokerAddress(HOST, broker.port, websocket=WebSocketTarget("/x")))
         await eventually(lambda: len(made.lost) == 1)
         assert "text frame" in str(made.lost[0])
 
 
 async def test_websocket_handshake_timeout(silent: int) -> None:
     with pytest.raises(ConnectTimeout):
-        await Peer().open(Endpoint(HOST, silent, websocket=WebSocketTarget("/mqtt")), timeout=0.3)
+        await Peer().open(
+            BrokerAddress(HOST, silent, websocket=WebSocketTarget("/mqtt")), timeout=0.3
+        )
 
 
 async def test_tls_handshake_timeout(silent: int) -> None:
     with pytest.raises(ConnectTimeout):
-        await Peer().open(Endpoint(HOST, silent, tls=TLSSettings()), timeout=0.5)
+        await Peer().open(BrokerAddress(HOST, silent, tls=TLSSettings()), timeout=0.5)
 
 
 async def test_dial_leaves_nothing_behind_when_it_fails(silent: int) -> None:
-    task = asyncio.create_task(dial(Endpoint(HOST, silent, tls=TLSSettings())))
+    task = asyncio.create_task(dial(BrokerAddress(HOST, silent, tls=TLSSettings())))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -11,8 +11,16 @@ from typing import Any
 
 import pytest
 
-from pubsub_mqtt.dial import Call, Dial, Wait, advance, dial_blocking, dial_steps, wait_ready
-from pubsub_mqtt.transport import Endpoint, TLSSettings
+from pubsub_mqtt.connection.address import BrokerAddress, TLSSettings
+from pubsub_mqtt.connection.dial import (
+    Call,
+    Dial,
+    Wait,
+    advance,
+    dial_blocking,
+    dial_steps,
+    wait_ready,
+)
 
 HOST = "127.0.0.1"
 
@@ -49,8 +57,8 @@ def resolve_to(patch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:
     patch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
 
 
-def to(sock: socket.socket) -> Endpoint:
-    return Endpoint(HOST, sock.getsockname()[1])
+def to(sock: socket.socket) -> BrokerAddress:
+    return BrokerAddress(HOST, sock.getsockname()[1])
 
 
 def opened(steps: Dial) -> dict[int, socket.socket]:
@@ -71,14 +79,14 @@ def test_a_literal_address_asks_no_name_server(listener: socket.socket) -> None:
 
 
 def test_a_name_is_resolved_by_the_driver() -> None:
-    steps = dial_steps(Endpoint("broker.example"))
+    steps = dial_steps(BrokerAddress("broker.example"))
     assert isinstance(next(steps), Call)
     steps.close()
 
 
 def test_certificates_are_read_before_anything_is_opened(tmp_path: Path) -> None:
     tls = TLSSettings(ca_file=str(tmp_path / "none.pem"))
-    step = next(dial_steps(Endpoint("broker.example", tls=tls)))
+    step = next(dial_steps(BrokerAddress("broker.example", tls=tls)))
     assert isinstance(step, Call)
     assert step.work == tls.build
 
@@ -87,7 +95,7 @@ def test_the_next_address_is_tried_beside_one_that_is_silent(
     full: socket.socket, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve_to(monkeypatch, full.getsockname(), listener.getsockname())
-    steps = dial_steps(Endpoint("two.example"), 10)
+    steps = dial_steps(BrokerAddress("two.example"), 10)
     wait = advance(steps)
     assert len(wait.writes) == 1
     assert wait.until is not None
@@ -108,7 +116,7 @@ def test_an_address_that_refuses_costs_no_wait(
     refusing: tuple[str, int], listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve_to(monkeypatch, refusing, listener.getsockname())
-    with contextlib.closing(dial_blocking(Endpoint("two.example"), 10)):
+    with contextlib.closing(dial_blocking(BrokerAddress("two.example"), 10)):
         pass
 
 
@@ -118,17 +126,17 @@ def test_of_several_failures_that_of_the_first_address_is_told(
     unusable = ("255.255.255.255", 1)  # TCP has no broadcast
     resolve_to(monkeypatch, refusing, unusable)
     with pytest.raises(ConnectionRefusedError):
-        dial_blocking(Endpoint("two.example"), 10)
+        dial_blocking(BrokerAddress("two.example"), 10)
     resolve_to(monkeypatch, unusable, refusing)
     with pytest.raises(OSError) as caught:
-        dial_blocking(Endpoint("two.example"), 10)
+        dial_blocking(BrokerAddress("two.example"), 10)
     assert not isinstance(caught.value, ConnectionRefusedError)
 
 
 def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_to(monkeypatch)
     with pytest.raises(OSError, match=r"none\.example has no address"):
-        dial_blocking(Endpoint("none.example"), 10)
+        dial_blocking(BrokerAddress("none.example"), 10)
 
 
 def test_the_deadline_is_for_all_of_it(full: socket.socket) -> None:
@@ -179,4 +187,4 @@ def test_a_unix_socket_with_a_full_backlog_is_not_taken_for_connected(tmp_path: 
             waiting.setblocking(False)
             error = waiting.connect_ex(path)
         with pytest.raises(BlockingIOError):
-            dial_blocking(Endpoint(unix_path=path), 10)
+            dial_blocking(BrokerAddress(unix_path=path), 10)

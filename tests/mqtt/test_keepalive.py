@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pubsub_losant.client.link import device_keepalive
-from pubsub_mqtt.keepalive import KeepaliveStep, Quiet, standard_keepalive
+from pubsub_mqtt.connection.keepalive import KeepaliveStep, Quiet, standard_keepalive
 
 
 def quiet(

@@ -11,9 +11,9 @@ from pubsub_core.config.options import build, parse_url
 from pubsub_core.errors import NotConnected, PayloadTooLarge, PublishFailed, PubSubError, TakenOver
 from pubsub_core.interfaces import BackendContext
 from pubsub_core.plugins import registry
-from pubsub_mqtt.base import ConnectionBackend
+from pubsub_mqtt.backend.connection_backend import ConnectionBackend
 from pubsub_mqtt.connection import Outgoing, Request, Subscribe
-from pubsub_mqtt.keepalive import KeepaliveStep, Quiet
+from pubsub_mqtt.connection.keepalive import KeepaliveStep, Quiet
 from tests.mqtt.lines import ACCEPT, ACCEPT_PRESENT, Line, packet_id
 
 

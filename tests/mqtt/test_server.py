@@ -17,10 +17,9 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-import pubsub_mqtt.server as module
 from pubsub_core.errors import BadOption, ConnectError, MissingDependency
 from pubsub_core.interfaces import DevServer
-from pubsub_mqtt.server import AmqttServer, MosquittoServer, MQTTServer, ServerTLS
+from pubsub_mqtt.server import AmqttServer, MosquittoServer, MQTTServer, ServerTLS, mosquitto
 from tests.conftest import PASSWORD
 from tests.servers import Authority, Certificate, eventually
 
@@ -188,11 +187,11 @@ class TestMosquitto:
     async def test_a_taken_port_is_passed_over_when_any_would_do(
         self, mosquitto_installed: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        free_port = module._free_port
+        free_port = mosquitto._free_port
         with socket.create_server(("127.0.0.1", 0)) as taken:
             offers = iter([taken.getsockname()[1]])
             monkeypatch.setattr(
-                module, "_free_port", lambda host: next(offers, None) or free_port(host)
+                mosquitto, "_free_port", lambda host: next(offers, None) or free_port(host)
             )
             async with MosquittoServer() as server:
                 assert server.port != taken.getsockname()[1]
@@ -201,7 +200,7 @@ class TestMosquitto:
     async def test_a_missing_program_is_a_typed_error(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "find_mosquitto", lambda: None)
+        monkeypatch.setattr(mosquitto, "find_mosquitto", lambda: None)
         with pytest.raises(MissingDependency, match="apt-get install mosquitto"):
             await MosquittoServer().start()
 
@@ -242,7 +241,7 @@ class TestMosquitto:
     async def test_is_stopped_at_once_when_it_does_not_obey(
         self, mosquitto_own: MosquittoServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "STOP_DEADLINE", 0.1)
+        monkeypatch.setattr(mosquitto, "STOP_DEADLINE", 0.1)
         pid = mosquitto_own.pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
@@ -282,7 +281,7 @@ class TestAmqtt:
     async def test_drops_a_client_that_never_says_connect(
         self, amqtt_server: AmqttServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "CONNECT_DEADLINE", 0.05)
+        monkeypatch.setattr("pubsub_mqtt.server.amqtt.CONNECT_DEADLINE", 0.05)
         with pytest.raises(CLOSED):
             await exchange("127.0.0.1", amqtt_server.port, CONNECT[:5], 1)
 
@@ -322,7 +321,7 @@ class TestMQTTServer:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pytest.importorskip("amqtt")
-        monkeypatch.setattr(module, "find_mosquitto", lambda: None)
+        monkeypatch.setattr("pubsub_mqtt.server.mqtt.find_mosquitto", lambda: None)
         async with MQTTServer() as server:
             assert str(server.describe()["server"]).startswith("amqtt")
             assert await exchange(server.host, server.port, CONNECT, 4) == b"\x20\x02\x00\x00"
@@ -330,7 +329,7 @@ class TestMQTTServer:
     async def test_with_neither_it_names_both_install_lines(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "find_mosquitto", lambda: None)
+        monkeypatch.setattr("pubsub_mqtt.server.mqtt.find_mosquitto", lambda: None)
         monkeypatch.setitem(sys.modules, "amqtt.broker", None)
         with pytest.raises(MissingDependency, match="apt-get install mosquitto, or pip install"):
             await MQTTServer().start()

@@ -27,9 +27,9 @@ from pubsub_core.errors import (
 )
 from pubsub_core.secrets import Secret
 from pubsub_mqtt.connection import Subscribe, Will
+from pubsub_mqtt.connection.paho_client import PahoClient
 from pubsub_mqtt.errors import ProtocolError
 from pubsub_mqtt.packets import PublishProperties, publish_properties
-from pubsub_mqtt.paho_client import PahoClient
 from tests.mqtt.lines import (
     ACCEPT,
     ACCEPT_5,

@@ -172,7 +172,7 @@ async def test_connecting_never_holds_the_loop(
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     from pubsub_core.config import Config
-    from pubsub_mqtt.transport import TLSSettings
+    from pubsub_mqtt.connection.address import TLSSettings
 
     load, build = Config.load, TLSSettings.build
 

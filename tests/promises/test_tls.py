@@ -16,7 +16,7 @@ import pytest
 from pubsub_core import ConnectError, MissingDependency, Status, TLSProblem, connect
 from pubsub_core.testing.proxy import FaultProxy
 from pubsub_core.testing.stopwatch import Stopwatch
-from pubsub_mqtt import transport
+from pubsub_mqtt.connection import address as broker_address
 from pubsub_mqtt.server import MosquittoServer, ServerTLS
 from tests.servers import Authority, run
 
@@ -171,7 +171,7 @@ async def test_verification_is_switched_off_by_name_and_with_one_warning(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(transport, "_warned_insecure", False)
+    monkeypatch.setattr(broker_address, "_warned_insecure", False)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             async with counted(mosquitto_expired, "mqtts") as (url, _):
@@ -257,7 +257,7 @@ async def test_websocket_without_its_library_says_what_to_install(
 
 
 def test_a_context_as_it_is_made_checks_everything(tmp_path: Path) -> None:
-    context = transport.TLSSettings().build()
+    context = broker_address.TLSSettings().build()
     assert context.verify_mode is ssl.CERT_REQUIRED
     assert context.check_hostname
     assert context.minimum_version >= ssl.TLSVersion.TLSv1_2

@@ -5,8 +5,9 @@ Names are imported when they are used, so that announcing the backend needs no p
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pubsub_core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .backend import MQTTBackend
@@ -44,33 +45,22 @@ __all__ = [
     "WillOptions",
 ]
 
-_HOMES = {
-    "QOS_0": "client",
-    "QOS_1": "client",
-    "QOS_2": "client",
-    "AmqttServer": "server",
-    "ClientError": "client",
-    "ClientException": "client",
-    "ConnectError": "client",
-    "ConnectException": "client",
-    "CredentialsRefused": "errors",
-    "MQTTBackend": "backend",
-    "MQTTClient": "client",
-    "MQTTOptions": "options",
-    "MQTTServer": "server",
-    "MosquittoServer": "server",
-    "ProtocolError": "errors",
-    "TopicDefaults": "options",
-    "WillOptions": "options",
-}
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "backend": ["MQTTBackend"],
+        "client": [
+            "QOS_0",
+            "QOS_1",
+            "QOS_2",
+            "ClientError",
+            "ClientException",
+            "ConnectError",
+            "ConnectException",
+            "MQTTClient",
+        ],
+        "errors": ["CredentialsRefused", "ProtocolError"],
+        "options": ["MQTTOptions", "TopicDefaults", "WillOptions"],
+        "server": ["AmqttServer", "MQTTServer", "MosquittoServer"],
+    },
+)

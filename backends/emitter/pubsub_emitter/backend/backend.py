@@ -56,7 +56,8 @@ from pubsub_core.topics import overlap
 from pubsub_emitter.errors import EmitterError
 from pubsub_emitter.plugin import MAX_STORED_PAYLOAD
 from pubsub_emitter.protocol import SHARE, Fault
-from pubsub_mqtt.connection import Incoming, Outgoing, Request
+from pubsub_mqtt.connection import Outgoing, Request
+from pubsub_mqtt.packets import Incoming
 
 from .history import fetch, history_channel
 from .keyring import RingKey

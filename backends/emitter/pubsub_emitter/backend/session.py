@@ -42,9 +42,10 @@ from pubsub_emitter.errors import EmitterError, refusal
 from pubsub_emitter.options import EmitterOptions, MatcherOption, read_license
 from pubsub_emitter.plugin import MAX_STORED_PAYLOAD
 from pubsub_emitter.protocol import API, ERROR_TOPIC, SHARE, Fault, is_link_name
-from pubsub_mqtt.backend import endpoint_of, settings_of
-from pubsub_mqtt.base import ConnectionBackend
+from pubsub_mqtt.backend.connection_backend import ConnectionBackend
 from pubsub_mqtt.connection import Connection, Outgoing, Will
+from pubsub_mqtt.connection.address import broker_address
+from pubsub_mqtt.connection.session_data import settings_of
 from pubsub_mqtt.packets import Incoming
 
 from .keyring import KeyRing, RingKey
@@ -137,7 +138,7 @@ class EmitterSession(ConnectionBackend):
         self._settings = settings_of(below, mqtt)
         super().__init__(
             context,
-            endpoint_of(below, mqtt, backend=self.name),
+            broker_address(below, mqtt, backend=self.name),
             Connection(self._settings, backend=self.name, clock=context.clock.monotonic),
         )
         self._online = False

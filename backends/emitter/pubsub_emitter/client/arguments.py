@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias, cast
 
 from pubsub_core.errors import BadOption
 from pubsub_emitter.protocol import OLDEST_TIME, YOUNGEST_TIME, build_topic
-from pubsub_mqtt.transport import Endpoint, TLSSettings, WebSocketTarget
+from pubsub_mqtt.connection.address import BrokerAddress, TLSSettings, WebSocketTarget
 
 __all__ = [
     "Options",
@@ -139,7 +139,7 @@ _SCHEMES: Final = {
 
 def endpoint_of(
     host: str, port: int, *, secure: bool, websocket: bool, tls: TLSSettings
-) -> Endpoint:
+) -> BrokerAddress:
     """Return where a host, in any of the forms of `Client.connect`, is.
 
     Raises:
@@ -166,7 +166,7 @@ def endpoint_of(
         given = ""
     if given and not given.isdecimal():
         raise BadOption(f"no port {given!r} in host", option="host", backend="emitter")
-    return Endpoint(
+    return BrokerAddress(
         host=host,
         port=int(given) if given else port,
         tls=tls if secure else None,

@@ -38,9 +38,9 @@ from pubsub_core.secrets import Secret
 from pubsub_emitter.errors import EmitterError, refusal
 from pubsub_emitter.protocol import MAX_PACKET, build_topic
 from pubsub_mqtt.connection import Outgoing, Request, Session, SessionSettings, Subscribe, Will
-from pubsub_mqtt.driver import BlockingDriver
+from pubsub_mqtt.connection.address import TLSSettings
+from pubsub_mqtt.connection.driver import BlockingDriver
 from pubsub_mqtt.packets import Incoming
-from pubsub_mqtt.transport import TLSSettings
 
 from .arguments import (
     Options,

@@ -67,8 +67,16 @@ from pubsub_emitter.protocol import (
     parse_channel,
     split_share,
 )
-from pubsub_mqtt.endpoint import Client, Dialect, HttpRequest, HttpResponse, Leniency, Profile
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.errors import printable
+from pubsub_mqtt.server.endpoint import (
+    Client,
+    Dialect,
+    HttpRequest,
+    HttpResponse,
+    Leniency,
+    Profile,
+)
+from pubsub_mqtt.server.endpoint.packets import (
     REFUSED,
     Connect,
     Publish,
@@ -76,7 +84,6 @@ from pubsub_mqtt.endpoint.packets import (
     Unsubscribe,
     encode_publish,
 )
-from pubsub_mqtt.errors import printable
 
 from .storage import Storage, StorageFull
 

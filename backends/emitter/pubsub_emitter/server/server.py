@@ -14,8 +14,8 @@ from typing import ClassVar
 from pubsub_core.errors import BadOption
 from pubsub_emitter.keys import License
 from pubsub_emitter.options import read_license
-from pubsub_mqtt.endpoint import EndpointServer
 from pubsub_mqtt.server import ServerTLS
+from pubsub_mqtt.server.endpoint import EndpointServer
 
 from .broker import EmitterDialect, Matcher
 from .storage import Storage

@@ -24,7 +24,7 @@ from typing import Any, Final
 from pubsub_core.errors import ConnectError
 from pubsub_emitter.keys import hash_text
 from pubsub_emitter.protocol import MAX_PACKET, SHARE, MessageId
-from pubsub_mqtt.endpoint.journal import Done, Journal
+from pubsub_mqtt.server.endpoint.journal import Done, Journal
 
 __all__ = ["Storage", "StorageFull", "Stored"]
 

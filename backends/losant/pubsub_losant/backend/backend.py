@@ -54,13 +54,14 @@ from pubsub_losant.topics import (
     split_topic,
     state_topic,
 )
-from pubsub_mqtt.backend import endpoint_of, settings_of
-from pubsub_mqtt.base import ConnectionBackend
+from pubsub_mqtt.backend.connection_backend import ConnectionBackend
 from pubsub_mqtt.connection import Connection, Subscribe
+from pubsub_mqtt.connection.address import broker_address
+from pubsub_mqtt.connection.session_data import settings_of
+from pubsub_mqtt.connection.transport import PeerClosed
 from pubsub_mqtt.errors import CredentialsRefused
 from pubsub_mqtt.options import WillOptions
 from pubsub_mqtt.packets import Incoming
-from pubsub_mqtt.transport import PeerClosed
 
 from .payloads import BadState, Received, read_command, read_states, write_states, write_will
 
@@ -120,7 +121,7 @@ class LosantBackend(ConnectionBackend):
         )
         super().__init__(
             context,
-            endpoint_of(below, mqtt, backend=self.name),
+            broker_address(below, mqtt, backend=self.name),
             Connection(settings_of(below, mqtt), backend=self.name, clock=context.clock.monotonic),
         )
         self.connection.on_resend = self._sent_again

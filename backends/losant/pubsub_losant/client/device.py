@@ -29,8 +29,8 @@ from pubsub_losant.topics import (
     state_topic,
 )
 from pubsub_mqtt.connection import Session
-from pubsub_mqtt.dial import Dial, Wait, advance, dial_steps
-from pubsub_mqtt.transport import BufferedSocket
+from pubsub_mqtt.connection.dial import Dial, Wait, advance, dial_steps
+from pubsub_mqtt.connection.transport import BufferedSocket
 
 from .device_base import DeviceCore, Observers, PeripheralCore
 from .link import limit_unacknowledged

@@ -51,9 +51,11 @@ from pubsub_losant.topics import (
     split_topic,
     state_topic,
 )
-from pubsub_mqtt.connection import Incoming, Request, Session, SessionSettings, Subscribe
+from pubsub_mqtt.connection import Request, Session, SessionSettings, Subscribe
+from pubsub_mqtt.connection.address import BrokerAddress, TLSSettings, WebSocketTarget
+from pubsub_mqtt.connection.transport import PeerClosed
 from pubsub_mqtt.errors import CredentialsRefused, ProtocolError, dial_error
-from pubsub_mqtt.transport import Endpoint, PeerClosed, TLSSettings, WebSocketTarget
+from pubsub_mqtt.packets import Incoming
 
 from .link import device_connection
 from .tls import TLSOptions
@@ -260,7 +262,7 @@ class DeviceCore:
         self._observer_error: Exception | None = None
         self.stats: Counter[str] = Counter(bad_commands=0)
 
-        self._endpoint = Endpoint()
+        self._endpoint = BrokerAddress()
         self._guard: RateGuard = "off"
         self._connection = device_connection(self._settings())
         self._backoff = Backoff(*self._reconnect)
@@ -325,14 +327,14 @@ class DeviceCore:
             versions=(4,),
         )
 
-    def _target(self) -> Endpoint:
+    def _target(self) -> BrokerAddress:
         """Return where to dial now; class attribute and environment may change any time."""
         host = self._host
         if host is None:
             host = self.mqtt_endpoint
             if host == PLATFORM:
                 host = os.environ.get("LOSANT_MQTT_ENDPOINT") or host
-        return Endpoint(
+        return BrokerAddress(
             host=host,
             port=self._port or _PORTS[self._transport, self._secure],
             tls=TLSSettings() if self._secure else None,

@@ -10,7 +10,7 @@ import os
 import socket
 
 from pubsub_mqtt.connection import Connection, SessionSettings
-from pubsub_mqtt.keepalive import KeepaliveStep, Quiet
+from pubsub_mqtt.connection.keepalive import KeepaliveStep, Quiet
 
 __all__ = ["device_connection", "device_keepalive", "limit_unacknowledged"]
 

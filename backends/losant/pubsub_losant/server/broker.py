@@ -34,8 +34,9 @@ from pubsub_core.trie import HandlerTrie
 from pubsub_losant.commands import ABSENT, BadCommand, encode_command, parse_command
 from pubsub_losant.times import epoch_ms, format_date, from_epoch_ms, resolve_time
 from pubsub_losant.topics import MAX_PAYLOAD, command_topic, split_topic
-from pubsub_mqtt.endpoint import Client, Dialect, Ending, Profile
-from pubsub_mqtt.endpoint.packets import (
+from pubsub_mqtt.errors import printable
+from pubsub_mqtt.server.endpoint import Client, Dialect, Ending, Profile
+from pubsub_mqtt.server.endpoint.packets import (
     REFUSED,
     Connect,
     Publish,
@@ -43,7 +44,6 @@ from pubsub_mqtt.endpoint.packets import (
     Unsubscribe,
     encode_publish,
 )
-from pubsub_mqtt.errors import printable
 
 from .access import AccessKey, Registry
 from .state_intake import read_states

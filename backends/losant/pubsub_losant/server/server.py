@@ -20,8 +20,8 @@ from urllib.parse import quote
 
 from pubsub_core.errors import BadOption
 from pubsub_losant.commands import ABSENT
-from pubsub_mqtt.endpoint import EndpointServer
 from pubsub_mqtt.server import ServerTLS
+from pubsub_mqtt.server.endpoint import EndpointServer
 
 from .access import CONNECTABLE, AccessKey, DeviceSpec, Registry
 from .broker import OPERATOR, IntakeError, LosantDialect, Rejection, StateHook

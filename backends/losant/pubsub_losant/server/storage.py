@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
-from pubsub_mqtt.endpoint.journal import Done, Journal
+from pubsub_mqtt.server.endpoint.journal import Done, Journal
 
 from .state_intake import Value
 

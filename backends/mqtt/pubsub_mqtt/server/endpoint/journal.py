@@ -28,7 +28,7 @@ from pubsub_core.errors import ConnectError
 
 __all__ = ["Done", "Journal"]
 
-logger = logging.getLogger("pubsub_mqtt.endpoint")
+logger = logging.getLogger("pubsub_mqtt.server.endpoint")
 
 T = TypeVar("T")
 

@@ -5,17 +5,29 @@ Source: MQTT 5.0 sections 3.1 (CONNECT), 3.2 (CONNACK) and 3.8 (SUBSCRIBE).
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pubsub_core.interfaces import Address
 from pubsub_core.secrets import Secret
+from pubsub_mqtt.options import DEFAULT_MAX_PACKET, MAX_PACKET, MQTTOptions, ProtocolName
 
-from .options import DEFAULT_MAX_PACKET, MAX_PACKET
-
-__all__ = ["ConnectionStats", "Session", "SessionSettings", "Subscribe", "Version", "Will"]
+__all__ = [
+    "ConnectionStats",
+    "Session",
+    "SessionSettings",
+    "Subscribe",
+    "Version",
+    "Will",
+    "random_client_id",
+    "settings_of",
+]
 
 Version = Literal[4, 5]
 """Protocol level: 4 is MQTT 3.1.1."""
+
+_VERSIONS: dict[ProtocolName, tuple[Version, ...]] = {"auto": (5, 4), "5": (5,), "3.1.1": (4,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +132,34 @@ class ConnectionStats:
     resent: int = 0
     refused_replays: int = 0
     pings: int = 0
+
+
+def settings_of(address: Address, options: MQTTOptions) -> SessionSettings:
+    """Return what CONNECT will say; credentials of the options win over the address's."""
+    will = None
+    if options.will is not None:
+        will = Will(
+            options.will.topic,
+            options.will.data,
+            options.will.qos,
+            options.will.retain,
+            options.will.delay,
+        )
+    return SessionSettings(
+        client_id=options.client_id,
+        username=options.username if options.username is not None else address.username,
+        password=options.password if options.password is not None else address.password,
+        keepalive=options.keepalive,
+        versions=_VERSIONS[options.protocol],
+        clean_start=options.clean_start,
+        expiry=options.expiry,
+        receive_maximum=options.receive_maximum,
+        max_packet_size=options.max_packet_size,
+        max_inflight=options.max_inflight,
+        will=will,
+    )
+
+
+def random_client_id() -> str:
+    """Return an identifier nobody else has: 19 characters, as short as old brokers want it."""
+    return f"pubsub-{secrets.token_hex(6)}"

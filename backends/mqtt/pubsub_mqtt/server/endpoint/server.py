@@ -18,17 +18,16 @@ import socket
 import ssl
 from typing import Any, ClassVar, cast
 
-from pubsub_core.errors import TLSProblem
 from pubsub_core.servers import ServerShell, url_of
-from pubsub_mqtt.server import ServerTLS
+from pubsub_mqtt.server.tls import ServerTLS
 
-from .connection import Client, EndpointStats
-from .dialect import Dialect, HttpRequest, HttpResponse
+from .client import Client, Dialect, EndpointStats
+from .profile import HttpRequest, HttpResponse
 from .web import HTTP_METHODS, WebPeer
 
 __all__ = ["EndpointServer"]
 
-logger = logging.getLogger("pubsub_mqtt.endpoint")
+logger = logging.getLogger("pubsub_mqtt.server.endpoint")
 
 _HIGH_WATER = 65_536
 _LINGER = 1.0
@@ -95,7 +94,9 @@ class EndpointServer(ServerShell):
         if self._server is not None:
             return
         loop = asyncio.get_running_loop()
-        self.context = None if self.tls is None else await asyncio.to_thread(_context, self.tls)
+        self.context = None
+        if self.tls is not None:
+            self.context = await asyncio.to_thread(self.tls.context, backend=self.backend)
         try:
             self._server = await loop.create_server(
                 lambda: _Link(self),
@@ -442,20 +443,3 @@ def _name(peer: Any) -> str:
         host, port = peer[:2]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
     return "a local socket"
-
-
-def _context(tls: ServerTLS) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(tls.certfile, tls.keyfile)
-        if tls.cafile is not None:
-            context.load_verify_locations(tls.cafile)
-    except (OSError, ssl.SSLError) as exc:
-        raise TLSProblem(
-            f"certificate {tls.certfile} or its key cannot be used: {exc}",
-            hint="give PEM files that belong together",
-        ) from exc
-    if tls.require_certificate:
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context

@@ -19,12 +19,11 @@ from pubsub_core.interfaces import Backend, BackendContext, Sink, WireSub
 from pubsub_core.keyed import KeyedLocks
 from pubsub_core.message import OutFrame, Receipt
 from pubsub_core.topics import overlap
-
-from .connection import Connection, Outgoing, Session
-from .driver import AsyncioDriver
-from .errors import as_ours
-from .packets import NO_PROPERTIES, Incoming
-from .transport import Endpoint
+from pubsub_mqtt.connection import Connection, Outgoing, Session
+from pubsub_mqtt.connection.address import BrokerAddress
+from pubsub_mqtt.connection.driver import AsyncioDriver
+from pubsub_mqtt.errors import as_ours
+from pubsub_mqtt.packets import NO_PROPERTIES, Incoming
 
 __all__ = ["ConnectionBackend"]
 
@@ -42,15 +41,17 @@ class ConnectionBackend(Backend):
         name: The backend's name, for errors.
         driver: Carries the session.
         connection: Window, outcomes and counters; outlives sessions.
-        address: Where the connection goes.
+        broker: Where the connection goes.
         sink: Who gets what arrives; None when nobody shall get anything more.
         turns: One at a time for each name.
     """
 
-    def __init__(self, context: BackendContext, endpoint: Endpoint, connection: Connection) -> None:
+    def __init__(
+        self, context: BackendContext, broker: BrokerAddress, connection: Connection
+    ) -> None:
         super().__init__(context)
         self.name = context.info.name
-        self.address = endpoint
+        self.broker = broker
         self.connection = connection
         self.driver = AsyncioDriver(connection)
         self.sink: Sink | None = None
@@ -87,7 +88,7 @@ class ConnectionBackend(Backend):
             raise ConnectError("the backend was closed", backend=self.name, retryable=False)
         self.sink = sink
         try:
-            return await self.driver.open(self.address)
+            return await self.driver.open(self.broker)
         except BaseException:
             self.abort()
             raise
@@ -197,7 +198,7 @@ class ConnectionBackend(Backend):
     @property
     def endpoint(self) -> interfaces.Endpoint:
         """Where `open` connects to."""
-        where = self.address
+        where = self.broker
         if where.unix_path:
             return interfaces.Endpoint(where.unix_path, None)
         return interfaces.Endpoint(where.host, where.port, where.tls is not None)

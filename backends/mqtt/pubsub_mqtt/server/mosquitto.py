@@ -1,15 +1,10 @@
-"""MQTT brokers for development and tests: Mosquitto as a child process, else amqtt.
+"""Mosquitto as a child process, for development and tests.
 
-Brokers for plain MQTT exist, so none is written here. `MQTTServer` starts Mosquitto where it
-is installed and amqtt's broker, inside this process, where it is not. Both listen on
-loopback and a free port unless told otherwise, and both are gone after `stop`, or when the
-interpreter ends.
+It listens on loopback and a free port unless told otherwise, and is gone after `stop`, or when
+the interpreter ends.
 
-Sources: mosquitto.conf(5) for 2.0; amqtt 0.12 ``broker.py``. Mosquitto has no port 0, so a
-free port is chosen here and another one when somebody else was faster. amqtt's own
-listeners never drop a client that does not say CONNECT, and on Python 3.12 its shutdown waits
-for such a client for ever; therefore `AmqttServer` owns the sockets and hands each
-connection over through amqtt's ``external`` listener.
+Sources: mosquitto.conf(5) for 2.0. Mosquitto has no port 0, so a free port is chosen here and
+another one when somebody else was faster.
 """
 
 from __future__ import annotations
@@ -18,8 +13,6 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import importlib
-import importlib.metadata
 import logging
 import os
 import secrets
@@ -30,14 +23,15 @@ import tempfile
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pubsub_core.errors import BadOption, ConnectError, MissingDependency
 from pubsub_core.servers import ServerShell, url_of
 
-__all__ = ["AmqttServer", "MQTTServer", "MosquittoServer", "ServerTLS", "find_mosquitto"]
+from .tls import ServerTLS
+
+__all__ = ["MosquittoServer", "find_mosquitto"]
 
 logger = logging.getLogger("pubsub_mqtt.server")
 
@@ -47,24 +41,8 @@ START_DEADLINE = 10.0
 STOP_DEADLINE = 5.0
 """Seconds that a server may take to stop by itself before it is made to."""
 
-CONNECT_DEADLINE = 10.0
-"""Seconds that a client of `AmqttServer` may take to complete CONNECT."""
-
 PORT_ATTEMPTS = 20
 """How many free ports are tried when others take them between choosing and listening."""
-
-AMQTT_INSTALL = "pip install 'pubsub-core[mqtt-server]'"
-
-AMQTT_LIMITS = (
-    "MQTT 3.1.1 only",
-    "no shared subscriptions",
-    "keep alive is not enforced",
-    "unacknowledged messages are not redelivered",
-    "messages may be delivered with a higher quality of service than published",
-    "retained messages reach clients that did not subscribe to them",
-    "nothing is stored",
-)
-"""What to know about amqtt 0.12's broker before judging anything by it."""
 
 
 def find_mosquitto() -> str | None:
@@ -72,21 +50,6 @@ def find_mosquitto() -> str | None:
     # Debian puts it into sbin, which the PATH of a plain user lacks.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
     return shutil.which("mosquitto", path=path)
-
-
-@dataclass(frozen=True, slots=True)
-class ServerTLS:
-    """What a server needs for TLS; paths of PEM files.
-
-    Attributes:
-        cafile: Authority of client certificates.
-        require_certificate: Refuse clients without a certificate of that authority.
-    """
-
-    certfile: str | Path
-    keyfile: str | Path
-    cafile: str | Path | None = None
-    require_certificate: bool = False
 
 
 class MosquittoServer(ServerShell):
@@ -348,7 +311,7 @@ class MosquittoServer(ServerShell):
             if not self.running:
                 raise ConnectError(
                     f"mosquitto ended at once on {self.url}: {_tail(self.log)}",
-                    hint="look at the lines it wrote",
+                    hint="see its log above",
                     backend=self.backend,
                 )
             # Somebody else may listen on the port, so a connection alone proves nothing.
@@ -358,7 +321,7 @@ class MosquittoServer(ServerShell):
         raise ConnectError(
             f"mosquitto did not listen on {self.url} within {START_DEADLINE:g} s: "
             f"{_tail(self.log)}",
-            hint="look at the lines it wrote",
+            hint="see its log above",
             backend=self.backend,
         )
 
@@ -394,187 +357,6 @@ class MosquittoServer(ServerShell):
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
-
-
-class AmqttServer(ServerShell):
-    """amqtt's broker inside this process: what ``pip install`` alone can bring.
-
-    Clients need no credentials. It is slow and forgives much; see `AMQTT_LIMITS`, which are
-    logged at the start. Use it to look around, not to judge delivery by.
-    """
-
-    backend: ClassVar[str] = "mqtt"
-    scheme: ClassVar[str] = "mqtt"
-
-    def __init__(self, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        super().__init__(host=host, port=port)
-        self._broker: Any = None  # amqtt has no types
-        self._reader_adapter: Any = None
-        self._writer_adapter: Any = None
-        self._server: asyncio.Server | None = None
-        self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
-
-    @property
-    def running(self) -> bool:
-        """Whether it listens."""
-        return self._server is not None
-
-    def describe(self) -> Mapping[str, object]:
-        """Return the server's name and what to know about it."""
-        return {"server": _amqtt_version(), "limits": list(AMQTT_LIMITS)}
-
-    async def start(self) -> None:
-        """Listen.
-
-        Raises:
-            MissingDependency: amqtt is not installed.
-            ConnectError: The port is taken.
-        """
-        if self._server is not None:
-            return
-        try:
-            imported = await asyncio.to_thread(_import_amqtt)
-        except ImportError as exc:
-            raise MissingDependency(
-                "amqtt is not installed", hint=AMQTT_INSTALL, backend=self.backend
-            ) from exc
-        broker_class, self._reader_adapter, self._writer_adapter = imported
-        broker = broker_class(
-            {
-                "listeners": {"default": {"type": "external"}},
-                "plugins": {
-                    "amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}
-                },
-            }
-        )
-        await broker.start()
-        try:
-            server = await asyncio.start_server(self._accept, self.host, self.port)
-        except OSError as exc:
-            await broker.shutdown()
-            raise self.cannot_listen(exc) from exc
-        self._broker = broker
-        self._server = server
-        self.port = server.sockets[0].getsockname()[1]
-        limits = "; ".join(AMQTT_LIMITS)
-        logger.warning("%s on %s has its limits: %s", _amqtt_version(), self.url, limits)
-
-    async def stop(self) -> None:
-        """Stop listening, end every connection, and return within a few seconds."""
-        server, self._server = self._server, None
-        broker, self._broker = self._broker, None
-        if server is not None:
-            server.close()
-        if broker is not None:
-            try:
-                async with asyncio.timeout(STOP_DEADLINE):
-                    await broker.shutdown()
-            except Exception:
-                logger.debug("amqtt's broker did not stop by itself", exc_info=True)
-        # amqtt closes only the connections of clients that completed CONNECT.
-        tasks = list(self._clients)
-        for task, writer in list(self._clients.items()):
-            writer.transport.abort()
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=STOP_DEADLINE)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        broker = self._broker
-        if broker is None or task is None:
-            writer.transport.abort()
-            return
-        self._clients[task] = writer
-        adapter = self._writer_adapter(writer)
-        answered = False
-        plain_write = adapter.write
-
-        def write(data: bytes) -> None:
-            nonlocal answered
-            answered = True
-            plain_write(data)
-
-        def give_up() -> None:
-            if not answered:
-                writer.transport.abort()
-
-        adapter.write = write  # amqtt offers no hook for this
-        deadline = asyncio.get_running_loop().call_later(CONNECT_DEADLINE, give_up)
-        try:
-            await broker.external_connected(self._reader_adapter(reader), adapter, "default")
-        except asyncio.CancelledError:
-            # The only one who cancels is stop(); a cancelled task would make asyncio's
-            # stream callback log an error.
-            pass
-        except Exception:
-            logger.debug("amqtt's broker gave up on a connection", exc_info=True)
-        finally:
-            deadline.cancel()
-            self._clients.pop(task, None)
-            writer.transport.abort()
-
-
-class MQTTServer(ServerShell):
-    """Mosquitto where it is installed, else amqtt: what ``pubsub serve mqtt`` starts."""
-
-    backend: ClassVar[str] = "mqtt"
-    scheme: ClassVar[str] = "mqtt"
-
-    def __init__(self, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        super().__init__(host=host, port=port)
-        self._server: MosquittoServer | AmqttServer = (
-            MosquittoServer(host=host, port=port)
-            if find_mosquitto() is not None
-            else AmqttServer(host=host, port=port)
-        )
-
-    @property
-    def running(self) -> bool:
-        """Whether it listens."""
-        return self._server.running
-
-    def describe(self) -> Mapping[str, object]:
-        """Return which server it is, and what to know about it."""
-        return self._server.describe()
-
-    async def start(self) -> None:
-        """Listen.
-
-        Raises:
-            MissingDependency: Neither Mosquitto nor amqtt is installed.
-        """
-        try:
-            await self._server.start()
-            self.port = self._server.port
-        except MissingDependency as exc:
-            raise MissingDependency(
-                "neither mosquitto nor amqtt is installed",
-                hint=f"apt-get install mosquitto, or {AMQTT_INSTALL}",
-                backend=self.backend,
-            ) from exc
-
-    async def stop(self) -> None:
-        """Stop in any state."""
-        await self._server.stop()
-
-    async def restart(self) -> None:
-        """Stop, and start again on the same port."""
-        await self._server.restart()
-
-
-def _import_amqtt() -> tuple[Any, Any, Any]:
-    # Optional, and half a second of imports; without types, hence Any.
-    broker: Any = importlib.import_module("amqtt.broker")
-    adapters: Any = importlib.import_module("amqtt.adapters")
-    return broker.Broker, adapters.StreamReaderAdapter, adapters.StreamWriterAdapter
-
-
-def _amqtt_version() -> str:
-    try:
-        return f"amqtt {importlib.metadata.version('amqtt')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "amqtt"
 
 
 def _free_port(host: str) -> int:

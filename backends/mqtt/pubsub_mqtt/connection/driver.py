@@ -29,7 +29,10 @@ from pubsub_core.errors import (
     PubSubError,
 )
 from pubsub_core.threads import in_thread
+from pubsub_mqtt.errors import as_ours, dial_error
+from pubsub_mqtt.packets import NO_PROPERTIES, Incoming
 
+from .address import BrokerAddress
 from .connection import (
     Connection,
     Outgoing,
@@ -40,10 +43,8 @@ from .connection import (
     Subscribe,
 )
 from .dial import Call, Wait, dial_blocking, dial_steps
-from .errors import as_ours, dial_error
 from .outgoing import Phase
-from .packets import NO_PROPERTIES, Incoming
-from .transport import BufferedSocket, Endpoint
+from .transport import BufferedSocket
 
 __all__ = ["AsyncioDriver", "BlockingDriver", "dial"]
 
@@ -88,14 +89,14 @@ async def _ready(wait: Wait) -> list[int]:
     return found
 
 
-async def dial(endpoint: Endpoint) -> BufferedSocket:
+async def dial(broker: BrokerAddress) -> BufferedSocket:
     """Connect without blocking the loop. Cancelling it closes what was opened.
 
     Raises:
         OSError: As the operating system says.
         ConnectError: TLS settings or the WebSocket handshake are at fault.
     """
-    steps = dial_steps(endpoint)
+    steps = dial_steps(broker)
     answer: object = None
     try:
         while True:
@@ -144,7 +145,7 @@ class AsyncioDriver:
 
     # --- sessions ---------------------------------------------------------------------
 
-    async def open(self, endpoint: Endpoint, *, timeout: float | None = None) -> Session:
+    async def open(self, broker: BrokerAddress, *, timeout: float | None = None) -> Session:
         """Make one session; try an older protocol version where the settings allow.
 
         *timeout* is seconds for all of it, from the name to CONNACK.
@@ -159,7 +160,7 @@ class AsyncioDriver:
             async with asyncio.timeout(timeout):
                 while True:
                     try:
-                        return await self._attempt(endpoint, closes)
+                        return await self._attempt(broker, closes)
                     except ConnectError as error:
                         if not connection.try_older(error):
                             raise
@@ -170,7 +171,7 @@ class AsyncioDriver:
             connection.end()
             connection.first_version()
             raise ConnectTimeout(
-                f"no session with {endpoint} within {timeout:g} s",
+                f"no session with {broker} within {timeout:g} s",
                 hint="check host and port, or raise the timeout",
                 backend=connection.backend,
             ) from exc
@@ -179,18 +180,18 @@ class AsyncioDriver:
             connection.first_version()
             raise
 
-    async def _attempt(self, endpoint: Endpoint, closes: int) -> Session:
+    async def _attempt(self, broker: BrokerAddress, closes: int) -> Session:
         try:
-            sock = await dial(endpoint)
+            sock = await dial(broker)
         except (MissingDependency, ConnectError) as exc:
             as_ours(exc, self.connection.backend)
             raise
         except (OSError, ValueError) as exc:
             raise dial_error(
                 exc,
-                str(endpoint),
+                str(broker),
                 backend=self.connection.backend,
-                secure=endpoint.tls is not None,
+                secure=broker.tls is not None,
             ) from exc
         if closes != self._closes:
             sock.close()
@@ -201,7 +202,7 @@ class AsyncioDriver:
         self._descriptor = sock.fileno()
         self._writing = False
         try:
-            self.connection.begin(sock, where=str(endpoint))
+            self.connection.begin(sock, where=str(broker))
         except BaseException:
             self._detach(sock)
             sock.close()
@@ -637,13 +638,13 @@ class BlockingDriver:
     def __init__(
         self,
         settings: SessionSettings,
-        endpoint: Endpoint,
+        broker: BrokerAddress,
         *,
         backend: str,
         timeout: float = 10.0,
     ) -> None:
         self.connection = _SharedConnection(settings, backend=backend)
-        self.endpoint = endpoint
+        self.broker = broker
         self.timeout = timeout
         self.on_session: Callable[[Session], None] = _ignore
         self.on_message: Callable[[Incoming], None] = _ignore
@@ -674,7 +675,7 @@ class BlockingDriver:
     def _connect(self) -> Session:
         connection = self.connection
         try:
-            sock = dial_blocking(self.endpoint, self.timeout)
+            sock = dial_blocking(self.broker, self.timeout)
         except (MissingDependency, ConnectError) as exc:
             as_ours(exc, connection.backend)
             raise
@@ -682,7 +683,7 @@ class BlockingDriver:
             raise self._dial_error(exc) from exc
         self._failure = None
         with connection.lock:
-            connection.begin(sock, where=str(self.endpoint))
+            connection.begin(sock, where=str(self.broker))
         deadline = time.monotonic() + self.timeout
         try:
             while connection.connecting:
@@ -690,7 +691,7 @@ class BlockingDriver:
                 if left <= 0:
                     connection.end()
                     raise ConnectTimeout(
-                        f"no session with {self.endpoint} within {self.timeout:g} s",
+                        f"no session with {self.broker} within {self.timeout:g} s",
                         hint="check host and port, or raise the timeout",
                         backend=connection.backend,
                     )
@@ -702,7 +703,7 @@ class BlockingDriver:
             return session
         if self._failure is not None:
             raise self._failure
-        raise ConnectError(f"no session with {self.endpoint}", backend=connection.backend)
+        raise ConnectError(f"no session with {self.broker}", backend=connection.backend)
 
     @property
     def paho(self) -> PahoClient:
@@ -798,7 +799,7 @@ class BlockingDriver:
     def _dial(self) -> BufferedSocket:
         # paho's loops retry after OSError and die of anything else.
         try:
-            return dial_blocking(self.endpoint, self.timeout)
+            return dial_blocking(self.broker, self.timeout)
         except (OSError, ValueError, ConnectError) as exc:
             error = self._dial_error(exc)
             self._lost(error)
@@ -806,8 +807,8 @@ class BlockingDriver:
             raise ConnectionError(str(error)) from exc
 
     def _dial_error(self, error: BaseException) -> ConnectError:
-        secure = self.endpoint.tls is not None
-        return dial_error(error, str(self.endpoint), backend=self.connection.backend, secure=secure)
+        secure = self.broker.tls is not None
+        return dial_error(error, str(self.broker), backend=self.connection.backend, secure=secure)
 
     def _wake(self) -> None:
         client = self.connection.client

@@ -1,7 +1,7 @@
 """One MQTT connection: paho-mqtt, a window in front of it, and the outcome of each publish.
 
-This module and `pubsub_mqtt.paho_client` below it are the only ones that know paho-mqtt. It
-knows no event loop: a driver (see `pubsub_mqtt.driver`) brings a socket, calls
+This module and `paho_client` below it are the only ones that know paho-mqtt. It knows no event
+loop: a driver (see `asyncio_driver` and `blocking_driver`) brings a socket, calls
 `Connection.feed` when bytes arrived, `Connection.flush` when asked to, and `Connection.tick`
 when it is time; what happens comes back through callbacks.
 
@@ -47,8 +47,7 @@ from pubsub_core.errors import (
     TakenOver,
 )
 from pubsub_core.keyed import BoundedCache
-
-from .errors import (
+from pubsub_mqtt.errors import (
     ProtocolError,
     as_ours,
     connack_error,
@@ -59,10 +58,8 @@ from .errors import (
     publish_error,
     subscribe_error,
 )
-from .keepalive import KeepalivePolicy, Quiet, standard_keepalive
-from .options import DEFAULT_MAX_PACKET, MAX_PACKET
-from .outgoing import Outgoing, Phase, Request
-from .packets import (
+from pubsub_mqtt.options import DEFAULT_MAX_PACKET, MAX_PACKET
+from pubsub_mqtt.packets import (
     NO_PROPERTIES,
     Incoming,
     PublishProperties,
@@ -72,9 +69,20 @@ from .packets import (
     read_length,
     read_publish_properties,
 )
+
+from .keepalive import KeepalivePolicy, Quiet, standard_keepalive
+from .outgoing import Outgoing, Phase, Request
 from .paho_client import PahoClient, paho_properties, reason_text
-from .session import ConnectionStats, Session, SessionSettings, Subscribe, Version, Will
-from .transport import BufferedSocket, PeerClosed, random_client_id
+from .session_data import (
+    ConnectionStats,
+    Session,
+    SessionSettings,
+    Subscribe,
+    Version,
+    Will,
+    random_client_id,
+)
+from .transport import BufferedSocket, PeerClosed
 
 if TYPE_CHECKING:
     from paho.mqtt.client import ConnectFlags
@@ -176,7 +184,7 @@ class Connection:
     Seams for services that speak MQTT with rules of their own; replace them before `begin`:
 
     * ``keepalive_policy(quiet)``: when to ping, and when silence means a dead link; see
-      `pubsub_mqtt.keepalive`.
+      `pubsub_mqtt.connection.keepalive`.
     * ``short_life_policy()``: whether a stream that the peer closed right after CONNACK may
       mean that another client uses our identifier. It is asked once for each such end.
     * `ask` and `subscribe_verbatim`: packets that go past window, gate and paho's checks.

@@ -19,8 +19,7 @@ from pubsub_core.config.options import build
 from pubsub_core.errors import BadOption, InvalidFilter
 from pubsub_core.secrets import Secret
 from pubsub_core.topics import validate_filter
-
-from .options import NAME, MQTTOptions, ProtocolName, TopicDefaults, WillOptions
+from pubsub_mqtt.options import NAME, MQTTOptions, ProtocolName, TopicDefaults, WillOptions
 
 __all__ = ["ClientConfig", "ConnectionConfig", "TopicConfig", "WillConfig"]
 

@@ -1,9 +1,8 @@
-"""Where the bytes go: an address, TLS, WebSocket framing, and a socket that buffers both ways.
+"""Where the bytes go: WebSocket framing, and a socket that buffers both ways.
 
 paho-mqtt reads a packet byte by byte and writes packet by packet, a system call each. A
 `BufferedSocket` takes all of that in memory and touches the operating system once per
-turn of whatever loop drives it. Nothing here knows MQTT; of waiting it knows only
-`dial_blocking`, for the drivers without an event loop.
+turn of whatever loop drives it. Nothing here knows MQTT, and nothing waits.
 
 Sources: RFC 6455 (WebSocket), MQTT 5.0 section 6 (MQTT over WebSocket).
 """
@@ -11,191 +10,29 @@ Sources: RFC 6455 (WebSocket), MQTT 5.0 section 6 (MQTT over WebSocket).
 from __future__ import annotations
 
 import contextlib
-import ipaddress
-import logging
-import secrets
 import socket
 import ssl
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from pubsub_core.errors import (
     AuthenticationFailed,
     ConnectError,
     MissingDependency,
     ServerRefused,
-    TLSProblem,
 )
-from pubsub_core.secrets import Secret
+from pubsub_mqtt.errors import printable
 
-from .errors import printable
-
-__all__ = [
-    "BufferedSocket",
-    "Endpoint",
-    "PeerClosed",
-    "TLSSettings",
-    "WebSocket",
-    "WebSocketTarget",
-    "random_client_id",
-]
-
-logger = logging.getLogger("pubsub_mqtt")
+__all__ = ["BufferedSocket", "PeerClosed", "WebSocket"]
 
 _READ = 65536
 _JOIN_LIMIT = 262_144
 _TLS_READS = 16
 _MORE: int = getattr(socket, "MSG_MORE", 0)
 
-_warned_insecure = False
-
 
 class PeerClosed(ConnectionError):  # an event more than an error
     """The peer ended the stream in good order."""
-
-
-@dataclass(frozen=True, slots=True)
-class TLSSettings:
-    """How the broker's certificate is checked and which one is ours.
-
-    Attributes:
-        context: Used as it is; everything else is then ignored.
-    """
-
-    ca_file: str | None = None
-    ca_path: str | None = None
-    ca_data: str | None = field(default=None, repr=False)
-    cert_file: str | None = None
-    key_file: str | None = None
-    key_password: Secret | None = None
-    insecure_skip_verify: bool = False
-    min_version: str = "1.2"
-    context: ssl.SSLContext | None = None
-
-    def build(self) -> ssl.SSLContext:
-        """Return the context. Reads files, so call it off the event loop.
-
-        Raises:
-            TLSProblem: A file is missing or does not hold what its option says.
-        """
-        if self.context is not None:
-            return self.context
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and host name
-        context.minimum_version = (
-            ssl.TLSVersion.TLSv1_3 if self.min_version == "1.3" else ssl.TLSVersion.TLSv1_2
-        )
-        self._trust(context)
-        if self.cert_file is not None:
-            # Without a password OpenSSL would ask for one at the terminal.
-            password = self.key_password.reveal() if self.key_password else ""
-            try:
-                context.load_cert_chain(self.cert_file, self.key_file, password)
-            except (OSError, ValueError) as exc:
-                files = _named(cert_file=self.cert_file, key_file=self.key_file)
-                raise TLSProblem(
-                    f"our certificate in {files} cannot be used: {_why(exc)}",
-                    hint="check cert_file, key_file and key_password",
-                ) from exc
-        if self.insecure_skip_verify:
-            global _warned_insecure
-            if not _warned_insecure:
-                _warned_insecure = True
-                logger.warning(
-                    "insecure_skip_verify is on: certificates are not checked, so anybody on "
-                    "the way can read and change everything"
-                )
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
-
-    def _trust(self, context: ssl.SSLContext) -> None:
-        if not (self.ca_file or self.ca_path or self.ca_data):
-            context.load_default_certs()
-            return
-        if self.ca_path and not Path(self.ca_path).is_dir():
-            # OpenSSL looks into the folder at the first handshake and says nothing before.
-            raise TLSProblem(
-                f"ca_path {self.ca_path!r} is not a folder",
-                hint="name a folder of CA files hashed with `openssl rehash`",
-            )
-        try:
-            context.load_verify_locations(self.ca_file, self.ca_path, self.ca_data)
-        except (OSError, ValueError) as exc:
-            files = _named(ca_file=self.ca_file, ca_path=self.ca_path)
-            where = " and ".join(filter(None, (files, self.ca_data and "ca_data")))
-            raise TLSProblem(
-                f"the trusted CAs in {where} cannot be read: {_why(exc)}",
-                hint="name a file of certificates in PEM that this process may read",
-            ) from exc
-
-
-def _named(**files: str | None) -> str:
-    return ", ".join(f"{option} {path!r}" for option, path in files.items() if path)
-
-
-def _why(error: Exception) -> str:
-    # The text of an OSError has its number and, now and then, a path; OpenSSL's has its own.
-    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.strerror:
-        return error.strerror
-    return printable(str(error))
-
-
-@dataclass(frozen=True, slots=True)
-class WebSocketTarget:
-    """What the WebSocket request asks for."""
-
-    path: str = "/mqtt"
-    headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a broker listens and how to talk to it.
-
-    Attributes:
-        host: Name or address; ignored when *unix_path* is set.
-        unix_path: Path of a unix socket, or ``""``.
-    """
-
-    host: str = ""
-    port: int = 1883
-    unix_path: str = ""
-    tls: TLSSettings | None = None
-    websocket: WebSocketTarget | None = None
-    nodelay: bool = True
-
-    def __str__(self) -> str:
-        if self.unix_path:
-            return self.unix_path
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-    @property
-    def literal(self) -> bool:
-        """Whether the host is an address, so that nothing needs resolving."""
-        try:
-            ipaddress.ip_address(self.host.partition("%")[0])
-        except ValueError:
-            return False
-        return True
-
-    @property
-    def corks(self) -> bool:
-        """Whether `BufferedSocket.push` may hold packets back."""
-        return self.nodelay and not self.unix_path
-
-    def prepare(self, sock: socket.socket) -> None:
-        """Set the options of a new TCP socket."""
-        if self.nodelay:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-    def frame_with(self) -> WebSocket:
-        """Return the WebSocket framing of a new connection. Imports wsproto."""
-        target = WebSocketTarget() if self.websocket is None else self.websocket
-        return WebSocket(target, self.host, self.port, secure=self.tls is not None)
 
 
 class WebSocket:
@@ -205,7 +42,9 @@ class WebSocket:
     16 MiB), answers a ping unmasked, and its handshake blocks.
     """
 
-    def __init__(self, target: WebSocketTarget, host: str, port: int, *, secure: bool) -> None:
+    def __init__(
+        self, path: str, headers: Mapping[str, str], host: str, port: int, *, secure: bool
+    ) -> None:
         try:
             from wsproto import ConnectionType, WSConnection  # noqa: PLC0415 # only then
         except ImportError as exc:
@@ -214,7 +53,8 @@ class WebSocket:
                 hint="pip install 'wsproto>=1.2'",
             ) from exc
 
-        self._target = target
+        self._path = path
+        self._headers = headers
         shown = f"[{host}]" if ":" in host else host
         self._host = shown if port == (443 if secure else 80) else f"{shown}:{port}"
         self._machine = WSConnection(ConnectionType.CLIENT)
@@ -225,11 +65,11 @@ class WebSocket:
         """Return the bytes that ask for the upgrade."""
         from wsproto.events import Request  # noqa: PLC0415
 
-        headers = [(name.encode(), value.encode()) for name, value in self._target.headers.items()]
+        headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
         return self._machine.send(
             Request(
                 host=self._host,
-                target=self._target.path,
+                target=self._path,
                 subprotocols=["mqtt"],
                 extra_headers=headers,
             )
@@ -298,7 +138,7 @@ class WebSocket:
         )
 
     def _rejected(self, status: int) -> ConnectError:
-        text = f"the server refused the WebSocket {self._target.path!r} with HTTP status {status}"
+        text = f"the server refused the WebSocket {self._path!r} with HTTP status {status}"
         if status in (401, 403):
             return AuthenticationFailed(text, hint="check ws_headers and credentials")
         return ServerRefused(
@@ -550,8 +390,3 @@ class BufferedSocket:
     def close(self) -> None:
         """Close at once; what waits is lost. Idempotent."""
         self._sock.close()
-
-
-def random_client_id() -> str:
-    """Return an identifier nobody else has: 19 characters, as short as old brokers want it."""
-    return f"pubsub-{secrets.token_hex(6)}"

@@ -18,9 +18,10 @@ from paho.mqtt.client import Client, MQTTv5, MQTTv311
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.properties import Properties
 
-from .errors import printable
-from .packets import malformed
-from .session import Version
+from pubsub_mqtt.errors import printable
+from pubsub_mqtt.packets import malformed
+
+from .session_data import Version
 from .transport import BufferedSocket
 
 __all__ = ["PahoClient", "paho_properties", "reason_text"]

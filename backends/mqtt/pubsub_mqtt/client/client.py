@@ -5,8 +5,8 @@ not lose what amqtt loses: subscriptions come back after a reconnect, a cancelle
 `MQTTClient.deliver_message` takes no message with it, a dead peer is noticed, every wait has a
 deadline, and a message is acknowledged when it is handed over and not when it is queued.
 
-The connection is `pubsub_mqtt.driver`'s; here are the life of the client, the queue of received
-messages, and the translation to amqtt's objects and errors. Used on its own the client
+The connection is `pubsub_mqtt.connection`'s; here are the life of the client, the queue of
+received messages, and the translation to amqtt's objects and errors. Used on its own the client
 reconnects and restores by itself; a bus does that for its backend.
 
 Source of the names: amqtt 0.12 ``client.py``; ``ClientException`` and ``ConnectException`` are
@@ -35,16 +35,16 @@ from pubsub_core.interfaces import Address
 from pubsub_core.keyed import BoundedCache
 from pubsub_core.pacing import Backoff
 from pubsub_core.topics import parse_filter, split_shared, validate_filter, validate_topic
+from pubsub_mqtt.connection import Connection, Outgoing, Subscribe
+from pubsub_mqtt.connection.address import BrokerAddress, TLSSettings, broker_address
+from pubsub_mqtt.connection.driver import AsyncioDriver
+from pubsub_mqtt.connection.session_data import random_client_id, settings_of
+from pubsub_mqtt.errors import as_ours, subscribe_error
+from pubsub_mqtt.options import NAME, MQTTOptions
+from pubsub_mqtt.packets import Incoming
 
-from .backend import endpoint_of, settings_of
-from .client_config import ClientConfig
-from .client_messages import IncomingApplicationMessage, OutgoingApplicationMessage
-from .connection import Connection, Outgoing, Subscribe
-from .driver import AsyncioDriver
-from .errors import as_ours, subscribe_error
-from .options import NAME, MQTTOptions
-from .packets import Incoming
-from .transport import Endpoint, TLSSettings, random_client_id
+from .config import ClientConfig
+from .messages import IncomingApplicationMessage, OutgoingApplicationMessage
 
 __all__ = [
     "QOS_0",
@@ -163,7 +163,7 @@ class MQTTClient:
         self._state = _State.NEW
         self._error: ConnectError | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._endpoint = Endpoint()
+        self._broker = BrokerAddress()
         self._driver: AsyncioDriver | None = None
         self._renewing: asyncio.Task[None] | None = None
         self._backoff = Backoff(FIRST_DELAY, self.config.reconnect_max_interval)
@@ -664,15 +664,15 @@ class MQTTClient:
         address, options = _address(uri, options)
         if options.client_id is not None:
             self.client_id = options.client_id
-        endpoint = endpoint_of(address, options)
-        tls = endpoint.tls
+        broker = broker_address(address, options)
+        tls = broker.tls
         if tls is not None and not self.config.check_hostname and self.config.verify_cert:
             try:
                 context = await asyncio.to_thread(_context_for_any_host, tls)
             except core.TLSProblem as exc:
                 raise as_ours(exc, NAME) from exc.__cause__
-            endpoint = dataclasses.replace(endpoint, tls=TLSSettings(context=context))
-        self._endpoint = endpoint
+            broker = dataclasses.replace(broker, tls=TLSSettings(context=context))
+        self._broker = broker
         connection = Connection(settings_of(address, options), backend=NAME)
         connection.on_message = self._arrived
         connection.on_notice = lambda kind, text, topic: logger.warning("%s", text)
@@ -710,7 +710,7 @@ class MQTTClient:
         driver = self._driven()
         connection = driver.connection
         self._paused = False  # a new session begins with the flow on
-        session = await driver.open(self._endpoint, timeout=self.config.connection_timeout)
+        session = await driver.open(self._broker, timeout=self.config.connection_timeout)
         try:
             self._session_present = session.present
             self.client_id = session.client_id

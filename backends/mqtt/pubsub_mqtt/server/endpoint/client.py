@@ -1,4 +1,7 @@
-"""One client of an endpoint: which packet may come next, and what goes back; no I/O.
+"""One client of an endpoint, and the dialect that answers it; no I/O.
+
+`Client` knows which packet may come next and what goes back; `Dialect` is what a service makes
+of it. The two stand in one file since each calls the other.
 
 Time comes in as a number, bytes come in through `Client.receive`, and leave through
 `Client.take`. Whoever owns the socket calls `Client.tick` when it says, and `Client.finish`
@@ -10,6 +13,7 @@ Sources: MQTT 3.1.1 sections 3.1 (CONNECT comes first and once), 3.1.2.10 (keepa
 
 from __future__ import annotations
 
+import abc
 import logging
 import re
 from collections import deque
@@ -22,7 +26,6 @@ from pubsub_core.errors import InvalidFilter
 from pubsub_core.topics import validate_filter
 from pubsub_mqtt.errors import printable
 
-from .dialect import Dialect
 from .packets import (
     ConnAck,
     Connect,
@@ -30,9 +33,9 @@ from .packets import (
     Disconnect,
     OtherProtocol,
     Packet,
+    PacketError,
     PacketTooLarge,
     PingReq,
-    ProtocolError,
     PubAck,
     PubComp,
     Publish,
@@ -44,10 +47,11 @@ from .packets import (
     Unsubscribe,
     encode,
 )
+from .profile import HttpRequest, HttpResponse, Profile
 
-__all__ = ["Client", "Ending", "EndpointStats"]
+__all__ = ["Client", "Dialect", "Ending", "EndpointStats"]
 
-logger = logging.getLogger("pubsub_mqtt.endpoint")
+logger = logging.getLogger("pubsub_mqtt.server.endpoint")
 
 _PINGRESP: Final = b"\xd0\x00"
 _PIECE: Final = 262_144
@@ -110,6 +114,63 @@ class EndpointStats:
     dropped: int = 0
     messages_in: int = 0
     messages_out: int = 0
+
+
+class Dialect(abc.ABC):
+    """What one service makes of packets: the part of an endpoint that differs.
+
+    The endpoint owns packets, keepalive, deadlines, limits, WebSocket and TLS. A dialect decides
+    what CONNECT, PUBLISH, SUBSCRIBE, UNSUBSCRIBE and the end of a connection mean. It is asked
+    before anything changes, and keeps all state that connections share: subscriptions, stored
+    messages, who is there.
+
+    Every method is called in the endpoint's event loop, one at a time, and must not block.
+
+    Attributes:
+        profile: Read when a connection begins.
+    """
+
+    profile: Profile = Profile()
+
+    @abc.abstractmethod
+    def connect(self, client: Client, packet: Connect) -> int:
+        """Return the CONNACK return code; anything but 0 closes the connection.
+
+        Two clients with the same identifier both stay, unless this closes one of them.
+        """
+
+    @abc.abstractmethod
+    def publish(self, client: Client, packet: Publish) -> bool:
+        """Take a message; answers, if any, go out before its acknowledgement.
+
+        Return True to have it acknowledged at once. After False the dialect calls
+        `Client.acknowledge` itself, when it has stored the message. Acknowledgements go out
+        in the order of the messages either way.
+        """
+
+    @abc.abstractmethod
+    def subscribe(self, client: Client, packet: Subscribe) -> Sequence[int]:
+        """Subscribe, and return a SUBACK code for each filter."""
+
+    @abc.abstractmethod
+    def unsubscribe(self, client: Client, packet: Unsubscribe) -> None:
+        """Unsubscribe; UNSUBACK follows whatever happened."""
+
+    @abc.abstractmethod
+    def disconnected(self, client: Client, *, clean: bool) -> None:
+        """Forget an accepted client, and publish its will where that is due.
+
+        *clean* says that the client sent DISCONNECT. Called once, never from within another
+        method of the dialect.
+        """
+
+    def rejected(self, client: Client) -> None:
+        """Learn that a connection ended without an accepted CONNECT; `Client.reason` says why."""
+        return
+
+    def http(self, request: HttpRequest) -> HttpResponse:
+        """Answer a request that is no WebSocket upgrade."""
+        return HttpResponse(400, b"Bad Request")
 
 
 class Client:
@@ -205,7 +266,7 @@ class Client:
         try:
             # Only what begins a packet tells its type: CONNECT may come in pieces.
             if self.packet is None and not decoder.buffered and data[0] >> 4 != 1:
-                raise ProtocolError("something else than CONNECT")
+                raise PacketError("something else than CONNECT")
             decoder.receive(data)
             while not self.closed:
                 packet = decoder.next_packet()
@@ -216,7 +277,7 @@ class Client:
                     self._publish(packet)
                 else:
                     self._handle(packet)
-        except ProtocolError as exc:
+        except PacketError as exc:
             self.stats.errors += 1
             large = isinstance(exc, PacketTooLarge)
             if isinstance(exc, OtherProtocol) and self.dialect.profile.answer_other_names:
@@ -356,7 +417,7 @@ class Client:
         self.stats.messages_in += 1
         if self._strict and packet.topic != self._topic:
             if _NOT_A_TOPIC.search(packet.topic) is not None:
-                raise ProtocolError(
+                raise PacketError(
                     "a PUBLISH whose topic is empty or has a wildcard or control code"
                 )
             self._topic = packet.topic
@@ -369,7 +430,7 @@ class Client:
                     self._reply(encode(PubRec(packet.packet_id)))
                 return
             if len(self._received) >= self.dialect.profile.max_received:
-                raise ProtocolError("more messages at QoS 2 than may wait for their PUBREL")
+                raise PacketError("more messages at QoS 2 than may wait for their PUBREL")
             self._received.add(packet.packet_id)
         entry = [packet, False]
         self._acks.append(entry)
@@ -388,7 +449,7 @@ class Client:
     def _handle(self, packet: Packet) -> None:
         if self.packet is None:
             if not isinstance(packet, Connect):
-                raise ProtocolError(f"{_kind(packet)} before CONNECT")
+                raise PacketError(f"{_kind(packet)} before CONNECT")
             self._connect(packet)
             return
         match packet:
@@ -413,23 +474,23 @@ class Client:
                 self.clean = True
                 self.close("it said DISCONNECT", Ending.DISCONNECT)
             case Connect():
-                raise ProtocolError("a second CONNECT")
+                raise PacketError("a second CONNECT")
             case _:
-                raise ProtocolError(f"{_kind(packet)}, which only a server sends")
+                raise PacketError(f"{_kind(packet)}, which only a server sends")
 
     def _check_filters(self, filters: Sequence[str]) -> None:
         most = self.dialect.profile.max_filters
         if len(filters) > most:
-            raise ProtocolError(f"{len(filters)} filters in one packet; {most} are allowed")
+            raise PacketError(f"{len(filters)} filters in one packet; {most} are allowed")
         if not self._strict:
             return
         for text in filters:
             try:
                 validate_filter(text)
             except InvalidFilter as exc:
-                raise ProtocolError("a filter that is none") from exc
+                raise PacketError("a filter that is none") from exc
             if _DISCOURAGED.search(text) is not None:
-                raise ProtocolError("a filter with a control code")
+                raise PacketError("a filter with a control code")
 
     def _connect(self, packet: Connect) -> None:
         profile = self.dialect.profile
@@ -438,7 +499,7 @@ class Client:
         else:
             will = packet.will
             if self._strict and will is not None and _NOT_A_TOPIC.search(will.topic) is not None:
-                raise ProtocolError("a will whose topic is none")
+                raise PacketError("a will whose topic is none")
             code = self.dialect.connect(self, packet)
         if self.closed:
             return

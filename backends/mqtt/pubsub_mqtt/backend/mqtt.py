@@ -18,31 +18,27 @@ from dataclasses import replace
 
 from pubsub_core.capabilities import Cap, Guarantees, Limits, Redelivery, Support
 from pubsub_core.errors import (
-    BadOption,
     InvalidFilter,
     NotConnected,
     NotSupported,
     PublishFailed,
 )
-from pubsub_core.interfaces import Address, BackendContext, SessionFacts, Sink, WireSub
+from pubsub_core.interfaces import BackendContext, SessionFacts, Sink, WireSub
 from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import NO_HEADERS, Headers, InFrame, Origin, OutFrame, Receipt, Verdict
 from pubsub_core.trie import HandlerTrie
+from pubsub_mqtt.connection import Connection, Subscribe
+from pubsub_mqtt.connection.address import broker_address
+from pubsub_mqtt.connection.session_data import settings_of
+from pubsub_mqtt.options import NAME, MQTTOptions, TopicDefaults
+from pubsub_mqtt.packets import NO_PROPERTIES, Incoming, publish_properties
 
-from .base import ConnectionBackend
-from .connection import Connection, SessionSettings, Subscribe, Version, Will
-from .options import NAME, MQTTOptions, ProtocolName, TopicDefaults
-from .packets import NO_PROPERTIES, Incoming, publish_properties
-from .transport import Endpoint, TLSSettings, WebSocketTarget
+from .connection_backend import ConnectionBackend
 
-__all__ = ["MQTTBackend", "endpoint_of", "settings_of"]
+__all__ = ["MQTTBackend"]
 
 logger = logging.getLogger("pubsub_mqtt")
 
-_PORTS = {"mqtt": 1883, "tcp": 1883, "mqtts": 8883, "ssl": 8883, "ws": 80, "wss": 443}
-_TLS = frozenset({"mqtts", "ssl", "wss"})
-_WEBSOCKET = frozenset({"ws", "wss"})
-_VERSIONS: dict[ProtocolName, tuple[Version, ...]] = {"auto": (5, 4), "5": (5,), "3.1.1": (4,)}
 _MAX_IDENTIFIER = 268_435_455
 _CACHED_DEFAULTS = 1024
 
@@ -58,95 +54,6 @@ _DISCOURAGED = "".join(
         ),
     )
 )
-
-
-def endpoint_of(address: Address, options: MQTTOptions, *, backend: str = NAME) -> Endpoint:
-    """Return where to connect to, defaults filled in.
-
-    Raises:
-        BadOption: The address lacks something, or has something that means nothing.
-    """
-    scheme = address.scheme
-    if scheme == "mqtt+unix":
-        if address.host or address.port is not None:
-            raise BadOption(
-                f"{address} names a host",
-                hint="three slashes: mqtt+unix:///run/broker.sock",
-                backend=backend,
-            )
-        if address.path in ("", "/"):
-            raise BadOption(
-                "mqtt+unix:// without the path of a socket",
-                hint="mqtt+unix:///run/broker.sock",
-                backend=backend,
-            )
-        return Endpoint(unix_path=address.path)
-    if scheme not in _PORTS:
-        raise BadOption(
-            f"{scheme}:// is not an MQTT scheme", hint=f"use {', '.join(_PORTS)}", backend=backend
-        )
-    if not address.host:
-        raise BadOption(
-            f"{scheme}:// without a host", hint=f"{scheme}://localhost", backend=backend
-        )
-    websocket = None
-    if scheme in _WEBSOCKET:
-        path = options.ws_path if options.ws_path is not None else address.path or "/mqtt"
-        if not path.startswith("/"):
-            path = f"/{path}"
-        websocket = WebSocketTarget(path, options.ws_headers)
-    elif address.path not in ("", "/"):
-        raise BadOption(
-            f"the path {address.path!r} means nothing for {scheme}://",
-            hint="leave it out; topics are arguments of publish and subscribe",
-            backend=backend,
-        )
-    tls = None
-    if scheme in _TLS:
-        tls = TLSSettings(
-            ca_file=options.ca_file,
-            ca_path=options.ca_path,
-            ca_data=options.ca_data,
-            cert_file=options.cert_file,
-            key_file=options.key_file,
-            key_password=options.key_password,
-            insecure_skip_verify=options.insecure_skip_verify,
-            min_version=options.tls_min_version,
-            context=options.ssl_context,
-        )
-    return Endpoint(
-        host=address.host,
-        port=_PORTS[scheme] if address.port is None else address.port,
-        tls=tls,
-        websocket=websocket,
-        nodelay=options.tcp_nodelay,
-    )
-
-
-def settings_of(address: Address, options: MQTTOptions) -> SessionSettings:
-    """Return what CONNECT will say; credentials of the options win over the address's."""
-    will = None
-    if options.will is not None:
-        will = Will(
-            options.will.topic,
-            options.will.data,
-            options.will.qos,
-            options.will.retain,
-            options.will.delay,
-        )
-    return SessionSettings(
-        client_id=options.client_id,
-        username=options.username if options.username is not None else address.username,
-        password=options.password if options.password is not None else address.password,
-        keepalive=options.keepalive,
-        versions=_VERSIONS[options.protocol],
-        clean_start=options.clean_start,
-        expiry=options.expiry,
-        receive_maximum=options.receive_maximum,
-        max_packet_size=options.max_packet_size,
-        max_inflight=options.max_inflight,
-        will=will,
-    )
 
 
 class _Capture:
@@ -174,7 +81,7 @@ class MQTTBackend(ConnectionBackend):
             raise TypeError(f"options are a {type(options).__name__}, not MQTTOptions")
         super().__init__(
             context,
-            endpoint_of(context.address, options),
+            broker_address(context.address, options),
             Connection(
                 settings_of(context.address, options),
                 backend=NAME,

@@ -21,11 +21,11 @@ from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
 from pubsub_mqtt.errors import printable
 
-from .dialect import HttpRequest, HttpResponse, Profile
+from .profile import HttpRequest, HttpResponse, Profile
 
 __all__ = ["HTTP_METHODS", "WebPeer"]
 
-logger = logging.getLogger("pubsub_mqtt.endpoint")
+logger = logging.getLogger("pubsub_mqtt.server.endpoint")
 
 HTTP_METHODS: Final = frozenset(b"OGHPDTC")
 """First bytes of OPTIONS, GET, HEAD, POST, PATCH, PUT, DELETE, TRACE and CONNECT."""

@@ -1,9 +1,9 @@
 """Making a connection: name, TCP, TLS and WebSocket, written once and driven three ways.
 
 `dial_steps` does everything but wait. It is a generator that yields what must happen before
-it can go on: an event loop waits without blocking (`pubsub_mqtt.driver.dial`), a thread just
-waits (`dial_blocking`), and a program that polls does both between other work, for which
-`advance` leaves only the waits.
+it can go on: an event loop waits without blocking (`asyncio_driver.dial`), a thread just waits
+(`dial_blocking`), and a program that polls does both between other work, for which `advance`
+leaves only the waits.
 
 Sources: RFC 8305 (Happy Eyeballs), of which the order of addresses is left to the system.
 """
@@ -21,7 +21,8 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
-from .transport import BufferedSocket, Endpoint
+from .address import BrokerAddress, WebSocketTarget
+from .transport import BufferedSocket, WebSocket
 
 __all__ = ["Call", "Dial", "Wait", "advance", "dial_blocking", "dial_steps", "wait_ready"]
 
@@ -58,11 +59,11 @@ Dial: TypeAlias = Generator[Call | Wait, Any, BufferedSocket]
 """A dial under way; it returns the socket. Closing it closes what was opened."""
 
 
-def dial_steps(endpoint: Endpoint, timeout: float | None = None) -> Dial:
+def dial_steps(broker: BrokerAddress, timeout: float | None = None) -> Dial:
     """Connect step by step, TLS and WebSocket handshake included.
 
     Args:
-        endpoint: Where to, and how.
+        broker: Where to, and how.
         timeout: Seconds for all of it from the first step on; None leaves that to the driver.
 
     Raises:
@@ -71,29 +72,29 @@ def dial_steps(endpoint: Endpoint, timeout: float | None = None) -> Dial:
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     context = None
-    if endpoint.tls is not None:
+    if broker.tls is not None:
         # Before anything is opened: files that cannot be read need no connection.
-        build = endpoint.tls.build
-        context = build() if endpoint.tls.context else (yield from _call(build))
-    sock = yield from _connect(endpoint, deadline)
+        build = broker.tls.build
+        context = build() if broker.tls.context else (yield from _call(build))
+    sock = yield from _connect(broker, deadline)
     try:
-        if not endpoint.unix_path:
-            endpoint.prepare(sock)
+        if not broker.unix_path:
+            broker.prepare(sock)
         if context is not None:
             sock = context.wrap_socket(
-                sock, server_hostname=endpoint.host or None, do_handshake_on_connect=False
+                sock, server_hostname=broker.host or None, do_handshake_on_connect=False
             )
-            yield from _handshake(sock, endpoint, deadline)
-        plain = BufferedSocket(sock, corks=endpoint.corks)
-        if endpoint.websocket is None:
+            yield from _handshake(sock, broker, deadline)
+        plain = BufferedSocket(sock, corks=broker.corks)
+        if broker.websocket is None:
             return plain
-        framing = yield from _call(endpoint.frame_with)  # imports wsproto, once
+        framing = yield from _call(lambda: _framing(broker))  # imports wsproto, once
         plain.write(framing.request())
         while not plain.flush():
-            yield from _ready(endpoint, deadline, writes=(sock.fileno(),))
+            yield from _ready(broker, deadline, writes=(sock.fileno(),))
         early = b""
         while not framing.open:
-            yield from _ready(endpoint, deadline, reads=(sock.fileno(),))
+            yield from _ready(broker, deadline, reads=(sock.fileno(),))
             if chunk := plain.fill():
                 early, _ = framing.receive(chunk)
         return BufferedSocket(sock, framing=framing, early=early)
@@ -102,13 +103,19 @@ def dial_steps(endpoint: Endpoint, timeout: float | None = None) -> Dial:
         raise
 
 
+def _framing(broker: BrokerAddress) -> WebSocket:
+    target = broker.websocket or WebSocketTarget()
+    secure = broker.tls is not None
+    return WebSocket(target.path, target.headers, broker.host, broker.port, secure=secure)
+
+
 def _call(work: Callable[[], T]) -> _Steps[T]:
     result: T = yield Call(work)
     return result
 
 
 def _ready(
-    endpoint: Endpoint,
+    broker: BrokerAddress,
     deadline: float | None,
     *,
     reads: tuple[int, ...] = (),
@@ -119,27 +126,25 @@ def _ready(
     moments = [moment for moment in (deadline, until) if moment is not None]
     found: Collection[int] = yield Wait(reads, writes, min(moments, default=None))
     if not found and deadline is not None and time.monotonic() >= deadline:
-        raise TimeoutError(f"{endpoint} did not answer in time")
+        raise TimeoutError(f"{broker} did not answer in time")
     return found
 
 
-def _connect(endpoint: Endpoint, deadline: float | None) -> _Steps[socket.socket]:
-    if endpoint.unix_path:
-        return (yield from _race(endpoint, [(socket.AF_UNIX, endpoint.unix_path)], deadline))
-    flags = socket.AI_NUMERICHOST if endpoint.literal else 0
+def _connect(broker: BrokerAddress, deadline: float | None) -> _Steps[socket.socket]:
+    if broker.unix_path:
+        return (yield from _race(broker, [(socket.AF_UNIX, broker.unix_path)], deadline))
+    flags = socket.AI_NUMERICHOST if broker.literal else 0
 
     def resolve() -> list[tuple[int, Any]]:
-        found = socket.getaddrinfo(
-            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=flags
-        )
+        found = socket.getaddrinfo(broker.host, broker.port, type=socket.SOCK_STREAM, flags=flags)
         return [(int(family), address) for family, _, _, _, address in found]
 
-    addresses = resolve() if endpoint.literal else (yield from _call(resolve))
-    return (yield from _race(endpoint, addresses, deadline))
+    addresses = resolve() if broker.literal else (yield from _call(resolve))
+    return (yield from _race(broker, addresses, deadline))
 
 
 def _race(
-    endpoint: Endpoint, addresses: Sequence[tuple[int, Any]], deadline: float | None
+    broker: BrokerAddress, addresses: Sequence[tuple[int, Any]], deadline: float | None
 ) -> _Steps[socket.socket]:
     """Connect to the address that answers first, each starting a little after the last.
 
@@ -165,7 +170,7 @@ def _race(
                     continue
                 pending[sock.fileno()] = number, sock
             until = time.monotonic() + _STAGGER if waiting else None
-            ready = yield from _ready(endpoint, deadline, writes=tuple(pending), until=until)
+            ready = yield from _ready(broker, deadline, writes=tuple(pending), until=until)
             for descriptor in ready:
                 number, sock = pending.pop(descriptor)
                 code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -177,21 +182,21 @@ def _race(
         for _, sock in pending.values():
             sock.close()
     # The first address is what the system prefers, so its failure says most.
-    raise failures[min(failures)] if failures else OSError(f"{endpoint.host} has no address")
+    raise failures[min(failures)] if failures else OSError(f"{broker.host} has no address")
 
 
 def _os_error(code: int) -> OSError:
     return OSError(code, os.strerror(code))  # becomes ConnectionRefusedError …
 
 
-def _handshake(sock: ssl.SSLSocket, endpoint: Endpoint, deadline: float | None) -> _Steps[None]:
+def _handshake(sock: ssl.SSLSocket, broker: BrokerAddress, deadline: float | None) -> _Steps[None]:
     while True:
         try:
             sock.do_handshake()
         except ssl.SSLWantReadError:
-            yield from _ready(endpoint, deadline, reads=(sock.fileno(),))
+            yield from _ready(broker, deadline, reads=(sock.fileno(),))
         except ssl.SSLWantWriteError:
-            yield from _ready(endpoint, deadline, writes=(sock.fileno(),))
+            yield from _ready(broker, deadline, writes=(sock.fileno(),))
         else:
             return
 
@@ -231,9 +236,9 @@ def wait_ready(wait: Wait) -> list[int]:
         return [key.fd for key, _ in selector.select(timeout)]
 
 
-def dial_blocking(endpoint: Endpoint, timeout: float) -> BufferedSocket:
+def dial_blocking(broker: BrokerAddress, timeout: float) -> BufferedSocket:
     """Connect in the calling thread; see `dial_steps`."""
-    steps = dial_steps(endpoint, timeout)
+    steps = dial_steps(broker, timeout)
     try:
         wait = advance(steps)
         while True:

@@ -31,10 +31,10 @@ __all__ = [
     "Leniency",
     "OtherProtocol",
     "Packet",
+    "PacketError",
     "PacketTooLarge",
     "PingReq",
     "PingResp",
-    "ProtocolError",
     "PubAck",
     "PubComp",
     "PubRec",
@@ -56,15 +56,15 @@ REFUSED: Final = 0x80
 """Return code of a SUBACK for a filter that was refused."""
 
 
-class ProtocolError(Exception):
+class PacketError(Exception):
     """The peer sent what MQTT does not allow; the connection must be closed (section 4.8)."""
 
 
-class OtherProtocol(ProtocolError):
+class OtherProtocol(PacketError):
     """A CONNECT that names neither MQTT nor its predecessor."""
 
 
-class PacketTooLarge(ProtocolError):
+class PacketTooLarge(PacketError):
     """The header of a packet says more bytes than are allowed; nothing of it was kept."""
 
 
@@ -227,7 +227,7 @@ STRICT: Final = Leniency()
 
 
 class Decoder:
-    """Bytes in, packets out. After a `ProtocolError` it stays broken.
+    """Bytes in, packets out. After a `PacketError` it stays broken.
 
     Attributes:
         limit: Largest remaining length accepted. A longer packet is refused when its header
@@ -245,7 +245,7 @@ class Decoder:
         # looking again: many small pieces of a large packet cost what one piece does.
         self._rest = bytearray()
         self._need = 0
-        self._broken: ProtocolError | None = None
+        self._broken: PacketError | None = None
 
     def receive(self, data: bytes) -> None:
         """Take what arrived. Call `next_packet` until it returns None before the next call."""
@@ -268,7 +268,7 @@ class Decoder:
         """Return the next packet, or None until more data arrives.
 
         Raises:
-            ProtocolError: The bytes are no packet. Those before were returned already; every
+            PacketError: The bytes are no packet. Those before were returned already; every
                 later call raises again.
         """
         if self._broken is not None:
@@ -309,7 +309,7 @@ class Decoder:
             if head & 0xF0 == 0x30:
                 return _read_publish(head & 15, data, at, end)
             return _READERS[head >> 4](data, at, end)
-        except ProtocolError as exc:
+        except PacketError as exc:
             self._broken = exc
             self._data = b""
             raise
@@ -320,7 +320,7 @@ class Decoder:
         self._data = b""
         self._at = 0
 
-    def _break(self, what: str, kind: type[ProtocolError] = ProtocolError) -> ProtocolError:
+    def _break(self, what: str, kind: type[PacketError] = PacketError) -> PacketError:
         self._broken = kind(what)
         self._data = b""
         return self._broken
@@ -329,48 +329,48 @@ class Decoder:
 def _read_publish(flags: int, data: bytes, at: int, end: int) -> Publish:
     qos = flags >> 1 & 3
     if at + 2 > end:
-        raise ProtocolError("a PUBLISH that ends within its topic")
+        raise PacketError("a PUBLISH that ends within its topic")
     body = at + 2 + (data[at] << 8 | data[at + 1])
     if body > end:
-        raise ProtocolError("a PUBLISH whose topic reaches beyond it")
+        raise PacketError("a PUBLISH whose topic reaches beyond it")
     try:
         topic = data[at + 2 : body].decode()
     except UnicodeDecodeError:
-        raise ProtocolError("a topic that is not UTF-8") from None
+        raise PacketError("a topic that is not UTF-8") from None
     if "\0" in topic:
-        raise ProtocolError("a topic with U+0000")
+        raise PacketError("a topic with U+0000")
     if not qos:
         if flags & 8:
-            raise ProtocolError("a PUBLISH with DUP at QoS 0")
+            raise PacketError("a PUBLISH with DUP at QoS 0")
         return Publish(topic, data[body:end], 0, bool(flags & 1))
     if qos == 3:
-        raise ProtocolError("a PUBLISH with QoS 3")
+        raise PacketError("a PUBLISH with QoS 3")
     packet_id, body = _read_id(data, body, end)
     return Publish(topic, data[body:end], qos, bool(flags & 1), bool(flags & 8), packet_id)
 
 
 def _read_id(data: bytes, at: int, end: int) -> tuple[int, int]:
     if at + 2 > end:
-        raise ProtocolError("a packet that ends within its identifier")
+        raise PacketError("a packet that ends within its identifier")
     value = data[at] << 8 | data[at + 1]
     if not value:
-        raise ProtocolError("packet identifier 0")
+        raise PacketError("packet identifier 0")
     return value, at + 2
 
 
 def _read_text(data: bytes, at: int, end: int) -> tuple[str, int]:
-    return read_text(data, at, end, ProtocolError)
+    return read_text(data, at, end, PacketError)
 
 
 def _complete(at: int, end: int) -> None:
     if at != end:
-        raise ProtocolError(f"{end - at} bytes more than the packet says")
+        raise PacketError(f"{end - at} bytes more than the packet says")
 
 
 def _read_connect(data: bytes, at: int, end: int) -> Connect:
     protocol, at = _read_text(data, at, end)
     if at + 4 > end:
-        raise ProtocolError("a CONNECT that ends within its header")
+        raise PacketError("a CONNECT that ends within its header")
     level, flags = data[at], data[at + 1]
     keepalive = data[at + 2] << 8 | data[at + 3]
     at += 4
@@ -380,26 +380,26 @@ def _read_connect(data: bytes, at: int, end: int) -> Connect:
         # What follows is laid out otherwise in other versions: do not read on.
         return Connect("", protocol=protocol, level=level, keepalive=keepalive)
     if flags & 1:
-        raise ProtocolError("a CONNECT with its reserved flag")
+        raise PacketError("a CONNECT with its reserved flag")
     client_id, at = _read_text(data, at, end)
     will: WillMessage | None = None
     qos = flags >> 3 & 3
     if flags & 4:
         if qos == 3:
-            raise ProtocolError("a will with QoS 3")
+            raise PacketError("a will with QoS 3")
         topic, at = _read_text(data, at, end)
-        payload, at = read_data(data, at, end, ProtocolError)
+        payload, at = read_data(data, at, end, PacketError)
         will = WillMessage(topic, payload, qos, bool(flags & 0x20))
     elif flags & 0x38:
-        raise ProtocolError("a CONNECT with flags of a will it does not have")
+        raise PacketError("a CONNECT with flags of a will it does not have")
     username: str | None = None
     password: bytes | None = None
     if flags & 0x80:
         username, at = _read_text(data, at, end)
     if flags & 0x40:
         if username is None and level == 4:
-            raise ProtocolError("a password without a user name")
-        password, at = read_data(data, at, end, ProtocolError)
+            raise PacketError("a password without a user name")
+        password, at = read_data(data, at, end, PacketError)
     _complete(at, end)
     return Connect(client_id, username, password, keepalive, bool(flags & 2), will, protocol, level)
 
@@ -407,7 +407,7 @@ def _read_connect(data: bytes, at: int, end: int) -> Connect:
 def _read_connack(data: bytes, at: int, end: int) -> ConnAck:
     _complete(at + 2, end)
     if data[at] > 1:
-        raise ProtocolError("a CONNACK with reserved flags")
+        raise PacketError("a CONNACK with reserved flags")
     return ConnAck(data[at + 1], bool(data[at]))
 
 
@@ -417,11 +417,11 @@ def _read_subscribe(data: bytes, at: int, end: int) -> Subscribe:
     while at < end:
         text, at = _read_text(data, at, end)
         if at >= end or data[at] > 2:
-            raise ProtocolError("a SUBSCRIBE with a quality of service that does not exist")
+            raise PacketError("a SUBSCRIBE with a quality of service that does not exist")
         filters.append((text, data[at]))
         at += 1
     if not filters:
-        raise ProtocolError("a SUBSCRIBE without filters")
+        raise PacketError("a SUBSCRIBE without filters")
     return Subscribe(packet_id, tuple(filters))
 
 
@@ -429,7 +429,7 @@ def _read_suback(data: bytes, at: int, end: int) -> SubAck:
     packet_id, at = _read_id(data, at, end)
     codes = tuple(data[at:end])
     if not codes or any(code > 2 and code != REFUSED for code in codes):
-        raise ProtocolError("a SUBACK with codes that do not exist")
+        raise PacketError("a SUBACK with codes that do not exist")
     return SubAck(packet_id, codes)
 
 
@@ -440,7 +440,7 @@ def _read_unsubscribe(data: bytes, at: int, end: int) -> Unsubscribe:
         text, at = _read_text(data, at, end)
         filters.append(text)
     if not filters:
-        raise ProtocolError("an UNSUBSCRIBE without filters")
+        raise PacketError("an UNSUBSCRIBE without filters")
     return Unsubscribe(packet_id, tuple(filters))
 
 

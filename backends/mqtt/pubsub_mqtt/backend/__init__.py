@@ -1,0 +1,8 @@
+"""What a bus uses: `MQTTBackend`, and the base of every backend over MQTT."""
+
+from __future__ import annotations
+
+from .connection_backend import ConnectionBackend
+from .mqtt import MQTTBackend
+
+__all__ = ["ConnectionBackend", "MQTTBackend"]
