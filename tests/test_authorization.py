@@ -32,7 +32,7 @@ from pubsub_core._runtime import questions
 from pubsub_core._runtime.questions import entitlements_of
 from pubsub_core.events import Notice
 from pubsub_core.testing import FaultProxy
-from pubsub_core.testing.harness import ServerThread
+from pubsub_core.testing.servers import ServerThread
 from pubsub_messagebus import BasicAuthenticator, CallbackClient
 from pubsub_messagebus.server import MessageBusServer
 from pubsub_messagebus.server.roles import FeedPolicy, Policy, Role, RoleChange

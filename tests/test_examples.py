@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from pubsub_core.plugins import registry
-from pubsub_core.testing.harness import ServerThread, load
+from pubsub_core.testing.servers import ServerThread, load
 from pubsub_mqtt.server import MosquittoServer
 from tests.servers import Authority, Certificate
 

@@ -10,11 +10,14 @@ Needs pytest; nothing else of the product imports this package. See ``docs/confo
 
 from __future__ import annotations
 
-from .case import Case, Mode, Need, case, needs
+from .case import Case, case, needs
 from .clock import VirtualClock
-from .harness import Harness, Link, MemoryLink, NativeError, Trial
+from .harness import Harness, NativeError
+from .links import Link, MemoryLink
 from .proxy import Direction, FaultProxy
 from .suite import Suite, suite
+from .terms import Mode, Need
+from .trial import Trial
 
 __all__ = [
     "Case",

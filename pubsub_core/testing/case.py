@@ -1,101 +1,30 @@
-"""One test of the contract: what it is called, what it needs, when it runs.
+"""One test of the contract, and the decorators that make it of a function.
 
-A case is an async function that takes a `pubsub_core.testing.harness.Trial`. `suite` turns
+A case is an async function that takes a `pubsub_core.testing.trial.Trial`. `suite` turns
 every case into a method of a test class, so cases know nothing of pytest or of any backend.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from pubsub_core.capabilities import Cap
 
-if TYPE_CHECKING:
-    from .harness import Trial
+from .terms import Need, Terms
+from .trial import Trial
 
-__all__ = ["Case", "Mode", "Need", "case", "mode", "needs"]
+__all__ = ["Case", "case", "cases_of", "needs"]
 
-Body: TypeAlias = "Callable[[Trial], Awaitable[None]]"
-
-VARIABLE = "PUBSUB_SUITE"
-"""Environment variable that selects the mode."""
+Body: TypeAlias = Callable[[Trial], Awaitable[None]]
 
 
-class Mode(StrEnum):
-    """Which cases run, and how hard."""
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Case(Terms):
+    """One test of the contract."""
 
-    DEFAULT = "default"
-    """`QUICK`, and the outage cases that take less than a second or two."""
-    QUICK = "quick"
-    """Everything that needs no outage."""
-    FULL = "full"
-    """Every case, with the large numbers."""
-    STRESS = "stress"
-    """Every case that needs no server of its own, several at a time with random seeds."""
-    OUTAGE = "outage"
-    """Only the cases in which the connection or the server fails, with the large numbers."""
-
-
-class Need(StrEnum):
-    """What a case needs of the harness; the value is the reason where it is missing."""
-
-    CUT = "no way to interrupt the session"
-    """The session can be cut: a fault proxy, or hooks of the backend."""
-    WIRE = "no wire"
-    """There is a TCP connection, which a fault proxy can delay, swallow and cut."""
-    RESTART = "the server cannot be restarted"
-    UNPRIVILEGED = "no identity without rights is configured"
-    SECOND = "no second identity is configured"
-    AUTHORIZER = "no identity that may authorize is configured"
-    BAD_CREDENTIALS = "no wrong credentials are configured"
-    KEEPALIVE = "the backend has no keepalive"
-    CLIENT_LIBRARY = "the backend needs no client library"
-    RATE = "the backend declares no rate limit"
-    PAYLOAD_LIMIT = "the backend declares no payload limit"
-    DOLLAR = "the broker does not let clients publish to topics that begin with $"
-    NATIVE_ERRORS = "no replies of a faulty server are configured"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Case:
-    """One test of the contract.
-
-    Attributes:
-        number: Position in the suite; it never changes.
-        name: Without ``test_``.
-        outage: Whether the case interrupts sessions; it then runs in mode outage.
-        fast: Whether an outage case also runs by default.
-        alone: Whether it measures the process, so that no other may run beside it.
-        deadline: Seconds for the whole case, before the harness's factor.
-    """
-
-    number: int
-    name: str
     body: Body
-    caps: tuple[Cap, ...] = ()
-    needs: tuple[Need, ...] = ()
-    outage: bool = False
-    fast: bool = True
-    alone: bool = False
-    deadline: float = 30.0
-
-    def runs_in(self, chosen: Mode) -> bool:
-        """Whether the case belongs to that mode."""
-        match chosen:
-            case Mode.QUICK:
-                return not self.outage and self.fast
-            case Mode.FULL:
-                return True
-            case Mode.OUTAGE:
-                return self.outage
-            case Mode.STRESS:
-                return not self.alone and Need.RESTART not in self.needs
-            case Mode.DEFAULT:
-                return self.fast
 
 
 _WANTS: dict[Body, list[Cap | Need]] = {}
@@ -145,14 +74,3 @@ def case(
 def cases_of(namespace: Iterable[object]) -> tuple[Case, ...]:
     """Return the cases among the values of a module."""
     return tuple(value for value in namespace if isinstance(value, Case))
-
-
-def mode() -> Mode:
-    """Return the chosen mode, from the environment variable ``PUBSUB_SUITE``."""
-    text = os.environ.get(VARIABLE, Mode.DEFAULT.value)
-    try:
-        return Mode(text)
-    except ValueError:
-        raise ValueError(
-            f"{VARIABLE}={text!r}; choose one of {', '.join(mode.value for mode in Mode)}"
-        ) from None

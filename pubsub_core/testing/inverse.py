@@ -15,7 +15,7 @@ from pubsub_core.errors import NotSupported
 from pubsub_core.interfaces import AuthorizationRequest
 from pubsub_core.message import Member, Part
 
-from .harness import Trial
+from .trial import Trial
 
 __all__ = ["refused"]
 

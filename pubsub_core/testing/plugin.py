@@ -11,7 +11,8 @@ import os
 
 import pytest
 
-from .case import VARIABLE, Case, Mode
+from .case import Case
+from .terms import VARIABLE, Mode
 
 __all__: list[str] = []
 

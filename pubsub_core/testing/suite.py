@@ -21,10 +21,14 @@ import pytest
 from pubsub_core.capabilities import Cap
 from pubsub_core.errors import NotSupported
 
-from .case import Case, Mode, mode
+from .case import Case
 from .contract import CASES
-from .harness import Harness, Ledger, ServerThread, Trial, is_missing, load, perform, run
+from .harness import Harness, is_missing
 from .inverse import refused
+from .running import perform, run
+from .servers import ServerThread, load
+from .terms import Mode, mode
+from .trial import Ledger, Trial
 
 __all__ = ["Suite", "suite"]
 
@@ -117,14 +121,13 @@ def _run(cls: type[Suite], case: Case) -> None:
     trials = [Trial(cls.harness, cls.ledger, case, seed + index) for index in range(times)]
 
     async def together() -> None:
-        await perform(trials, _judged)
+        await perform(trials, lambda t: _judged(t, case))
 
     run(together, cls.ledger)
 
 
-async def _judged(t: Trial) -> None:
+async def _judged(t: Trial, case: Case) -> None:
     """Run the case, or what must hold where a capability that it needs is missing."""
-    case = t.case
     if not case.caps:
         await case.body(t)
         return

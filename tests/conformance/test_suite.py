@@ -18,8 +18,8 @@ from pubsub_core.interfaces import BackendInfo
 from pubsub_core.memory.plugin import INFO
 from pubsub_core.plugins import Registry, use_registry
 from pubsub_core.testing import Harness, Mode, Suite, suite
-from pubsub_core.testing.case import VARIABLE, mode
 from pubsub_core.testing.contract import CASES
+from pubsub_core.testing.terms import VARIABLE, mode
 from tests.brokers import test_mqtt as test_brokers
 from tests.conformance import (
     test_emitter,

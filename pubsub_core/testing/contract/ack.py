@@ -21,9 +21,10 @@ from pubsub_core.errors import (
 )
 from pubsub_core.message import Message, Receipt
 from pubsub_core.middleware import Retry
-from pubsub_core.testing.case import Need, case, needs
+from pubsub_core.testing.case import case, needs
 from pubsub_core.testing.clock import VirtualClock
-from pubsub_core.testing.harness import Trial
+from pubsub_core.testing.terms import Need
+from pubsub_core.testing.trial import Trial
 
 __all__: list[str] = []
 

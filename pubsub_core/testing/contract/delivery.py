@@ -14,9 +14,12 @@ from typing import Any
 from pubsub_core.capabilities import Cap, ConfirmedBy
 from pubsub_core.errors import PayloadTooLarge
 from pubsub_core.message import Message
-from pubsub_core.testing.case import Need, case, needs
-from pubsub_core.testing.harness import Recorder, Trial, resident_bytes
+from pubsub_core.testing.case import case, needs
+from pubsub_core.testing.recorder import Recorder
+from pubsub_core.testing.running import resident_bytes
 from pubsub_core.testing.stopwatch import Stopwatch
+from pubsub_core.testing.terms import Need
+from pubsub_core.testing.trial import Trial
 
 __all__: list[str] = []
 

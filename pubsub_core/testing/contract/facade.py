@@ -13,8 +13,10 @@ from pubsub_core.capabilities import Cap
 from pubsub_core.errors import HandlerFailed, NotConnected, PubSubError, WrongLoop
 from pubsub_core.message import Message
 from pubsub_core.middleware import CallNext, Context, Direction, Retry
-from pubsub_core.testing.case import Need, case, needs
-from pubsub_core.testing.harness import Recorder, Trial
+from pubsub_core.testing.case import case, needs
+from pubsub_core.testing.recorder import Recorder
+from pubsub_core.testing.terms import Need
+from pubsub_core.testing.trial import Trial
 
 __all__: list[str] = []
 

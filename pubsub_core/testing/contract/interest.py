@@ -8,8 +8,9 @@ from typing import Any
 from pubsub_core.capabilities import Cap
 from pubsub_core.errors import NotAuthorized
 from pubsub_core.events import InterestEvent, InterestKind, Notice
-from pubsub_core.testing.case import Need, case, needs
-from pubsub_core.testing.harness import Trial
+from pubsub_core.testing.case import case, needs
+from pubsub_core.testing.terms import Need
+from pubsub_core.testing.trial import Trial
 
 from .outage import SOON
 

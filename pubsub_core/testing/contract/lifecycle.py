@@ -19,9 +19,12 @@ from pubsub_core.errors import (
 )
 from pubsub_core.events import Status, StatusChanged
 from pubsub_core.message import Receipt
-from pubsub_core.testing.case import Need, case, needs
-from pubsub_core.testing.harness import Trial, free_port, resources
+from pubsub_core.testing.case import case, needs
+from pubsub_core.testing.running import resources
+from pubsub_core.testing.servers import free_port
 from pubsub_core.testing.stopwatch import Stopwatch
+from pubsub_core.testing.terms import Need
+from pubsub_core.testing.trial import Trial
 
 __all__: list[str] = []
 

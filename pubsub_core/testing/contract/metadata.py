@@ -11,7 +11,7 @@ from pubsub_core.capabilities import Cap
 from pubsub_core.errors import DecodeFailed
 from pubsub_core.message import Headers
 from pubsub_core.testing.case import case, needs
-from pubsub_core.testing.harness import Trial
+from pubsub_core.testing.trial import Trial
 
 __all__: list[str] = []
 

@@ -17,10 +17,13 @@ from pubsub_core.errors import (
 )
 from pubsub_core.events import Gap, GapReason, Status, StatusChanged
 from pubsub_core.message import InFrame, Message
-from pubsub_core.testing.case import Need, case, needs
+from pubsub_core.testing.case import case, needs
 from pubsub_core.testing.clock import VirtualClock
-from pubsub_core.testing.harness import Recorder, Trial, resident_bytes, resources
+from pubsub_core.testing.recorder import Recorder
+from pubsub_core.testing.running import resident_bytes, resources
 from pubsub_core.testing.stopwatch import Stopwatch
+from pubsub_core.testing.terms import Need
+from pubsub_core.testing.trial import Trial
 
 __all__: list[str] = []
 

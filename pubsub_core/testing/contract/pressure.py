@@ -13,8 +13,10 @@ from pubsub_core.errors import NotSupported, RateLimited, SubscriptionOverflow
 from pubsub_core.events import Gap, GapReason
 from pubsub_core.message import Message
 from pubsub_core.subscription import Subscription
-from pubsub_core.testing.case import Need, case, needs
-from pubsub_core.testing.harness import Trial, resident_bytes
+from pubsub_core.testing.case import case, needs
+from pubsub_core.testing.running import resident_bytes
+from pubsub_core.testing.terms import Need
+from pubsub_core.testing.trial import Trial
 
 __all__: list[str] = []
 

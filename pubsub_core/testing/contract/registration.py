@@ -49,7 +49,8 @@ from pubsub_core.interfaces import (
 )
 from pubsub_core.plugins import Registry, registry
 from pubsub_core.testing.case import case
-from pubsub_core.testing.harness import Trial, free_port, load
+from pubsub_core.testing.servers import free_port, load
+from pubsub_core.testing.trial import Trial
 
 __all__: list[str] = []
 

@@ -14,8 +14,11 @@ from pubsub_core.events import Notice, Status
 from pubsub_core.interfaces import EVERYTHING, AuthorizationRequest
 from pubsub_core.message import Message, Origin, Part
 from pubsub_core.subscription import Subscription
-from pubsub_core.testing.case import Need, case, needs
-from pubsub_core.testing.harness import Link, Trial, load
+from pubsub_core.testing.case import case, needs
+from pubsub_core.testing.links import Link
+from pubsub_core.testing.servers import load
+from pubsub_core.testing.terms import Need
+from pubsub_core.testing.trial import Trial
 
 __all__: list[str] = []
 

@@ -9,9 +9,10 @@ from typing import Any
 from pubsub_core.capabilities import Cap
 from pubsub_core.errors import InvalidFilter, InvalidTopic, SubscribeFailed
 from pubsub_core.subscription import Subscription
-from pubsub_core.testing.case import Need, case, needs
-from pubsub_core.testing.harness import Trial
+from pubsub_core.testing.case import case, needs
 from pubsub_core.testing.stopwatch import Stopwatch
+from pubsub_core.testing.terms import Need
+from pubsub_core.testing.trial import Trial
 from pubsub_core.trie import HandlerTrie
 
 __all__: list[str] = []
