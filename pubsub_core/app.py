@@ -46,20 +46,19 @@ import types
 import typing
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, ClassVar, Final, Literal, TypeVar, Union, Unpack, cast, get_args, get_origin
 
 import msgspec
 
 from .authorization import Authorizer
 from .bus import Bus, connect
 from .config import Config
-from .config.bus_options import OverflowPolicy
 from .errors import ConfigError, HandlerFailed, PubSubError, WrongLoop
 from .events import Gap, Status
-from .interfaces import AuthorizationRequest, HistoryQuery
+from .interfaces import AuthorizationRequest
 from .message import Message
 from .middleware import Middleware
-from .subscription import DecodePolicy, Subscription
+from .subscription import HandlerOptions, Subscription, check_names
 from .sync import SyncBus, marked, wrap
 from .threads import in_thread, is_async
 from .topics import TopicFilter, parse_filter
@@ -99,19 +98,9 @@ class App:
         *,
         bus: str = _MAIN,
         type: Any = None,
-        group: str | None = None,
-        qos: int | None = None,
-        buffer: int | None = None,
-        buffer_bytes: int | None = None,
-        overflow: OverflowPolicy | None = None,
-        ack: Literal["auto", "manual"] = "auto",
-        replay: int | HistoryQuery | None = None,
-        gaps: bool = False,
-        codec: str | None = None,
-        on_decode_error: DecodePolicy = "raise",
-        dead_letter: str | None = None,
+        **options: Unpack[HandlerOptions],
     ) -> Callable[[F], F]:
-        """Declare a handler of what matches *filter*; the function itself is unchanged.
+        """Declare a handler of the messages that match *filter*; the function stays as it is.
 
         Handlers are async functions, or plain ones, which run in a thread of their own. A
         function may be declared several times.
@@ -121,41 +110,19 @@ class App:
             bus: Name of the bus to subscribe on.
             type: What payloads are decoded to; by default what the parameter's annotation
                 says: ``T`` of ``Message[T]``, or that of ``payload``; else bytes.
-            group: Share group.
-            qos: Highest quality of service to receive with.
-            buffer: Most messages that wait.
-            buffer_bytes: Most payload bytes that wait.
-            overflow: What happens when the buffer is full.
-            ack: ``auto``: handled when the handler returned; ``manual``: `Message.ack` does.
-            replay: Begin with so many stored messages.
-            gaps: The handler is also called with each `Gap`, in the message's place; it may
-                then take nothing else but buses.
-            codec: Name of a codec.
-            on_decode_error: ``raise`` (log), ``skip`` or ``dead_letter``.
-            dead_letter: Topic for messages that could not be decoded or handled.
-
-        More about each is in `Bus.subscribe`.
+            options: Those of `Bus.subscribe` but ``handler``; see `HandlerOptions`. With
+                ``gaps`` the handler is also called with each `Gap`, in the message's place;
+                it may then take nothing else but buses.
 
         Raises:
             InvalidFilter: The filter is not one.
+            BadOption: There is no such option.
             ConfigError: Nothing fits a parameter of the function.
         """
+        check_names(options, HandlerOptions, "on")
         if not isinstance(filter, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError('@app.on takes a topic filter: write @app.on("lab/+/temp")')
         parsed = parse_filter(filter)
-        options = {
-            "group": group,
-            "qos": qos,
-            "buffer": buffer,
-            "buffer_bytes": buffer_bytes,
-            "overflow": overflow,
-            "ack": ack,
-            "replay": replay,
-            "gaps": gaps,
-            "codec": codec,
-            "on_decode_error": on_decode_error,
-            "dead_letter": dead_letter,
-        }
 
         def declare(function: F) -> F:
             handler = _Handler(function, parsed, bus, type, options)
@@ -729,7 +696,7 @@ class _Handler(_Planned):
         filter: TopicFilter,
         bus: str,
         type: Any,
-        options: dict[str, Any],
+        options: HandlerOptions,
     ) -> None:
         super().__init__(function, filter, bus)
         self.type = type
@@ -742,7 +709,7 @@ class _Handler(_Planned):
             self.filter,
             plain=not is_async(self.function),
             namespace=namespace,
-            gaps=self.options["gaps"],
+            gaps=self.options.get("gaps", False),
             given_type=self.type,
         )
         return fillers
@@ -750,12 +717,11 @@ class _Handler(_Planned):
     def subscribe(self, running: Running) -> Subscription[Any]:
         """Return the subscription, not yet entered."""
         self.plan(None)
-        options = {name: value for name, value in self.options.items() if value is not None}
         return running.bus(self.bus).subscribe(
             self.filter.text,
             self.type if self.type is not None else self.found_type,
             handler=self._bound(self.fillers or (), running),
-            **options,
+            **self.options,
         )
 
     def _bound(self, fillers: tuple[_Filler, ...], running: Running) -> Callable[[Any], Any]:

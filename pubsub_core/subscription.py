@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 from .config.bus_options import OverflowPolicy
+from .config.options import unknown_option
 from .interfaces import HistoryQuery
 from .message import Message
 
@@ -18,6 +19,7 @@ __all__ = [
     "SubscribeOptions",
     "Subscription",
     "SubscriptionStats",
+    "check_names",
 ]
 
 T = TypeVar("T")
@@ -71,6 +73,17 @@ class SubscribeOptions(HandlerOptions, total=False):
     """
 
     handler: Handler | None
+
+
+def check_names(options: Mapping[str, Any], known: type[HandlerOptions], call: str) -> None:
+    """Refuse what a type checker would: a name that is no option of *call*.
+
+    Raises:
+        BadOption: There is one.
+    """
+    for name in options:
+        if name not in known.__annotations__:
+            raise unknown_option(name, known.__annotations__, place=f"{call}({name}=)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -304,6 +304,14 @@ async def test_options_reach_the_subscription(url: str) -> None:
     assert b"x" in got
 
 
+def test_an_unknown_option_is_refused_where_it_is_declared() -> None:
+    app = App()
+    for name in ("qoss", "handler"):
+        with pytest.raises(BadOption, match=rf"on\({name}=\) is no option"):
+            app.on("a", **{name: 1})  # type: ignore[arg-type]
+    assert app.filters == ()
+
+
 async def test_a_gap_comes_in_the_messages_place(url: str) -> None:
     app, got = App(), list[Any]()
     blocked, release = asyncio.Event(), asyncio.Event()

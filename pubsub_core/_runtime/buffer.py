@@ -12,22 +12,20 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pubsub_core.config.bus_options import BusOptions, OverflowPolicy
-from pubsub_core.config.options import unknown_option
 from pubsub_core.errors import PubSubError, SubscriptionOverflow
 from pubsub_core.events import Gap, GapReason
 from pubsub_core.interfaces import HistoryQuery
 from pubsub_core.message import InFrame, Verdict
-from pubsub_core.subscription import DecodePolicy, SubscribeOptions
+from pubsub_core.subscription import DecodePolicy, SubscribeOptions, check_names
 from pubsub_core.topics import validate_topic
 
 __all__ = ["Buffer", "Item", "Settlement", "SubscriptionSettings"]
 
 T = TypeVar("T")
 
-_OPTIONS: Final = tuple(SubscribeOptions.__annotations__)
 
 _LATE = 10.0
 """Seconds after which no live copy is expected of what a history gave."""
@@ -115,9 +113,7 @@ class SubscriptionSettings:
             BadOption: It has an option that there is not.
             ValueError: A value makes no sense.
         """
-        for name in given:
-            if name not in _OPTIONS:
-                raise unknown_option(name, _OPTIONS, place=f"subscribe({name}=)")
+        check_names(given, SubscribeOptions, "subscribe")
         replay = given.get("replay")
         return cls(
             buffer=_or(given.get("buffer"), defaults.buffer),
