@@ -28,7 +28,9 @@ async def test_the_select_feed() -> None:
     async with MessageBusServer() as server:
         publishing = asyncio.create_task(namespace["main"](server.url))
         async with connect(server.url) as one, connect(server.url) as two:
-            await eventually(lambda: server.stats()["listeners"] == 1)
+            await eventually(
+                lambda: any("LSE" in view.listening for view in server.broker.interactors())
+            )
             async with one.subscribe("LSE/VOD") as first:
                 messages = [await first.get(5) for _ in range(3)]
                 assert [message.origin.value for message in messages].count("image") == 1

@@ -19,7 +19,7 @@ from pubsub_messagebus.protocol import (
     encode_forwarded_unicast,
     notice,
 )
-from pubsub_messagebus.server.broker import Broker
+from pubsub_messagebus.server.broker import MAX_FENCES, Broker
 from pubsub_messagebus.server.interactors import Identity
 from pubsub_messagebus.server.roles import FeedPolicy, Permissions, Policy, Role, RoleChange
 from tests.messagebus.vectors import CAPTURES
@@ -566,6 +566,45 @@ def test_a_fence_needs_no_authorization_and_carries_no_data() -> None:
     assert world.publish("s", feed, "x", packets) == []
     assert [seen["type"] for _, seen in world.add("s", "__syn")] == [6, 6]
     assert world.broker.stats.pending == 1
+
+
+def test_fences_are_for_everybody_and_tell_nobody_else() -> None:
+    policy = Policy(change=RoleChange(Role.NONE, Role.ALL), is_authorization_required=True)
+    world = World(Broker(policy))
+    world.connect("a", "b")
+    assert world.listen("a", "__sync__") == []
+    assert world.listen("b", "__sync__") == []
+    # Nobody learns of others, or a feed that needs no role would be a way around the roles.
+    for _ in range(2):
+        ((name, told),) = world.add("a", "__sync__", "a message to b")
+        assert (name, told["client_id"], told["is_add"]) == ("a", str(world.ids["a"]), True)
+    ((name, told),) = world.remove("a", "__sync__", "a message to b")
+    assert (name, told["is_add"]) == ("a", False)
+    assert world.listen("b", "__sync__", is_add=False) == []
+    assert world.listen("b", "__sync__") == [], "nor does a listing show them"
+    ((name, _),) = world.add("b", "__sync__", "x")
+    assert name == "b"
+    assert world.leave("a") == []
+    assert world.add("b", "F", "T") == world.publish("b", "F", "T") == []
+    world.leave("b")
+    assert world.broker.empty
+
+
+def test_fences_of_one_connection_are_bounded() -> None:
+    world = World()
+    world.connect("s")
+    for number in range(MAX_FENCES):
+        world.add("s", f"__sync__{number}", "x")
+        world.remove("s", f"__sync__{number}", "x")
+    for number in range(MAX_FENCES - 1):
+        world.add("s", f"__sync__{number}", "x")
+    world.listen("s", "__sync__0")
+    world.add("s", "F", "T")
+    with pytest.raises(ProtocolError, match="fences"):
+        world.add("s", "__sync__", "x")
+    world.listen("s", "__sync__0", is_add=False)
+    assert world.add("s", "__sync__", "x") == []
+    assert world.broker.subscribers("__sync__", "x")
 
 
 # --- roles and identities ----------------------------------------------------------------

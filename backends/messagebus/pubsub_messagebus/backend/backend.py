@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import ssl
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
@@ -57,7 +59,7 @@ from pubsub_messagebus.protocol import (
 from pubsub_messagebus.protocol import AuthorizationRequest as Question
 
 from .authorization import Questions, Tag
-from .dial import WANTS_TLS, Dialler
+from .dial import WANTS_CERTIFICATE, WANTS_TLS, Dialler, tls_error
 from .interest import Interest
 from .link import Link
 from .names import Pair, TopicNames
@@ -65,7 +67,19 @@ from .session import Session, not_connected
 
 __all__ = ["MessageBusBackend"]
 
+logger = logging.getLogger("pubsub_messagebus.backend")
+
 _SOURCES = 4096
+# Seconds in which the first fence must come back. The original has been seen to take one
+# before it reads the first message of a connection (its threads wait for a pool).
+_SILENCE = 3.0
+_SILENCE_AGAIN = 0.5
+_MISSING_RIGHT = (
+    "the user lacks the role Subscribe on feeds whose names begin with '__sync__', or the "
+    "server wants authorization there; at the original these are feeds that are not listed"
+)
+# How often a server that took the credentials before may refuse them before we give up.
+_REFUSALS = 3
 
 
 class _Current(NamedTuple):
@@ -95,9 +109,12 @@ class MessageBusBackend(Backend):
         self._options = options
         self._name = context.info.name
         self._time = context.clock.time
-        self._dialler = Dialler(context.address, options, backend=self._name)
+        self._dialler = Dialler(context.address, options, context.clock, backend=self._name)
         self._names = TopicNames(options.feed, options.feeds)
+        # Whether a server has shown that it acts on what we send, and whether it once did not.
         self._proven = False
+        self._silent = False
+        self._refusals = 0
         self._closed = False
         self._current: _Current | None = None
         self._pairs: dict[int, Pair] = {}
@@ -133,12 +150,16 @@ class MessageBusBackend(Backend):
             raise ConnectError("the backend was closed", backend=self._name, retryable=False)
         self._forget()
         link = await self._dialler.connect(self)
-        session = Session(link, sink, self.context.address, backend=self._name)
+        clock = self.context.clock
+        session = Session(link, sink, self.context.address, clock, backend=self._name)
         interest = Interest(session, self._names, backend=self._name)
         questions = Questions(session, self._names, self.authorization_handlers)
         self._current = _Current(session, interest, questions)
         try:
-            await session.confirm()
+            if self._proven:
+                await session.confirm()
+            elif not await session.confirm_first(_SILENCE_AGAIN if self._silent else _SILENCE):
+                self._go_on_unconfirmed(session)
         except NotConnected:
             self._forget()
             raise self._not_accepted(link) from link.error
@@ -147,33 +168,58 @@ class MessageBusBackend(Backend):
             link.fail(ConnectionError("given up"))
             raise
         session.online = True
-        self._proven = True
+        self._refusals = 0
+        self._proven = session.confirms
         if self._options.keepalive:
             session.spawn(session.keep_alive(self._options.keepalive), "keepalive")
-        return SessionFacts(client_id=str(session.client_id), server="messagebus distributor")
+        client_id = str(session.client_id) if session.confirms else ""
+        return SessionFacts(client_id=client_id, server="messagebus distributor")
+
+    def _go_on_unconfirmed(self, session: Session) -> None:
+        """Work with a server that tells nothing, and say which right is missing.
+
+        It may also have refused the credentials: the original keeps such a connection open
+        and says nothing, so the two look the same.
+        """
+        self._silent = True
+        if self._options.keepalive:
+            session.link.watch(self._options.keepalive)
+        text = f"{self.context.address} confirms nothing: {_MISSING_RIGHT}"
+        if self._dialler.handshake:
+            text += "; or it refuses the credentials, which some servers do in silence"
+        logger.warning("%s", text)
+        session.sink.notice(Notice("unconfirmed", text))
 
     def _not_accepted(self, link: Link) -> ConnectError:
         address = self.context.address
-        tls = self._dialler.endpoint.tls
+        # Under TLS 1.3 the server asks for our certificate after the client has begun, so a
+        # missing one shows only here; asyncio's server closes before its alert is sent.
+        wants = WANTS_CERTIFICATE if self._dialler.endpoint.tls else WANTS_TLS
         handshake = self._dialler.handshake
+        if isinstance(link.error, ssl.SSLError):
+            return tls_error(link.error, address, backend=self._name)
         if isinstance(link.error, ProtocolError):
             return ConnectError(
                 f"{address} does not speak the messagebus protocol: {link.error}",
                 hint="look at the port and the option dialect",
                 backend=self._name,
             )
-        if handshake and not self._proven:
-            # A server says nothing about credentials; it closes, before anything else.
-            return AuthenticationFailed(
+        if handshake and not (self._proven and isinstance(link.error, ConnectionResetError)):
+            # A server says nothing about credentials; it closes, before anything else. One
+            # that took them before may also be going down, so it is asked a few times more:
+            # a server that stops is soon gone, and one that refuses goes on refusing. A reset
+            # is no refusal but a crash, or a server that has too much to do.
+            self._refusals += 1
+            refused = not self._proven or self._refusals >= _REFUSALS
+            return (AuthenticationFailed if refused else ConnectError)(
                 f"{address} closed the connection after the handshake",
                 hint="look at user name, password or token, and at the option handshake"
-                f"{'' if tls else WANTS_TLS}",
+                f"{'; it took them before' if self._proven else ''}{wants}",
                 backend=self._name,
             )
         return ConnectError(
             f"{address} closed the connection",
-            hint=("" if handshake else "does the server want a user name?")
-            + ("" if tls else WANTS_TLS),
+            hint=("" if handshake else "does the server want a user name?") + wants,
             backend=self._name,
         )
 
@@ -216,14 +262,15 @@ class MessageBusBackend(Backend):
             await session.ended()
 
     async def probe(self) -> Mapping[Cap, Support]:
-        """Lower what the dialect does not have."""
+        """Lower what the dialect does not have, or this server does not tell."""
+        found: dict[Cap, Support] = {}
         if self._options.dialect == "is_image":
-            return {
-                Cap.CONTENT_TYPE: Support.none(
-                    "the dialect is_image has no content type", "dialect=content_type"
-                )
-            }
-        return {}
+            found[Cap.CONTENT_TYPE] = Support.none(
+                "the dialect is_image has no content type", "dialect=content_type"
+            )
+        if self._current is not None and not self._current.session.confirms:
+            found[Cap.PING] = found[Cap.PRESENCE] = Support.none(_MISSING_RIGHT)
+        return found
 
     async def ping(self) -> float:
         """Return the seconds of a round trip through the fence."""
@@ -424,6 +471,10 @@ class MessageBusBackend(Backend):
         as it is when nobody is left, and nothing tells the two apart.
         """
         session = current.session
+        if not session.confirms:
+            text = f"this client may not see {topic!r}, or its publisher went away"
+            session.sink.notice(Notice("not_entitled", text, topic))
+            return
         try:
             subscribed = await current.interest.is_subscribed(*pair, session.client_id)
         except NotConnected:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
-from typing import cast
+from typing import Final, cast
 
+from pubsub_core.clock import Clock
 from pubsub_core.errors import BadOption, ConnectError, TLSProblem
 from pubsub_core.interfaces import Address, Endpoint
 from pubsub_messagebus.options import MessageBusOptions
@@ -13,10 +15,42 @@ from pubsub_messagebus.protocol import Decoder, basic_handshake, token_handshake
 
 from .link import Link, Receiver
 
-__all__ = ["WANTS_TLS", "Dialler"]
+__all__ = ["WANTS_CERTIFICATE", "WANTS_TLS", "Dialler", "tls_error"]
+
+logger = logging.getLogger("pubsub_messagebus.backend")
 
 WANTS_TLS = " (a port that wants TLS is messagebus+tls://)"
+WANTS_CERTIFICATE = " (one that wants a client certificate needs cert_file)"
 _DEFAULT_PORT = 9001
+
+# By the code of OpenSSL's x509_vfy.h.
+_REMEDIES: Final = {
+    9: "it is not valid yet: check the clock of this machine",
+    10: "the server needs a new one, or the clock of this machine is wrong",
+    18: "name it with ca_file, if it is the right one",
+    19: "name the certificate of its authority with ca_file",
+    20: "name the certificate of its authority with ca_file",
+    23: "it was revoked; the server needs a new one",
+    62: "use the host name that is in the certificate",
+    64: "use a host name that is in the certificate instead of the address",
+}
+_OTHER_REMEDY: Final = "check the host name, or name the right authority with ca_file"
+
+
+def tls_error(error: ssl.SSLError, address: Address, *, backend: str) -> TLSProblem:
+    """Return the error for what went wrong below the protocol, with its remedy."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return TLSProblem(
+            f"the certificate of {address} was refused: {error.verify_message}",
+            hint=_REMEDIES.get(error.verify_code, _OTHER_REMEDY),
+            backend=backend,
+        )
+    return TLSProblem(
+        f"TLS with {address} failed: {error.reason or error}",
+        hint="check that the port speaks TLS, its version, and cert_file if the server wants a "
+        "client certificate",
+        backend=backend,
+    )
 
 
 class Dialler:
@@ -27,9 +61,12 @@ class Dialler:
         handshake: What is sent first; empty without credentials.
     """
 
-    def __init__(self, address: Address, options: MessageBusOptions, *, backend: str) -> None:
+    def __init__(
+        self, address: Address, options: MessageBusOptions, clock: Clock, *, backend: str
+    ) -> None:
         self._address = address
         self._options = options
+        self._clock = clock
         self._backend = backend
         if not address.host:
             raise BadOption(
@@ -44,6 +81,7 @@ class Dialler:
         self._port = _DEFAULT_PORT if address.port is None else address.port
         self.endpoint = Endpoint(address.host, self._port, address.scheme == "messagebus+tls")
         self.handshake = self._make_handshake()
+        self._warned = False
 
     def _make_handshake(self) -> bytes:
         options, address = self._options, self._address
@@ -79,22 +117,19 @@ class Dialler:
             TLSProblem: A file cannot be used, or the certificate is not accepted.
         """
         host = self.endpoint.host
-        context = self._ssl_context() if self.endpoint.tls else None
+        # In a thread: reading the system's authorities takes long enough to hold up the loop.
+        context = await asyncio.to_thread(self._ssl_context) if self.endpoint.tls else None
         decoder = Decoder("client", dialect=self._options.dialect)
         try:
             _, link = await asyncio.get_running_loop().create_connection(
-                lambda: Link(receiver, decoder),
+                lambda: Link(receiver, decoder, self._clock.monotonic),
                 host,
                 self._port,
                 ssl=context,
                 server_hostname=None if context is None else host,
             )
         except ssl.SSLError as error:
-            raise TLSProblem(
-                f"TLS with {self._address} failed: {error.reason or error}",
-                hint="look at the certificate, the host name and ca_file",
-                backend=self._backend,
-            ) from error
+            raise tls_error(error, self._address, backend=self._backend) from error
         except OSError as error:
             hung_up = isinstance(error, ConnectionResetError) and context is not None
             raise ConnectError(
@@ -120,7 +155,8 @@ class Dialler:
                 files = f"cert_file {options.cert_file!r}"
                 if options.key_file:
                     files += f", key_file {options.key_file!r}"
-                context.load_cert_chain(options.cert_file, options.key_file)
+                # Without a password OpenSSL would ask for one at the terminal.
+                context.load_cert_chain(options.cert_file, options.key_file, "")
         except OSError as error:
             # OpenSSL's own text names no file.
             why = error if isinstance(error, ssl.SSLError) else error.strerror or error
@@ -129,6 +165,13 @@ class Dialler:
                 hint="name files in PEM that this process may read",
                 backend=self._backend,
             ) from error
+        if options.insecure_skip_verify and not self._warned:
+            self._warned = True
+            logger.warning(
+                "insecure_skip_verify is on: the certificate of %s is not checked, so anybody "
+                "on the way can read and change everything",
+                self._address,
+            )
         if options.insecure_skip_verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE

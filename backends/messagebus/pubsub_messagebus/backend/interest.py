@@ -4,6 +4,12 @@ The distributor counts subscriptions, but tells them without counts, and tells t
 connection once however often it had subscribed. So a removal may leave a doubt: is the client
 gone, or does it hold the topic once more? Then the feed's listing is asked for again and
 compared. What a watch is told therefore balances: one joined, one left.
+
+Distributors up to 6.0 keep ghosts: a subscription that was added once and removed once stays in
+their listings until its connection ends. Compared with such a listing, nobody who was listed
+ever leaves. So there a removal is believed: it takes one off the count, an unknown count being
+one, and a listing only tells who of the others has gone altogether. Whether this distributor
+keeps ghosts is tried out once per session.
 """
 
 from __future__ import annotations
@@ -20,8 +26,10 @@ from pubsub_core.interfaces import Watch
 from pubsub_core.message import Member
 from pubsub_core.topics import TopicFilter, parse_filter
 from pubsub_messagebus.protocol import (
+    FENCE_FEEDS,
     ForwardedSubscriptionRequest,
     encode_notification_request,
+    encode_subscription_request,
 )
 
 from .names import TopicNames
@@ -39,6 +47,7 @@ class FeedView:
     Attributes:
         known: Who is there.
         counts: How often they subscribed, or None where only a listing told of them.
+        gone: Those whose removal was believed; a listing that has them has ghosts.
         watches: Who is told of changes.
         listed: The last word on each subscription since a listing was asked for; None when
             no listing is under way.
@@ -52,6 +61,7 @@ class FeedView:
         self.feed = feed
         self.known: dict[_Key, Member] = {}
         self.counts: dict[_Key, int | None] = {}
+        self.gone: set[_Key] = set()
         self.watches: dict[int, tuple[Watch, TopicFilter]] = {}
         self.listed: dict[_Key, tuple[bool, Member]] | None = None
         self.muted = False
@@ -68,6 +78,14 @@ class Interest:
         self._names = names
         self._backend = backend
         self._views: dict[str, FeedView] = {}
+        self._trial = f"{FENCE_FEEDS}{uuid.uuid4()}"
+        self._tried = 0
+        self._trying: asyncio.Task[None] | None = None
+
+    @property
+    def _ghosts(self) -> bool:
+        # Added once, removed, and listed all the same.
+        return self._tried > 1
 
     async def watch(self, watch: Watch) -> list[tuple[str, Member]]:
         """Begin to tell of changes; return what is there, as core topics and members.
@@ -116,12 +134,17 @@ class Interest:
 
     def take(self, message: ForwardedSubscriptionRequest) -> None:
         """Act on one notification."""
+        if message.feed == self._trial:
+            self._tried += message.is_add
+            return
         view = self._views.get(message.feed)
         if view is None or view.muted:
             return
         key = (message.topic, message.client_id)
         member = Member(str(message.client_id), message.user, message.host)
         if view.listed is not None:
+            if message.is_add and key in view.listed:
+                view.gone.discard(key)  # a listing has it once; this is news
             view.listed[key] = (message.is_add, member)
             return
         if message.is_add:
@@ -131,12 +154,23 @@ class Interest:
             else:
                 self._join(view, key, member, 1)
         elif key in view.known:
-            if view.counts.get(key) == 1:
-                self._leave(view, key)
-            else:
-                view.dirty = True
-                if view.working is None:
-                    view.working = self._session.spawn(self._list(view), "listing")
+            self._removed(view, key)
+
+    def _removed(self, view: FeedView, key: _Key) -> None:
+        count = view.counts.get(key)
+        believed = self._ghosts or not self._session.confirms
+        if count == 1 or (believed and count is None):
+            self._leave(view, key)
+            if believed:
+                view.gone.add(key)
+            return
+        if believed and count is not None:
+            view.counts[key] = count - 1
+        if not self._session.confirms:
+            return  # nothing would tell where a listing ends
+        view.dirty = True
+        if view.working is None:
+            view.working = self._session.spawn(self._list(view), "listing")
 
     # --- views -------------------------------------------------------------------------------
 
@@ -186,6 +220,7 @@ class Interest:
         """Ask for the listing and compare, until no removal leaves a doubt."""
         session = self._session
         try:
+            await self._try_out()
             view.dirty = True
             while view.dirty:
                 view.dirty = False
@@ -206,13 +241,43 @@ class Interest:
         finally:
             view.working = None
 
+    async def _try_out(self) -> None:
+        """Find out whether listings keep ghosts: make one, and look for it."""
+        if not self._session.confirms:
+            return
+        if self._trying is None:
+            self._trying = self._session.spawn(self._make_ghost(), "trial")
+        await asyncio.shield(self._trying)
+
+    async def _make_ghost(self) -> None:
+        session, feed = self._session, self._trial
+        session.send(
+            encode_notification_request(feed, True)
+            + encode_subscription_request(feed, "x", True)
+            + encode_subscription_request(feed, "x", False)
+            + encode_notification_request(feed, False)
+            + encode_notification_request(feed, True)
+        )
+        await session.confirm()
+        session.send(encode_notification_request(feed, False))
+
     def _compare(self, view: FeedView) -> None:
         """Tell how a listing differs from what was known."""
         listed, view.listed = view.listed or {}, None
+        view.gone.intersection_update(listed)
         for key in tuple(view.known):
             if key not in listed:
                 self._leave(view, key)
         for key, (is_add, member) in listed.items():
+            if self._ghosts:
+                if key in view.known:
+                    if not is_add:
+                        self._removed(view, key)
+                elif not is_add:
+                    view.gone.add(key)
+                elif key not in view.gone:
+                    self._join(view, key, member, None)
+                continue
             if not is_add:
                 # Removed since; it may have subscribed twice, and still be there.
                 view.dirty = True
@@ -223,6 +288,7 @@ class Interest:
                 self._join(view, key, member, None)
 
     def _join(self, view: FeedView, key: _Key, member: Member, count: int | None) -> None:
+        view.gone.discard(key)
         view.known[key] = member
         view.counts[key] = count
         self._tell(view, key[0], member, InterestKind.JOINED)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import socket
+from collections.abc import Callable
 from typing import Protocol, cast
 
 from pubsub_messagebus.protocol import Decoder, Message, ProtocolError
@@ -29,19 +32,19 @@ class Link(asyncio.Protocol):
     Attributes:
         room: Set while more may be written.
         closed: Done when the connection is over.
-        heard_at: When bytes arrived last, by the loop's clock.
+        heard_at: When bytes arrived last, by the given clock's `monotonic`.
         error: Why it ended, or None.
     """
 
-    def __init__(self, receiver: Receiver, decoder: Decoder) -> None:
+    def __init__(self, receiver: Receiver, decoder: Decoder, now: Callable[[], float]) -> None:
         self._receiver = receiver
         self._decoder = decoder
-        self._loop = asyncio.get_running_loop()
+        self._now = now
         self.transport: asyncio.Transport | None = None
         self.room = asyncio.Event()
         self.room.set()
-        self.closed: asyncio.Future[None] = self._loop.create_future()
-        self.heard_at = self._loop.time()
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.heard_at = now()
         self.error: BaseException | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -51,7 +54,7 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Hand complete messages over."""
-        self.heard_at = self._loop.time()
+        self.heard_at = self._now()
         decoder = self._decoder
         decoder.feed(data)
         take = self._receiver.take
@@ -87,6 +90,25 @@ class Link(asyncio.Protocol):
         self.error = self.error or error
         if self.transport is not None:
             self.transport.abort()
+
+    def watch(self, seconds: float) -> None:
+        """Let the kernel end the connection when the peer's kernel is silent for so long.
+
+        For peers that cannot be asked for a sign of life. It does not notice a process that
+        has stopped on a machine that lives.
+        """
+        sock = None if self.transport is None else self.transport.get_extra_info("socket")
+        if sock is None:
+            return
+        whole = max(1, math.ceil(seconds))
+        for level, option, value in (
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, whole),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, whole // 4)),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
+            (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1500 * seconds)),
+        ):
+            sock.setsockopt(level, option, value)
 
     async def finish(self, within: float) -> None:
         """Close after the transport has sent what it holds, but for so many seconds at most."""

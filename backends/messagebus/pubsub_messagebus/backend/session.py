@@ -1,26 +1,23 @@
 """One login at a distributor: what is sent, what is confirmed, what runs beside it.
 
-Nothing is acknowledged, but the distributor acts on the messages of one client in order and
-tells it of its own subscriptions. So a *fence*, a subscription to a private feed that comes
-back, proves that everything sent before it was acted on. It shows that the login succeeded,
-and our own identifier; it confirms subscriptions, delimits listings, and is the sign of life.
+Nothing is acknowledged; a `Fence` that comes back proves that everything sent before it was
+acted on. It shows that the login succeeded, confirms subscriptions, delimits listings, and is
+the sign of life.
 """
 
 from __future__ import annotations
 
 import asyncio
-import uuid
+import contextlib
+from collections import deque
 from collections.abc import Coroutine
 from typing import Any
+from uuid import UUID
 
+from pubsub_core.clock import Clock
 from pubsub_core.errors import NotConnected
 from pubsub_core.interfaces import Address, Sink
-from pubsub_messagebus.protocol import (
-    FENCE_FEEDS,
-    ForwardedSubscriptionRequest,
-    encode_notification_request,
-    encode_subscription_request,
-)
+from pubsub_messagebus.protocol import Fence, ForwardedSubscriptionRequest
 
 from .link import Link
 
@@ -31,24 +28,32 @@ class Session:
     """One connection after the handshake was sent.
 
     Attributes:
-        client_id: Our own identifier, once a fence has come back.
+        confirms: Whether fences come back. False from the moment that one was waited for in
+            vain to the moment that one comes back after all; meanwhile nothing is confirmed.
         online: Whether the core knows of it.
         over: Whether it has ended; it sends nothing more.
     """
 
-    def __init__(self, link: Link, sink: Sink, address: Address, *, backend: str) -> None:
+    def __init__(
+        self, link: Link, sink: Sink, address: Address, clock: Clock, *, backend: str
+    ) -> None:
         self.link = link
         self.sink = sink
-        self.client_id = uuid.UUID(int=0)
+        self.confirms = True
         self.online = False
         self.over = False
         self._address = address
+        self._clock = clock
         self._backend = backend
-        self._feed = f"{FENCE_FEEDS}{uuid.uuid4()}"
-        self._number = 0
-        self._fences: dict[str, asyncio.Future[None]] = {}
+        self._fence = Fence()
+        self._fences: deque[asyncio.Future[None]] = deque()
         self._next: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def client_id(self) -> UUID:
+        """Our own identifier, once a fence has come back."""
+        return self._fence.client_id or UUID(int=0)
 
     def send(self, frame: bytes) -> None:
         """Write whole messages.
@@ -63,11 +68,15 @@ class Session:
     async def confirm(self) -> None:
         """Return when the distributor has acted on everything sent so far.
 
+        Where fences do not come back, return at once.
+
         Raises:
             NotConnected: The session ended before.
         """
         if self.over:
             raise self.not_connected()
+        if not self.confirms:
+            return
         fence = self._next
         if fence is None:
             loop = asyncio.get_running_loop()
@@ -83,44 +92,63 @@ class Session:
         if self._next is not fence or self.over:
             return
         self._next = None
-        self._number += 1
-        feed = f"{self._feed}/{self._number}"
-        self._fences[feed] = fence
-        self.link.write(
-            encode_notification_request(feed, True) + encode_subscription_request(feed, "x", True)
-        )
+        self._fences.append(fence)
+        self.link.write(self._fence.ask())
 
     def pass_fence(self, message: ForwardedSubscriptionRequest) -> bool:
-        """Whether the message is about a fence; if it is ours, who waited for it goes on."""
-        if not message.feed.startswith(FENCE_FEEDS):
+        """Whether the message is about a fence; those who waited for it go on."""
+        if not self._fence.owns(message):
             return False
-        fence = self._fences.pop(message.feed, None)
-        if fence is not None and message.is_add:
-            self.client_id = message.client_id
-            self.link.write(
-                encode_subscription_request(message.feed, "x", False)
-                + encode_notification_request(message.feed, False)
-            )
-            if not fence.done():
+        frames = self._fence.take(message)
+        if frames is not None:
+            self.link.write(frames)
+            self.confirms = True
+            fence = self._fences.popleft() if self._fences else None
+            if fence is not None and not fence.done():
                 fence.set_result(None)
         return True
 
+    async def confirm_first(self, within: float) -> bool:
+        """Wait so many seconds for the first fence; return whether it came back.
+
+        Raises:
+            NotConnected: The session ended before.
+        """
+        try:
+            async with asyncio.timeout(within):
+                await self.confirm()
+        except TimeoutError:
+            self.confirms = False
+        return self.confirms
+
     async def keep_alive(self, seconds: float) -> None:
-        """Ask for a sign of life after so long a silence, and end the link without one."""
-        loop = asyncio.get_running_loop()
+        """Ask for a sign of life after so long a silence, and end the link without one.
+
+        A dead peer is noticed one and a half times as long after its last bytes. The silence
+        is measured from those bytes: a look once per interval, as it was here first, noticed
+        it up to an interval late.
+        """
+        clock, link = self._clock, self.link
         while True:
-            asked = loop.time()
-            await asyncio.sleep(seconds)
-            if self.link.heard_at > asked:
+            wait = link.heard_at + seconds - clock.monotonic()
+            if wait > 0:
+                # Not less than a millisecond: the rest of a sum of floats may be too little
+                # to move a clock at all.
+                await clock.sleep(max(wait, 0.001))
                 continue
-            try:
-                async with asyncio.timeout(seconds / 2):
-                    await self.confirm()
-            except TimeoutError:
-                self.link.fail(ConnectionError(f"no sign of life for {1.5 * seconds:g} s"))
+            heard_at = link.heard_at
+            if self.confirms:
+                self.spawn(self._ask(), "sign of life")
+            await clock.sleep(seconds / 2)
+            # Whatever came is as good as the fence. Without fences the kernel watches the
+            # link, see `Link.watch`.
+            if self.confirms and link.heard_at == heard_at:
+                link.fail(ConnectionError(f"no sign of life for {1.5 * seconds:g} s"))
                 return
-            except NotConnected:
-                return
+
+    async def _ask(self) -> None:
+        with contextlib.suppress(NotConnected):
+            await self.confirm()
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run *work* beside; it ends with the session."""
@@ -133,7 +161,7 @@ class Session:
         """End it for everybody who waits; the link is left alone."""
         self.over = True
         self.online = False
-        fences = list(self._fences.values())
+        fences = list(self._fences)
         if self._next is not None:
             fences.append(self._next)
             self._next = None

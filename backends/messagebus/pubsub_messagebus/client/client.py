@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from ssl import PROTOCOL_TLS_SERVER, SSLContext
@@ -36,12 +35,12 @@ from pubsub_messagebus.handlers import (
 from pubsub_messagebus.io import DataReader, DataWriter
 from pubsub_messagebus.protocol import (
     ADMIN_FEED,
-    FENCE_FEEDS,
     HEARTBEAT_TOPIC,
     AuthorizationRequest,
     DataPacket,
     Decoder,
     Dialect,
+    Fence,
     ForwardedMulticastData,
     ForwardedSubscriptionRequest,
     ForwardedUnicastData,
@@ -113,9 +112,8 @@ class Client(abc.ABC):
         self._read_all = False
         self._subscriptions: dict[tuple[str, str], int] = {}
         self._notifications: dict[str, None] = {}
-        self._fence = f"{FENCE_FEEDS}{uuid.uuid4()}"
-        self._fences: dict[str, asyncio.Future[UUID]] = {}
-        self._fence_count = 0
+        self._fence = Fence()
+        self._fences: deque[asyncio.Future[UUID]] = deque()
         self._runner: asyncio.Task[None] | None = None
         self.client_id: UUID | None = None
 
@@ -348,32 +346,19 @@ class Client(abc.ABC):
     async def sync(self) -> UUID:
         """Return when the server has acted on everything sent before; give our own id.
 
-        It proves that login succeeded. It needs the roles Subscribe and Notify on a feed of
-        its own, whose name begins with ``__sync__``. Give it a deadline: a server that
-        refuses says nothing.
+        It proves that login succeeded. Our own server grants it to everybody who is logged
+        in; others want the role Subscribe on a feed whose name begins with ``__sync__``. Give
+        it a deadline: a server that refuses says nothing.
 
         Raises:
             ConnectionError: The connection ended before.
         """
-        self._fence_count += 1
-        feed = f"{self._fence}/{self._fence_count}"
         waiting: asyncio.Future[UUID] = asyncio.get_running_loop().create_future()
-        self._queue(
-            encode_notification_request(feed, True) + encode_subscription_request(feed, "x", True),
-            control=True,
-        )
-        self._fences[feed] = waiting
+        self._queue(self._fence.ask(), control=True)
+        # A caller that gives up leaves its place: fences come back in order.
+        self._fences.append(waiting)
         self._taken.set()
-        try:
-            return await waiting
-        finally:
-            self._fences.pop(feed, None)
-            if not self._closed:
-                self._queue(
-                    encode_subscription_request(feed, "x", False)
-                    + encode_notification_request(feed, False),
-                    control=True,
-                )
+        return await waiting
 
     # --- what arrives, for subclasses -----------------------------------------------------------
 
@@ -553,15 +538,15 @@ class Client(abc.ABC):
 
     def _answers_fence(self, message: Message) -> bool:
         """Whether it is for `sync` and nobody else."""
-        if not (
-            isinstance(message, ForwardedSubscriptionRequest)
-            and message.feed.startswith(self._fence)
-        ):
+        if not isinstance(message, ForwardedSubscriptionRequest) or not self._fence.owns(message):
             return False
-        waiting = self._fences.get(message.feed)
-        if waiting is not None and message.is_add and not waiting.done():
+        frames = self._fence.take(message)
+        if frames is not None:
+            self._queue(frames, control=True)
             self.client_id = message.client_id
-            waiting.set_result(message.client_id)
+            waiting = self._fences.popleft() if self._fences else None
+            if waiting is not None and not waiting.done():
+                waiting.set_result(message.client_id)
         return True
 
     async def _handle(self) -> None:
@@ -662,7 +647,10 @@ class Client(abc.ABC):
             return
 
     def _fail_fences(self) -> None:
-        for waiting in self._fences.values():
+        # The next connection has a fence of its own, and knows nothing of those of this one.
+        fences, self._fences = self._fences, deque()
+        self._fence = Fence()
+        for waiting in fences:
             if not waiting.done():
                 waiting.set_exception(ConnectionError("the connection ended"))
 

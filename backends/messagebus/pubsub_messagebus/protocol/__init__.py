@@ -1,7 +1,8 @@
 """The messagebus wire protocol, with no sockets in it.
 
 `encoding` holds primitives, limits and encoders, `decoder` the receiving half, `handshake` what a
-client says first. The client, the server and the tests all run the same code.
+client says first, `fence` how it learns that the server has caught up. The client, the server
+and the tests all run the same code.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from .encoding import (
     encode_unicast,
     notice,
 )
+from .fence import Fence
 from .handshake import (
     AuthenticationMethod,
     Credentials,
@@ -73,6 +75,7 @@ __all__ = [
     "DataPacket",
     "Decoder",
     "Dialect",
+    "Fence",
     "Flag",
     "ForwardedMulticastData",
     "ForwardedSubscriptionRequest",

@@ -56,11 +56,18 @@ MAX_INTERESTS = 1_000_000
 """Subscriptions, listenings and remembered rights of one connection."""
 
 
+MAX_FENCES = 1000
+"""Subscriptions and listenings of one connection on fences, which need no role."""
+
 # As plain numbers: `&` of an enum makes an object each time.
 _SUBSCRIBE: Final = int(Role.SUBSCRIBE)
 _PUBLISH: Final = int(Role.PUBLISH)
 _NOTIFY: Final = int(Role.NOTIFY)
 _AUTHORIZE: Final = int(Role.AUTHORIZE)
+
+
+def _is_fence(feed: str) -> bool:
+    return feed.startswith(FENCE_FEEDS)
 
 
 class Broker:
@@ -268,7 +275,7 @@ class Broker:
         return [(target.conn, frame)]
 
     def _may_publish(self, client: Interactor, feed: str) -> bool:
-        reserved = feed == ADMIN_FEED or feed.startswith(FENCE_FEEDS)
+        reserved = feed == ADMIN_FEED or _is_fence(feed)
         if reserved or not client.roles(feed) & _PUBLISH:
             self._ignore(client, f"may not publish to {feed!r:.200}")
             return False
@@ -289,8 +296,7 @@ class Broker:
     # --- subscriptions -----------------------------------------------------------------
 
     def _subscribe(self, client: Interactor, feed: str, topic: str) -> Effects:
-        if not client.roles(feed) & _SUBSCRIBE:
-            self._ignore(client, f"may not subscribe to {feed!r:.200}")
+        if not self._may(client, feed, _SUBSCRIBE, "subscribe to"):
             return []
         key = (feed, topic)
         effects: Effects = []
@@ -299,14 +305,14 @@ class Broker:
             subscription.count += 1
             self._notify(client, feed, topic, True, effects)
         elif not self.policy.authorization_required(feed):
-            self._check_room(client)
+            self._check_room(client, feed)
             self._add(client, key, Subscription(1, None), effects)
         elif key in client.granted:
             self._add(client, key, Subscription(1, client.granted[key]), effects)
         elif key in client.pending:
             client.pending[key] += 1
         else:
-            self._check_room(client)
+            self._check_room(client, feed)
             if len(self._pending) >= self._max_pending:
                 self._ignore(client, "too many requests wait for an authorizer")
                 return []
@@ -320,8 +326,7 @@ class Broker:
         return effects
 
     def _unsubscribe(self, client: Interactor, feed: str, topic: str) -> Effects:
-        if not client.roles(feed) & _SUBSCRIBE:
-            self._ignore(client, f"may not subscribe to {feed!r:.200}")
+        if not self._may(client, feed, _SUBSCRIBE, "subscribe to"):
             return []
         key = (feed, topic)
         effects: Effects = []
@@ -330,6 +335,7 @@ class Broker:
             subscription.count -= 1
             if not subscription.count:
                 del client.subscriptions[key]
+                client.fences -= _is_fence(feed)
                 self._remove(client, feed, topic)
             self._notify(client, feed, topic, False, effects)
         elif key in client.pending:
@@ -362,31 +368,48 @@ class Broker:
             if not topics:
                 del self._feeds[feed]
 
-    def _check_room(self, client: Interactor) -> None:
+    def _may(self, client: Interactor, feed: str, role: int, what: str) -> bool:
+        """Whether a client may do that on a feed; otherwise it is ignored, as everywhere.
+
+        Fences are for everybody who is logged in: without them a client of few roles cannot
+        even learn that it is. They tell a client nothing but its own subscriptions, so they
+        are no way around the roles.
+        """
+        if client.roles(feed) & role or _is_fence(feed):
+            return True
+        self._ignore(client, f"may not {what} {feed!r:.200}")
+        return False
+
+    def _check_room(self, client: Interactor, feed: str) -> None:
         if client.interests >= self._max_interests:
             raise ProtocolError(f"more than {self._max_interests} subscriptions of one connection")
+        if _is_fence(feed):
+            if client.fences >= MAX_FENCES:
+                raise ProtocolError(f"more than {MAX_FENCES} fences of one connection at a time")
+            client.fences += 1
 
     # --- notifications -----------------------------------------------------------------
 
     def _listen(self, client: Interactor, feed: str, is_add: bool) -> Effects:
-        if not client.roles(feed) & _NOTIFY:
-            self._ignore(client, f"may not be notified of {feed!r:.200}")
+        if not self._may(client, feed, _NOTIFY, "be notified of"):
             return []
         if not is_add:
             if feed in client.listening:
                 del client.listening[feed]
+                client.fences -= _is_fence(feed)
                 self._drop_listener(client, feed)
             return []
         if feed in client.listening:
             return []
-        self._check_room(client)
+        self._check_room(client, feed)
         client.listening[feed] = None
         self._listeners.setdefault(feed, {})[client] = None
         self.stats.listeners += 1
         effects: Effects = []
         for topic, subscribers in self._feeds.get(feed, {}).items():
             for subscriber in subscribers:
-                effects.append((client.conn, self._told(subscriber, feed, topic, True)))
+                if subscriber is client or not _is_fence(feed):
+                    effects.append((client.conn, self._told(subscriber, feed, topic, True)))
         self._count_told(client, feed, len(effects))
         return effects
 
@@ -401,6 +424,8 @@ class Broker:
         self, subscriber: Interactor, feed: str, topic: str, is_add: bool, effects: Effects
     ) -> None:
         listeners = self._listeners.get(feed)
+        if listeners and _is_fence(feed):
+            listeners = {subscriber: None} if subscriber in listeners else None
         if listeners:
             frame = self._told(subscriber, feed, topic, is_add)
             for listener in listeners:

@@ -67,6 +67,7 @@ class Interactor:
         granted: Rights that it holds, subscribed or not; None is unfiltered.
         pending: How many adds wait for an answer.
         denied: How many adds were answered with a no.
+        fences: How many of its subscriptions and listenings are on fences.
     """
 
     __slots__ = (
@@ -78,6 +79,7 @@ class Interactor:
         "conn",
         "denied",
         "dialect",
+        "fences",
         "granted",
         "id",
         "id_bytes",
@@ -109,6 +111,7 @@ class Interactor:
         self.granted: dict[Key, frozenset[int] | None] = {}
         self.pending: dict[Key, int] = {}
         self.denied: dict[Key, int] = {}
+        self.fences = 0
         self.traffic = Traffic()
         self._policy = policy
         self._head, self._usual = self._describe(None)
