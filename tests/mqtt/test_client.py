@@ -1058,19 +1058,23 @@ class TestSubscribing:
             return None
 
         broker.answer = refuse
-        async with client(broker.url) as one:
+        async with client(broker.url, subscribe_errors=True) as one:
             with pytest.raises(core.SubscribeFailed, match="'a', 'c'") as caught:
                 await one.subscribe([("a", 1), ("b", 1), ("c", 1)])
             assert caught.value.reason == 0x80
             assert one.subscriptions == {"b": 1}
 
-    async def test_refused_filters_may_be_codes(self, broker: ScriptedBroker) -> None:
+    async def test_refused_filters_are_codes_and_a_warning(
+        self, broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
+    ) -> None:
         broker.answer = lambda packet: (
             b"\x90\x04" + packet.body[:2] + b"\x80\x01" if packet.type == wire.SUBSCRIBE else None
         )
-        async with client(broker.url, subscribe_errors=False) as one:
+        async with client(broker.url) as one:
             assert await one.subscribe([("a", 1), ("b", 1)]) == [0x80, 1]
             assert one.subscriptions == {"b": 1}
+        (told,) = (each for each in caplog.records if each.levelno >= logging.WARNING)
+        assert "refused the subscription to 'a'" in told.getMessage()
 
     @pytest.mark.parametrize("name", ["", "a/#/b", "a+", "$share//a", "a\0"])
     async def test_bad_filters_are_refused_before_anything_is_sent(

@@ -6,11 +6,14 @@ from .client import (
     QOS_0,
     QOS_1,
     QOS_2,
+    AMQTTError,
     ClientError,
     ClientException,
     ConnectError,
     ConnectException,
     MQTTClient,
+    MQTTError,
+    ProtocolHandlerError,
 )
 from .config import ClientConfig
 from .messages import IncomingApplicationMessage, OutgoingApplicationMessage
@@ -19,6 +22,7 @@ __all__ = [
     "QOS_0",
     "QOS_1",
     "QOS_2",
+    "AMQTTError",
     "ClientConfig",
     "ClientError",
     "ClientException",
@@ -26,5 +30,7 @@ __all__ = [
     "ConnectException",
     "IncomingApplicationMessage",
     "MQTTClient",
+    "MQTTError",
     "OutgoingApplicationMessage",
+    "ProtocolHandlerError",
 ]

@@ -45,16 +45,20 @@ from pubsub_mqtt.packets import Incoming
 
 from .config import ClientConfig
 from .messages import IncomingApplicationMessage, OutgoingApplicationMessage
+from .session import ConnectedState, Handler, Session, State
 
 __all__ = [
     "QOS_0",
     "QOS_1",
     "QOS_2",
+    "AMQTTError",
     "ClientError",
     "ClientException",
     "ConnectError",
     "ConnectException",
     "MQTTClient",
+    "MQTTError",
+    "ProtocolHandlerError",
 ]
 
 logger = logging.getLogger("pubsub_mqtt.client")
@@ -79,6 +83,10 @@ HEALTHY_AFTER = 10.0
 
 ClientError = PubSubError
 """Base of everything that the client raises."""
+
+# amqtt has these beside ClientError, not below it. Here each of them catches everything, since
+# what one of them catches there is another of them in the next release.
+AMQTTError = MQTTError = ProtocolHandlerError = ClientError
 
 
 class ConnectError(core.ConnectError):
@@ -143,6 +151,7 @@ class MQTTClient:
         dropped: Publishes that ``offline="drop"`` dropped.
         refused: Filters that the broker accepted once and refused after a reconnect, with
             the broker's code.
+        session: What amqtt calls the session; None before the first `connect`.
 
     Raises:
         BadOption: The configuration has an unknown key or a bad value.
@@ -159,6 +168,7 @@ class MQTTClient:
         self.client_id = random_client_id() if client_id is None else client_id
         self.dropped = 0
         self.refused: dict[str, int] = {}
+        self.session: Session | None = None
         self._clock = clock if clock is not None else SystemClock()
         self._state = _State.NEW
         self._error: ConnectError | None = None
@@ -171,8 +181,12 @@ class MQTTClient:
         self._session_present = False
         self._subscriptions: dict[str, int] = {}
         self._changes: set[asyncio.Future[None]] = set()
+        self._under_way: set[Outgoing] = set()
         self._offline: deque[_Turn] = deque()
         self._offline_bytes = 0
+        # Names of amqtt, for its tests.
+        self._handler: Handler | None = None
+        self._connected_state: ConnectedState | None = None
         # Received and not handed over, each with its packet id and its session's number.
         self._inbox: deque[tuple[Incoming, int | None, int]] = deque()
         self._receivers: deque[asyncio.Future[None]] = deque()
@@ -297,6 +311,26 @@ class MQTTClient:
         if self._driver is not None:
             await self._driver.close(drain=drain)
 
+    async def cancel_tasks(self) -> None:
+        """Cancel every `deliver_message` that waits, and every iteration."""
+        while self._receivers:
+            self._receivers.popleft().cancel()
+
+    def _abandon(self) -> None:
+        """End the connection as a crash would, without a word and for good."""
+        self._state = _State.CLOSED
+        if self._renewing is not None:
+            self._renewing.cancel()
+        if self._driver is not None:
+            self._driver.abort()
+            self._driver.connection.fail_pending()
+        self._wake_everybody()
+
+    @property
+    def _disconnect_task(self) -> asyncio.Task[None] | None:
+        """What brings a lost connection back, under its name at amqtt."""
+        return self._renewing
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -414,11 +448,14 @@ class MQTTClient:
 
         out = connection.publish(topic, data, qos=qos, retain=retain, on_done=finished)
         attempts.append(out)
+        self._under_way.add(out)
         try:
             await done
         except asyncio.CancelledError:
             connection.abandon(out)
             raise
+        finally:
+            self._under_way.discard(out)
         if out.error is not None:
             raise out.error
         return out
@@ -488,8 +525,9 @@ class MQTTClient:
                 ``$share/GROUP/FILTER`` where the broker has share groups.
 
         Raises:
-            SubscribeFailed: The broker refused a filter; the others of the call hold. The
-                option ``subscribe_errors=False`` returns its code, 0x80 or above, instead.
+            SubscribeFailed: The broker refused a filter, with the option ``subscribe_errors``.
+                Without it the code, 0x80 or above, is returned and a warning logged. Either way
+                the others of the call hold.
             InvalidFilter: A filter is not valid. Nothing was sent.
             TimeoutError: The broker did not answer in time.
         """
@@ -510,8 +548,11 @@ class MQTTClient:
                 self.refused.pop(name, None)
             else:
                 refused[name] = code
-        if refused and self.config.subscribe_errors:
-            raise _refusal(refused)
+        if refused:
+            error = _refusal(refused)
+            if self.config.subscribe_errors:
+                raise error
+            logger.warning("%s", error)
         return list(codes)
 
     async def unsubscribe(self, topics: Sequence[str]) -> None:
@@ -678,7 +719,22 @@ class MQTTClient:
         connection.on_notice = lambda kind, text, topic: logger.warning("%s", text)
         self._driver = AsyncioDriver(connection)
         self._driver.on_lost = self._lost
+        self._handler = Handler(self._under_way, self._abandon)
+        self.session = Session(
+            connection,
+            broker,
+            state=self._session_state,
+            under_way=self._under_way,
+            waiting=lambda: sum(1 for message, *_ in self._inbox if message.qos),
+        )
+        self._connected_state = ConnectedState(self.session)
         self._backoff.reset()
+
+    def _session_state(self) -> State:
+        if self._state is _State.ONLINE:
+            return "connected"
+        driver = self._driver
+        return "disconnected" if driver and driver.connection.stats.sessions else "new"
 
     async def _first(self, retries: int) -> None:
         """Make a session now; negative *retries* have no end."""

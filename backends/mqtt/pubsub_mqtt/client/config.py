@@ -117,7 +117,8 @@ class ClientConfig:
             order and bounded; ``raise`` and ``drop`` do at once what they say.
         incoming_messages: Received messages that wait for `deliver_message`; at that many
             reading from the network stops.
-        subscribe_errors: Whether a refused filter raises, or only returns its code 0x80.
+        subscribe_errors: Whether a refused filter raises. amqtt returns its code 0x80, and so
+            does this client; without the option a warning is logged as well.
         plugins: amqtt's plugins are not run; a warning says so.
     """
 
@@ -145,7 +146,7 @@ class ClientConfig:
     offline_messages: int = 10_000
     offline_bytes: int = 16 * 1024 * 1024
     incoming_messages: int = 1000
-    subscribe_errors: bool = True
+    subscribe_errors: bool = False
 
     def __post_init__(self) -> None:
         _check_qos("default_qos", self.default_qos)
