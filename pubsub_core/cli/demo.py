@@ -25,7 +25,7 @@ from pubsub_core.events import InterestEvent
 from pubsub_core.interfaces import BackendInfo, DevServer
 from pubsub_core.plugins import registry
 
-from .catalogue import level_mark
+from .caps import level_mark
 from .exits import ExitCode
 from .interest import describe_event
 from .options import JsonOption

@@ -24,7 +24,7 @@ from .options import (
     settings,
 )
 from .output import Output, encode, escape, writing
-from .receive import member_record
+from .sub import member_record
 from .running import deadline, open_bus, run, watching_status
 
 __all__ = ["describe_event", "event_record", "notifications", "presence"]

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from pubsub_core.errors import PubSubError
 from pubsub_core.plugins import registry
 
-from . import bench, catalogue, configure, demo, doctor, interest, publish, receive, serve
+from . import bench, caps, config, demo, doctor, interest, pub, serve, sub
 from .exits import MEANINGS, ExitCode, exit_code
 from .options import Settings
 from .output import explain_error, show_error, show_traceback
@@ -134,14 +134,14 @@ def build() -> typer.Typer:
         epilog=_epilog(),
     )
     cli.command("demo")(demo.demo)
-    cli.command("pub")(publish.pub)
-    cli.command("sub")(receive.sub)
+    cli.command("pub")(pub.pub)
+    cli.command("sub")(sub.sub)
     cli.command("presence")(interest.presence)
     cli.command("notifications")(interest.notifications)
-    cli.command("history")(receive.history)
-    cli.command("caps")(catalogue.caps)
-    cli.command("plugins")(catalogue.plugins)
-    cli.add_typer(configure.config, name="config")
+    cli.command("history")(sub.history)
+    cli.command("caps")(caps.caps)
+    cli.command("plugins")(caps.plugins)
+    cli.add_typer(config.config, name="config")
     cli.command("doctor")(doctor.doctor)
     # What the command does not know belongs to the server of that backend.
     unknown = {"allow_extra_args": True, "ignore_unknown_options": True}
