@@ -15,7 +15,20 @@ from typer.core import TyperGroup
 from pubsub_core.errors import PubSubError
 from pubsub_core.plugins import registry
 
-from . import bench, caps, config, demo, doctor, interest, pub, serve, sub
+from . import (
+    bench,
+    caps,
+    config,
+    demo,
+    doctor,
+    history,
+    notifications,
+    plugins,
+    presence,
+    pub,
+    serve,
+    sub,
+)
 from .exits import MEANINGS, ExitCode, exit_code
 from .options import Settings
 from .output import explain_error, show_error, show_traceback
@@ -136,11 +149,11 @@ def build() -> typer.Typer:
     cli.command("demo")(demo.demo)
     cli.command("pub")(pub.pub)
     cli.command("sub")(sub.sub)
-    cli.command("presence")(interest.presence)
-    cli.command("notifications")(interest.notifications)
-    cli.command("history")(sub.history)
+    cli.command("presence")(presence.presence)
+    cli.command("notifications")(notifications.notifications)
+    cli.command("history")(history.history)
     cli.command("caps")(caps.caps)
-    cli.command("plugins")(caps.plugins)
+    cli.command("plugins")(plugins.plugins)
     cli.add_typer(config.config, name="config")
     cli.command("doctor")(doctor.doctor)
     # What the command does not know belongs to the server of that backend.
