@@ -6,6 +6,7 @@ with the reason, where Mosquitto is not installed.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import os
@@ -49,6 +50,12 @@ def pytest_configure() -> None:
     # inherit that; those that the tests start are to be interrupted.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Else each program that a test starts compiles all of the packages, most of its time.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if os.environ.get("PUBSUB_TEST_LOOP") == "uvloop":
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
 
 
 def pytest_collection_finish() -> None:

@@ -645,7 +645,7 @@ def test_a_client_that_asks_and_does_not_read_the_answers_is_closed(
 
 
 async def test_a_client_that_asks_for_pongs_and_does_not_read_them_is_closed() -> None:
-    async with serving(Profile(max_queue=100_000)) as (server, _):
+    async with serving(Profile(max_queue=100_000, handshake=60)) as (server, _):
         peer = await WebWire.open(server.port)
         _stop_reading(peer.wire)
         before = memory()
