@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,11 +189,100 @@ def test_what_closes_a_server_for_the_original_closes_it_here(tmp_path: Path) ->
         assert hint in str(caught.value)
 
 
+ORIGINAL = "JetBlack.MessageBus.Common.Security.Authentication"
+
+
+def plugin(name: str, *args: str) -> dict[str, Any]:
+    about = {"assemblyPath": "%NOT_SET_HERE%/x.dll", "assemblyName": "X"}
+    return {"authentication": {**about, "typeName": name, "args": list(args)}}
+
+
+async def test_the_originals_authentication_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "passwords.json").write_bytes(PASSWORDS.read_bytes())
+    roles = {"tester": {"AUTH": {"*": {"Allow": ["Notify"], "deny": ["Publish"]}, "x": {}}}}
+    (tmp_path / "roles.json").write_text(json.dumps(roles))
+    monkeypatch.setenv("JETBLACK_TEST_ROOT", str(tmp_path))
+    file = "%JETBLACK_TEST_ROOT%/passwords.json"
+    name = "JetBlack.MessageBus.Extension.PasswordFileAuthentication.PasswordFileAuthenticator"
+    config = written(tmp_path, plugin(name, file, "roles.json"))
+    async with MessageBusServer(config=config) as server, Raw(server.port) as client:
+        client.send(basic_handshake("tester", "right"))
+        client.add("AUTH", "T")
+        await client.fence()
+        client.publish("AUTH", "T")
+        client.publish("OTHER", "T")
+        await client.fence()
+        assert (server.broker.stats.multicast, server.broker.stats.ignored) == (1, 1)
+        async with Raw(server.port) as other:
+            other.send(basic_handshake("tester", "wrong"))
+            assert await other.closed() == b""
+    # Up to 6.0.0-alpha.1 there is no file of roles.
+    told = ServerConfig.load(
+        written(tmp_path, plugin(f"{ORIGINAL}.PasswordFileAuthenticator", file))
+    )
+    assert told.authentication["file"] == str(tmp_path / "passwords.json")
+    roles["tester"]["AUTH"]["*"]["alow"] = []
+    (tmp_path / "roles.json").write_text(json.dumps(roles))
+    with pytest.raises(BadOption, match="did you mean 'allow'"):
+        MessageBusServer(config=written(tmp_path, plugin(name, file, "roles.json")))
+
+
+def test_the_originals_other_authenticators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDAP_HOST", "directory.example")
+    monkeypatch.setenv("TOKEN_KEY", SECRET)
+    config = written(tmp_path, plugin(f"{ORIGINAL}.NullAuthenticator"))
+    assert isinstance(MessageBusServer(config=config).authenticator, NullServerAuthenticator)
+    told = ServerConfig.load(
+        written(tmp_path, plugin(f"{ORIGINAL}.LdapAuthenticator", "%LDAP_HOST%", "636"))
+    )
+    assert told.authentication["url"] == "ldaps://directory.example:636"
+    # The file that is shipped names the type so, without the assembly's last part.
+    config = written(
+        tmp_path, plugin("JetBlack.MessageBus.Extension.JwtAuthenticator", "%TOKEN_KEY%")
+    )
+    told = ServerConfig.load(config)
+    assert told.authentication["key"].reveal() == SECRET
+    assert SECRET not in repr(told)
+
+
+def test_hosts_and_paths_may_hold_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/own/of/tom")
+    monkeypatch.delenv("HOSTNAME", raising=False)
+    values = {
+        "sslConfig": {"isEnabled": True, "certFile": "%HOME%/.keys/own.crt"},
+        "allow": ["None"],
+        "feedRoles": {
+            "AUTH": {"interactorRoles": {"%HOSTNAME%": {"tom": {"allow": ["Subscribe"]}}}}
+        },
+    }
+    told = ServerConfig.load(written(tmp_path, values))
+    assert told.certfile == "/own/of/tom/.keys/own.crt"
+    # A shell seldom exports it; then it is the name that peers on this machine have.
+    assert told.policy.roles("AUTH", "tom", socket.gethostname()) == Role.SUBSCRIBE
+    assert told.policy.roles("AUTH", "tom", "elsewhere") == Role.NONE
+    monkeypatch.setenv("HOSTNAME", "elsewhere")
+    told = ServerConfig.load(written(tmp_path, values))
+    assert told.policy.roles("AUTH", "tom", "elsewhere") == Role.SUBSCRIBE
+
+
 @pytest.mark.parametrize(
     ("values", "option"),
     [
-        # The original's authentication names an assembly, which cannot be run here.
-        ({"authentication": {"assemblyName": "X", "typeName": "Y", "args": []}}, "authentication"),
+        # The original's authentication names an assembly; one of somebody else cannot be run.
+        (plugin("Company.JwtAuthenticator", "x"), "authentication.typeName"),
+        (plugin(f"{ORIGINAL}.KerberosAuthenticator"), "authentication.typeName"),
+        (plugin(f"{ORIGINAL}.JwtAuthenticator"), "authentication.args"),
+        (plugin(f"{ORIGINAL}.PasswordFileAuthenticator"), "authentication.args"),
+        (plugin(f"{ORIGINAL}.LdapAuthenticator", "host", "ldaps"), "authentication.args"),
+        (plugin(f"{ORIGINAL}.JwtAuthenticator", "%NOT_SET_HERE%"), "authentication.args"),
+        ({"authentication": {"assemblyName": "X", "args": []}}, "authentication"),
+        ({"sslConfig": {"certFile": "%NOT_SET_HERE%/own.crt"}}, "sslConfig.certFile"),
         ({"authentication": {"method": "kerberos"}}, "authentication"),
         ({"authentication": {}}, "authentication"),
         ({"authentication": {"method": "password"}}, "authentication.file"),

@@ -28,8 +28,8 @@ from .authenticators import (
     PasswordFileAuthenticator,
     ServerAuthenticator,
 )
-from .roles import POLICY_KEYS, Policy
-from .table import Table, bad_value, load_file
+from .roles import POLICY_KEYS, Policy, load_permissions
+from .table import Table, bad_value, expand, load_file
 
 __all__ = ["ServerConfig"]
 
@@ -39,11 +39,20 @@ _LOGGING: Final = "logging"
 
 _METHODS: Final = {
     "null": (),
-    "password": ("file",),
+    "password": ("file", "roles_file"),
     "jwt": ("key_file", "algorithms", "leeway"),
     "ldap": ("url", "dn", "ca_file", "timeout"),
 }
 _PLUGIN_KEYS: Final = ("assembly_path", "assembly_name", "type_name", "args")
+_PLUGINS: Final = "JetBlack.MessageBus."
+# How many arguments each takes; the password file alone up to 6.0.0-alpha.1, then one more.
+_PLUGIN_ARGUMENTS: Final = {
+    "NullAuthenticator": (0, 0),
+    "PasswordFileAuthenticator": (1, 2),
+    "JwtAuthenticator": (1, 1),
+    "LdapAuthenticator": (2, 2),
+}
+_HMAC: Final = ("HS256", "HS384", "HS512")
 _TLS_KEYS: Final = (
     "is_enabled",
     "cert_file",
@@ -120,7 +129,9 @@ class ServerConfig:
             return None
         match told["method"]:
             case "password":
-                return PasswordFileAuthenticator(told["file"])
+                roles = told.get("roles_file")
+                permissions = load_permissions(roles) if roles else None
+                return PasswordFileAuthenticator(told["file"], permissions=permissions)
             case "jwt":
                 return JwtServerAuthenticator(
                     told["key"], algorithms=told["algorithms"], leeway=told["leeway"]
@@ -172,9 +183,12 @@ def _authentication(table: Table) -> dict[str, Any]:
     if file:
         raise bad_value(table.where("password_file"), f"given beside {table.where(name)}")
     every = dict.fromkeys(key for keys in _METHODS.values() for key in keys)
-    method = table.table(name, ("method", *every, *_PLUGIN_KEYS)).value("method")
+    whole = table.table(name, ("method", *every, *_PLUGIN_KEYS))
+    if "type_name" in whole and "method" not in whole:
+        return _plugin(table.table(name, _PLUGIN_KEYS))
+    method = whole.value("method")
     if method not in _METHODS:
-        # The original's names an assembly; running without it would let everybody in.
+        # Running without it would let everybody in.
         raise bad_value(
             table.where(name),
             "without a method that is known here",
@@ -182,7 +196,11 @@ def _authentication(table: Table) -> dict[str, Any]:
         )
     told = table.table(name, ("method", *_METHODS[method]))
     if method == "password":
-        return {"method": method, "file": told.path("file", None)}
+        return {
+            "method": method,
+            "file": told.path("file", None),
+            "roles_file": told.path("roles_file"),
+        }
     if method == "jwt":
         return {
             "method": method,
@@ -199,6 +217,46 @@ def _authentication(table: Table) -> dict[str, Any]:
             "timeout": told.number("timeout", 5.0),
         }
     return {"method": method}
+
+
+def _plugin(told: Table) -> dict[str, Any]:
+    """Return what stands for a plugin of the original, by its type; no assembly is loaded."""
+    kind = told.text("type_name")
+    place = told.where("type_name")
+    name = kind.rpartition(".")[2]
+    if not kind.startswith(_PLUGINS) or name not in _PLUGIN_ARGUMENTS:
+        raise bad_value(
+            place,
+            f"{kind!r}, which cannot be run here",
+            f"known are {', '.join(_PLUGIN_ARGUMENTS)} of the original, or write method instead",
+        )
+    where = told.where("args")
+    arguments = told.texts("args", ()) if "args" in told else []
+    least, most = _PLUGIN_ARGUMENTS[name]
+    if not least <= len(arguments) <= most:
+        raise bad_value(where, f"a list of {len(arguments)}; {name} has {least} to {most}")
+    if name == "NullAuthenticator":
+        return {"method": "null"}
+    if name == "PasswordFileAuthenticator":
+        files = [told.resolve(path, where) for path in arguments]
+        return {
+            "method": "password",
+            "file": files[0],
+            "roles_file": files[1] if len(files) > 1 else "",
+        }
+    if name == "JwtAuthenticator":
+        key = Secret(expand(arguments[0], where))
+        return {"method": "jwt", "key": key, "algorithms": _HMAC, "leeway": 300.0}
+    host, port = (expand(argument, where) for argument in arguments)
+    if not port.isdecimal():
+        raise bad_value(where, "without a port in its second place")
+    return {
+        "method": "ldap",
+        "url": f"ldaps://{host}:{port}",
+        "dn": "{}",
+        "ca_file": "",
+        "timeout": 5.0,
+    }
 
 
 def _read_key(path: str, place: str) -> Secret:

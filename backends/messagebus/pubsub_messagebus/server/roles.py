@@ -18,9 +18,17 @@ from typing import Any, Final, Self
 
 from pubsub_messagebus.protocol import ADMIN_FEED, FENCE_FEEDS
 
-from .table import Table, bad_value, entries
+from .table import Table, bad_value, entries, expand, load_file
 
-__all__ = ["POLICY_KEYS", "FeedPolicy", "Permissions", "Policy", "Role", "RoleChange"]
+__all__ = [
+    "POLICY_KEYS",
+    "FeedPolicy",
+    "Permissions",
+    "Policy",
+    "Role",
+    "RoleChange",
+    "load_permissions",
+]
 
 ROLE_KEYS: Final = ("allow", "deny")
 FEED_KEYS: Final = (
@@ -93,8 +101,9 @@ class FeedPolicy:
         users: dict[tuple[str, str], RoleChange] = {}
         where = table.where("interactor_roles")
         for host, by_user in table.named("interactor_roles"):
+            known = expand(host, f"{where}.{host}")
             for user, change in entries(by_user, f"{where}.{host}"):
-                users[host, user] = _change(Table(change, f"{where}.{host}.{user}", ROLE_KEYS))
+                users[known, user] = _change(Table(change, f"{where}.{host}.{user}", ROLE_KEYS))
         return cls(
             is_authorized=table.flag("is_authorized"),
             is_impersonation_allowed=table.flag("is_impersonation_allowed"),
@@ -196,6 +205,24 @@ class Policy:
             is_proxy_allowed=table.flag("is_proxy_allowed"),
             feeds=feeds,
         )
+
+
+def load_permissions(path: str) -> dict[str, Permissions]:
+    """Read a file of the original's that says what each user may do, by feed and host.
+
+    Raises:
+        BadOption: It is not there, a key is unknown, or a value does not fit.
+    """
+    return {
+        user: {
+            feed: {
+                host: _change(Table(change, f"{user}.{feed}.{host}", ROLE_KEYS))
+                for host, change in entries(hosts, f"{user}.{feed}")
+            }
+            for feed, hosts in entries(feeds, user)
+        }
+        for user, feeds in load_file(path).items()
+    }
 
 
 def _change(table: Table) -> RoleChange:

@@ -14,7 +14,9 @@ for a key that stands twice, and passes over unknown ones.
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,9 +25,11 @@ from typing import Any, cast
 from pubsub_core.config.options import unknown_option
 from pubsub_core.errors import BadOption
 
-__all__ = ["Table", "bad_value", "load_file"]
+__all__ = ["Table", "bad_value", "entries", "expand", "load_file"]
 
 BACKEND = "messagebus"
+
+_VARIABLE = re.compile("%([A-Za-z_][A-Za-z0-9_]*)%")
 
 
 class Table:
@@ -131,9 +135,17 @@ class Table:
         return found
 
     def path(self, name: str, default: str | None = "") -> str:
-        """Return a path, or nothing; a relative one starts at the file's folder."""
+        """Return a path, or nothing; see `resolve`."""
         text = self.text(name, default)
-        return str(self.folder / text) if text else ""
+        return self.resolve(text, self.where(name)) if text else ""
+
+    def resolve(self, path: str, place: str) -> str:
+        """Return a path with its variables expanded; a relative one starts at the file's folder.
+
+        Raises:
+            BadOption: A variable is not set.
+        """
+        return str(self.folder / expand(path, place))
 
     def number(self, name: str, default: float) -> float:
         """Return a number of seconds."""
@@ -205,6 +217,27 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} stands twice in one table")
     return found
+
+
+def expand(text: str, place: str) -> str:
+    """Replace ``%NAME%`` by the environment's value, as the original does in the same places.
+
+    A shell knows ``HOSTNAME`` and rarely exports it; without it, it is this machine's name.
+
+    Raises:
+        BadOption: A variable is not set. The original leaves its name in the text.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1]
+        known = os.environ.get(name)
+        if known is None and name == "HOSTNAME":
+            known = socket.gethostname()
+        if known is None:
+            raise bad_value(place, f"made with %{name}%, which is not set", f"export {name}")
+        return known
+
+    return _VARIABLE.sub(value, text)
 
 
 def bad_value(place: str, what: str, hint: str = "") -> BadOption:
