@@ -325,8 +325,8 @@ async def test_a_disk_that_fails_is_told_to_the_publisher(
     store = tmp_path / "store"
     async with broker(store=store) as server, Peer.connected(server) as peer:
         storage = server.storage
-        assert storage._journal is not None
-        storage._write("DROP TABLE messages", ())
+        assert storage.journal is not None
+        storage.write("DROP TABLE messages", ())
         ((topic, body),) = await peer.publish(f"{DEMO}/demo/a/?ttl=60")
         assert (topic, body["status"]) == ("emitter/error/", 500)
         assert await peer.publish(f"{DEMO}/demo/a/") == []

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pubsub_core.errors import ConnectError
-from pubsub_mqtt.server.endpoint.journal import Journal
+from pubsub_mqtt.server.endpoint.journal import Journal, Store
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -185,3 +185,35 @@ async def test_an_empty_file_and_one_without_a_mark_become_ours(
     with contextlib.closing(sqlite3.connect(path)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (3,)
         assert database.execute("PRAGMA application_id").fetchone() != (0,)
+
+
+class Numbers(Store):
+    """A store with one kind of content."""
+
+    def __init__(self, path: Path | None) -> None:
+        super().__init__(path, SCHEMA, version=3, backend="tester")
+        self.found: list[int] = []
+
+    def clear(self) -> None:
+        self.found.clear()
+
+    def read(self, database: sqlite3.Connection) -> None:
+        self.found += numbers(database)
+
+
+async def test_a_store_forgets_without_a_file_and_remembers_with_one(tmp_path: Path) -> None:
+    for path, kept in ((None, []), (tmp_path / "store", [7])):
+        store = Numbers(path)
+        await store.open()
+        store.found.append(7)
+        store.write(INSERT, (7,))
+        told: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+        assert store.settled(told.set_result) is (path is None)
+        if path is not None:
+            async with asyncio.timeout(5):
+                assert await told is None
+        await store.close()
+        assert store.found == []
+        await store.open()
+        assert store.found == kept
+        await store.close()

@@ -184,8 +184,8 @@ async def test_a_file_keeps_the_credentials_that_were_made(tmp_path: Path) -> No
 async def test_a_disk_that_fails_ends_the_connection_that_waits_for_it(tmp_path: Path) -> None:
     async with broker(store=tmp_path / "store") as server, Peer.connected(server) as peer:
         storage = server.storage
-        assert storage._journal is not None
-        storage._journal.write("INSERT INTO nowhere VALUES (1)")
+        assert storage.journal is not None
+        storage.journal.write("INSERT INTO nowhere VALUES (1)")
         await peer.publish(state(), {"data": {"a": 1}}, qos=1)
         assert await peer.wire.closed() == []
         async with Peer.connected(server) as again:
@@ -196,12 +196,12 @@ async def test_a_disk_that_fails_ends_the_connection_that_waits_for_it(tmp_path:
 async def test_a_disk_far_behind_is_given_no_more(tmp_path: Path) -> None:
     async with broker(store=tmp_path / "store") as server:
         storage = server.storage
-        assert storage._journal is not None
-        storage._journal._max_waiting = -1
+        assert storage.journal is not None
+        storage.journal._max_waiting = -1
         storage.add_state(A, 1, {"a": 1})
         assert storage.unsaved == 1
         assert storage.count(A) == 1
-        storage._journal._max_waiting = 1000
+        storage.journal._max_waiting = 1000
 
 
 CHILD = """

@@ -14,8 +14,8 @@ from typing import ClassVar
 from pubsub_core.errors import BadOption
 from pubsub_emitter.keys import License
 from pubsub_emitter.options import read_license
-from pubsub_mqtt.server import ServerTLS
 from pubsub_mqtt.server.endpoint import EndpointServer
+from pubsub_mqtt.server.tls import ServerTLS
 
 from .broker import EmitterDialect, Matcher
 from .storage import Storage
@@ -63,12 +63,7 @@ class EmitterServer(EndpointServer):
         keyfile: str | None = None,
         max_clients: int = 10_000,
     ) -> None:
-        if (certfile is None) != (keyfile is None):
-            raise BadOption(
-                "a server with TLS needs both certfile and keyfile",
-                option="certfile" if certfile is None else "keyfile",
-                backend="emitter",
-            )
+        tls = ServerTLS.pair(certfile, keyfile, backend="emitter")
         if matcher not in ("emitter", "mqtt"):
             raise BadOption(
                 f"no matching rule {matcher!r}",
@@ -84,10 +79,14 @@ class EmitterServer(EndpointServer):
             matcher=matcher,
             will_on_disconnect=will_on_disconnect,
         )
-        tls = None
-        if certfile is not None and keyfile is not None:
-            tls = ServerTLS(certfile, keyfile)
-        super().__init__(self._emitter, host=host, port=port, tls=tls, max_clients=max_clients)
+        super().__init__(
+            self._emitter,
+            host=host,
+            port=port,
+            tls=tls,
+            max_clients=max_clients,
+            store=self._storage,
+        )
         self._master_key = ""
 
     @property
@@ -117,39 +116,18 @@ class EmitterServer(EndpointServer):
 
     def describe(self) -> Mapping[str, object]:
         """Return the license and a master key, which are secrets, and how it matches and stores."""
-        path = self._storage.path
         return {
             "license": self.license,
             "master_key": self.master_key,
             "matcher": self._emitter.matcher,
-            "store": "memory (volatile)" if path is None else str(path),
+            **super().describe(),
         }
 
-    async def start(self) -> None:
-        """Listen.
-
-        Raises:
-            ConnectError: The port is taken, or the file cannot be used.
-            TLSProblem: Certificate or key cannot be used.
-        """
-        if self.running:
-            return
-        await self._storage.open()
-        try:
-            if self._storage.path is not None:
-                await self._agree(self._storage)
-            await super().start()
-        except BaseException:
-            await self._storage.close()
-            raise
-
-    async def stop(self) -> None:
-        """Stop; messages stored in memory are gone."""
-        await super().stop()
-        await self._storage.close()
-
-    async def _agree(self, storage: Storage) -> None:
+    async def opened(self) -> None:
         """Take the license of the file, or have the file remember ours."""
+        storage = self._storage
+        if storage.path is None:
+            return
         if self._given is None and storage.license:
             self._emitter.license = read_license(storage.license)
             self._master_key = ""

@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pubsub_core.errors import ConnectError
 from pubsub_emitter.keys import hash_text
 from pubsub_emitter.protocol import MAX_PACKET, SHARE, MessageId
-from pubsub_mqtt.server.endpoint.journal import Done, Journal
+from pubsub_mqtt.server.endpoint.journal import Store
 
 __all__ = ["Storage", "StorageFull", "Stored"]
 
@@ -76,14 +76,10 @@ class Stored:
         return MessageId(contract ^ words[1], self.time, self.counter, process, tail)
 
 
-class Storage:
-    """Stored messages and bans. Every method is called in the broker's event loop.
-
-    Without a path everything is gone when the broker stops. A file is created readable by its
-    owner alone, since it holds the license and published messages; one broker at a time uses it.
+class Storage(Store):
+    """Stored messages and bans.
 
     Attributes:
-        path: The SQLite file, or None.
         license: Text of the license that the file remembers, or ``""``.
         process: Random number that is part of message ids.
     """
@@ -95,11 +91,8 @@ class Storage:
         max_bytes: int = _MAX_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.path = None if path is None else Path(path)
+        super().__init__(path, _SCHEMA, version=_FORMAT, backend="emitter")
         self.license = ""
-        self._journal: Journal | None = None
-        if path is not None:
-            self._journal = Journal(path, _SCHEMA, version=_FORMAT, backend="emitter")
         self.process = secrets.randbits(32)
         self._clock = clock
         self._max_bytes = max_bytes
@@ -110,17 +103,8 @@ class Storage:
         self._messages: dict[tuple[int, str], list[Stored]] = {}
         self._banned: set[str] = set()
 
-    async def open(self) -> None:
-        """Begin empty, or with the content of the file, which is created where it is missing.
-
-        Raises:
-            ConnectError: It is another program's file, of a newer format, or in use.
-        """
-        self._clear()
-        if self._journal is not None:
-            await self._journal.open(self._read)
-
-    def _read(self, database: sqlite3.Connection) -> None:
+    def read(self, database: sqlite3.Connection) -> None:
+        """Fill the memory from the file."""
         database.execute("DELETE FROM messages WHERE expires <= ?", (int(self._clock()),))
         rows: Iterator[tuple[int, int, int, int, str, bytes]] = database.execute(
             "SELECT counter, contract, time, expires, channel, payload FROM messages "
@@ -141,7 +125,7 @@ class Storage:
             ConnectError: The file cannot be written.
         """
         self.license = text
-        self._write("INSERT OR REPLACE INTO facts VALUES ('license', ?)", (text,))
+        self.write("INSERT OR REPLACE INTO facts VALUES ('license', ?)", (text,))
         kept: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
 
         def done(error: BaseException | None) -> None:
@@ -156,21 +140,12 @@ class Storage:
             ) from error
 
     async def close(self) -> None:
-        """Write queued changes and close the file; gives up after some seconds."""
-        if self._journal is not None and self._journal.is_open:
+        """Write queued changes, let go of the file, and forget."""
+        if self.journal is not None and self.journal.is_open:
             # Numbers of expired messages must not be given out again.
             last = str(self._counter)
-            self._write("INSERT OR REPLACE INTO facts VALUES ('counter', ?)", (last,))
-            await self._journal.close()
-        self._clear()
-
-    def settled(self, done: Done) -> bool:
-        """Return whether all changes so far are safe; else call *done* once they are.
-
-        *done* is called in the event loop, with the error or None. Without a file nothing ever
-        becomes safer, so the answer is True.
-        """
-        return self._journal is None or self._journal.settled(done)
+            self.write("INSERT OR REPLACE INTO facts VALUES ('counter', ?)", (last,))
+        await super().close()
 
     # --- messages ---------------------------------------------------------------------
 
@@ -192,7 +167,7 @@ class Storage:
         self._counter += 1
         message = Stored(channel, payload, now, self._counter, now + ttl)
         self._put(contract, message)
-        self._write(
+        self.write(
             "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?)",
             (message.counter, contract, now, message.expires, channel, payload),
         )
@@ -267,7 +242,7 @@ class Storage:
                 self._bytes += sum(_size(each.channel, each.payload) for each in kept)
             else:
                 del self._messages[place]
-        self._write("DELETE FROM messages WHERE expires <= ?", (int(now),))
+        self.write("DELETE FROM messages WHERE expires <= ?", (int(now),))
 
     # --- bans -------------------------------------------------------------------------
 
@@ -279,21 +254,18 @@ class Storage:
         """Ban a key or lift its ban; at once."""
         if banned:
             self._banned.add(key)
-            self._write("INSERT OR IGNORE INTO bans VALUES (?)", (key,))
+            self.write("INSERT OR IGNORE INTO bans VALUES (?)", (key,))
         else:
             self._banned.discard(key)
-            self._write("DELETE FROM bans WHERE key = ?", (key,))
+            self.write("DELETE FROM bans WHERE key = ?", (key,))
 
     def _check(self) -> None:
         """Raise `StorageFull` where changes cannot be written as fast as they come."""
-        if self._journal is not None and self._journal.is_full:
+        if self.journal is not None and self.journal.is_full:
             raise StorageFull("the disk is too far behind")
 
-    def _write(self, statement: str, values: Sequence[Any]) -> None:
-        if self._journal is not None:
-            self._journal.write(statement, values)
-
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget everything that is in memory."""
         self._messages.clear()
         self._banned.clear()
         self._bytes = self._counter = 0

@@ -20,8 +20,8 @@ from urllib.parse import quote
 
 from pubsub_core.errors import BadOption
 from pubsub_losant.commands import ABSENT
-from pubsub_mqtt.server import ServerTLS
 from pubsub_mqtt.server.endpoint import EndpointServer
+from pubsub_mqtt.server.tls import ServerTLS
 
 from .access import CONNECTABLE, AccessKey, DeviceSpec, Registry
 from .broker import OPERATOR, IntakeError, LosantDialect, Rejection, StateHook
@@ -91,7 +91,7 @@ class LosantServer(EndpointServer):
         rules: Rules | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        tls = _tls(certfile, keyfile, tls_port)
+        tls = ServerTLS.pair(certfile, keyfile, backend="losant", needed=tls_port is not None)
         told = ApplicationConfig() if config is None else ApplicationConfig.load(config)
         devices = told.devices if devices is None else devices
         keys = told.keys if keys is None else list(keys)
@@ -133,7 +133,14 @@ class LosantServer(EndpointServer):
             clock=clock,
         )
         main_tls = tls if tls_port is None else None
-        super().__init__(self._losant, host=host, port=port, tls=main_tls, max_clients=max_clients)
+        super().__init__(
+            self._losant,
+            host=host,
+            port=port,
+            tls=main_tls,
+            max_clients=max_clients,
+            store=self._storage,
+        )
         self._ws = self._listener(ws_port, main_tls)
         self._secure = self._listener(tls_port, tls)
         self._introduce({})
@@ -239,28 +246,21 @@ class LosantServer(EndpointServer):
             found["tls_port"] = self.tls_port
         found["strict"] = self._losant.strict
         found["throttle"] = self._losant.throttle is not None
-        path = self._storage.path
-        found["store"] = "memory (volatile)" if path is None else str(path)
-        return found
+        return {**found, **super().describe()}
 
     # --- starting and stopping ------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Listen.
+    async def opened(self) -> None:
+        """Take the credentials of the file, or have the file remember ours."""
+        self._introduce({name: self._storage.fact(name) for name in ("device_id", "key", "secret")})
+        self._losant.stopping = False
 
-        Raises:
-            ConnectError: A port is taken, or the file cannot be used.
-            TLSProblem: Certificate or key cannot be used.
-        """
+    async def start(self) -> None:
+        """Listen, on every port; see `EndpointServer.start`."""
         if self.running:
             return
-        await self._storage.open()
+        await super().start()
         try:
-            self._introduce(
-                {name: self._storage.fact(name) for name in ("device_id", "key", "secret")}
-            )
-            self._losant.stopping = False
-            await super().start()
             for other in self._others:
                 await other.start()
         except BaseException:
@@ -273,7 +273,6 @@ class LosantServer(EndpointServer):
         for other in self._others:
             await other.stop()
         await super().stop()
-        await self._storage.close()
 
     def _introduce(self, known: Mapping[str, str]) -> None:
         """Make the device and the key where none were given; the store may know them already."""
@@ -449,18 +448,6 @@ class LosantServer(EndpointServer):
     def refuse_next(self, code: int = 3) -> None:
         """Answer the next CONNECT with that return code; may be called several times."""
         self._losant.refuse_next(code)
-
-
-def _tls(certfile: str | None, keyfile: str | None, tls_port: int | None) -> ServerTLS | None:
-    if certfile is not None and keyfile is not None:
-        return ServerTLS(certfile, keyfile)
-    if certfile is not None or keyfile is not None or tls_port is not None:
-        raise BadOption(
-            "a server with TLS needs both certfile and keyfile",
-            option="certfile" if certfile is None else "keyfile",
-            backend="losant",
-        )
-    return None
 
 
 def _first(*values: bool | None) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
-from pubsub_mqtt.server.endpoint.journal import Done, Journal
+from pubsub_mqtt.server.endpoint.journal import Store
 
 from .state_intake import Value
 
@@ -104,12 +104,8 @@ class _Device:
         self.taken = 0
 
 
-class Storage:
-    """States and histories of all devices. Every method is called in the broker's event loop.
-
-    Without a path everything is gone when the broker stops. A file is created readable by its
-    owner alone, since it holds credentials that the broker made, and what devices sent; one broker
-    at a time uses it.
+class Storage(Store):
+    """States and histories of all devices, and credentials that the broker made.
 
     Args:
         path: The SQLite file, or None.
@@ -129,10 +125,7 @@ class Storage:
         max_entries: int = _MAX_ENTRIES,
         max_bytes: int = _MAX_BYTES,
     ) -> None:
-        self.path = None if path is None else Path(path)
-        self._journal: Journal | None = None
-        if path is not None:
-            self._journal = Journal(path, _SCHEMA, version=_FORMAT, backend="losant")
+        super().__init__(path, _SCHEMA, version=_FORMAT, backend="losant")
         self._max_states = max_states
         self._max_entries = max_entries
         self._max_bytes = max_bytes
@@ -141,26 +134,6 @@ class Storage:
         self._devices: dict[str, _Device] = {}
         self._facts: dict[str, str] = {}
         self.unsaved = 0
-
-    async def open(self) -> None:
-        """Begin empty, or with the content of the file, which is created where it is missing.
-
-        Raises:
-            ConnectError: It is another program's file, of a newer format, or in use.
-        """
-        self._clear()
-        if self._journal is not None:
-            await self._journal.open(self._read)
-
-    async def close(self) -> None:
-        """Write queued changes, let go of the file, and forget."""
-        if self._journal is not None:
-            await self._journal.close()
-        self._clear()
-
-    def settled(self, done: Done) -> bool:
-        """Return whether everything so far is as safe as it gets; else call *done* then."""
-        return self._journal is None or self._journal.settled(done)
 
     # --- states -------------------------------------------------------------------------
 
@@ -254,11 +227,11 @@ class Storage:
             for name in state.data:
                 value, ms = device.last[name]
                 if ms == state.ms:
-                    self._write(
+                    self.write(
                         "INSERT OR REPLACE INTO attributes VALUES (?, ?, ?, ?)",
                         (device_id, name, _text(value), ms),
                     )
-        self._write("DELETE FROM states WHERE device = ? AND ms <= ?", (device_id, gone[-1].ms))
+        self.write("DELETE FROM states WHERE device = ? AND ms <= ?", (device_id, gone[-1].ms))
 
     def _make_room(self) -> None:
         """Drop the oldest quarter of the device that takes the most."""
@@ -274,13 +247,13 @@ class Storage:
         self._number += 1
         command = Command(ms, body, receivers, self._number)
         commands.append(command)
-        self._write(
+        self.write(
             "INSERT INTO commands VALUES (?, ?, ?, ?, ?)",
             (command.number, device_id, ms, receivers, body),
         )
         if len(commands) > self._max_entries:
             gone = commands.popleft()
-            self._write("DELETE FROM commands WHERE number = ?", (gone.number,))
+            self.write("DELETE FROM commands WHERE number = ?", (gone.number,))
 
     def commands(self, device_id: str) -> list[Command]:
         """Return the commands that were sent to a device, oldest first."""
@@ -292,12 +265,12 @@ class Storage:
         connections = self._device(device_id).connections
         self._number += 1
         connections.append((self._number, entry))
-        self._write(
+        self.write(
             "INSERT INTO connections VALUES (?, ?, ?)", (self._number, device_id, _text(entry))
         )
         if len(connections) > self._max_entries:
             number, _ = connections.popleft()
-            self._write("DELETE FROM connections WHERE number = ?", (number,))
+            self.write("DELETE FROM connections WHERE number = ?", (number,))
 
     def connections(self, device_id: str) -> list[dict[str, Any]]:
         """Return the connection log of a device, newest first."""
@@ -314,12 +287,13 @@ class Storage:
         """Remember something."""
         if self._facts.get(name) != value:
             self._facts[name] = value
-            self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+            self.write("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
     # --- the file -----------------------------------------------------------------------
 
-    def _write(self, statement: str, values: Sequence[Any]) -> None:
-        journal = self._journal
+    def write(self, statement: str, values: Sequence[Any] = ()) -> None:
+        """Have a change written; dropped and counted where the disk is too far behind."""
+        journal = self.journal
         if journal is None:
             return
         if journal.is_full:
@@ -330,9 +304,9 @@ class Storage:
         journal.write(statement, values)
 
     def _write_state(self, device_id: str, state: State) -> None:
-        if self._journal is None:
+        if self.journal is None:
             return
-        self._write(
+        self.write(
             "INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?, ?, ?)",
             (
                 device_id,
@@ -344,8 +318,8 @@ class Storage:
             ),
         )
 
-    def _read(self, database: sqlite3.Connection) -> None:
-        """Read everything; called in another thread, while the storage is not in use."""
+    def read(self, database: sqlite3.Connection) -> None:
+        """Fill the memory from the file."""
         self._facts.update(database.execute("SELECT name, value FROM facts"))
         states: Iterator[tuple[str, int, int, str, str | None, str | None]] = database.execute(
             "SELECT device, ms, received, data, meta, flow_version FROM states ORDER BY device, ms"
@@ -399,7 +373,8 @@ class Storage:
             found = self._devices[device_id] = _Device()
         return found
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget everything that is in memory."""
         self._devices.clear()
         self._facts.clear()
         self._bytes = self._number = 0

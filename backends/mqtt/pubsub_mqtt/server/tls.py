@@ -5,8 +5,9 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from pubsub_core.errors import TLSProblem
+from pubsub_core.errors import BadOption, TLSProblem
 
 __all__ = ["ServerTLS"]
 
@@ -24,6 +25,31 @@ class ServerTLS:
     keyfile: str | Path
     cafile: str | Path | None = None
     require_certificate: bool = False
+
+    @classmethod
+    def pair(
+        cls, certfile: str | None, keyfile: str | None, *, backend: str, needed: bool = False
+    ) -> Self | None:
+        """Return the two as one, or None where neither is given.
+
+        Args:
+            certfile: Option ``certfile`` of a server.
+            keyfile: Option ``keyfile`` of a server.
+            backend: Name for the error.
+            needed: Refuse that neither is given.
+
+        Raises:
+            BadOption: One is missing.
+        """
+        if certfile is not None and keyfile is not None:
+            return cls(certfile, keyfile)
+        if certfile is not None or keyfile is not None or needed:
+            raise BadOption(
+                "a server with TLS needs both certfile and keyfile",
+                option="certfile" if certfile is None else "keyfile",
+                backend=backend,
+            )
+        return None
 
     def context(self, *, backend: str) -> ssl.SSLContext:
         """Return a context for the server's side. Reads files, so call it off the event loop.

@@ -12,6 +12,7 @@ format is refused, and stays as it is.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import logging
@@ -26,7 +27,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from pubsub_core.errors import ConnectError
 
-__all__ = ["Done", "Journal"]
+__all__ = ["Done", "Journal", "Store"]
 
 logger = logging.getLogger("pubsub_mqtt.server.endpoint")
 
@@ -216,6 +217,61 @@ class Journal:
                     self._loop.call_soon_threadsafe(_tell, waiting, error)
                 error = None
         database.close()
+
+
+class Store(abc.ABC):
+    """The memory of a broker, and its file where there is a path.
+
+    A broker answers from memory; without a path everything is gone when it stops. Every method is
+    called in the broker's event loop. Subclasses have the content, and `clear` and `read` it.
+
+    Attributes:
+        path: The SQLite file, or None.
+        journal: Writes it, or None.
+    """
+
+    def __init__(self, path: str | Path | None, schema: str, *, version: int, backend: str) -> None:
+        self.path = None if path is None else Path(path)
+        self.journal: Journal | None = None
+        if path is not None:
+            self.journal = Journal(path, schema, version=version, backend=backend)
+
+    @abc.abstractmethod
+    def clear(self) -> None:
+        """Forget everything that is in memory."""
+
+    @abc.abstractmethod
+    def read(self, database: sqlite3.Connection) -> None:
+        """Fill the memory from the file; called in another thread, while the loop waits for it."""
+
+    async def open(self) -> None:
+        """Begin empty, or with the content of the file, which is created where it is missing.
+
+        Raises:
+            ConnectError: It is another program's file, of a newer format, or in use.
+        """
+        self.clear()
+        if self.journal is not None:
+            await self.journal.open(self.read)
+
+    async def close(self) -> None:
+        """Write queued changes, let go of the file, and forget; gives up after some seconds."""
+        if self.journal is not None:
+            await self.journal.close()
+        self.clear()
+
+    def settled(self, done: Done) -> bool:
+        """Return whether all changes so far are safe; else call *done* once they are.
+
+        *done* is called in the event loop, with the error or None. Without a file nothing ever
+        becomes safer, so the answer is True.
+        """
+        return self.journal is None or self.journal.settled(done)
+
+    def write(self, statement: str, values: Sequence[Any] = ()) -> None:
+        """Have a change written where there is a file, in the words of SQL."""
+        if self.journal is not None:
+            self.journal.write(statement, values)
 
 
 def _tables(database: sqlite3.Connection) -> set[tuple[str, str]]:

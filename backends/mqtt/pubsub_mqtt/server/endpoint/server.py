@@ -16,12 +16,14 @@ import contextlib
 import logging
 import socket
 import ssl
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 from pubsub_core.servers import ServerShell, url_of
 from pubsub_mqtt.server.tls import ServerTLS
 
 from .client import Client, Dialect, EndpointStats
+from .journal import Store
 from .profile import HttpRequest, HttpResponse
 from .web import HTTP_METHODS, WebPeer
 
@@ -45,6 +47,7 @@ class EndpointServer(ServerShell):
         port: 0 for a free one; `port` is known once it was started.
         tls: Certificate and key; every connection is encrypted then.
         max_clients: Connections at the same time; more are closed at once, and counted.
+        store: The broker's memory; open while the server runs.
 
     Attributes:
         tls: As it was given.
@@ -62,9 +65,11 @@ class EndpointServer(ServerShell):
         port: int = 0,
         tls: ServerTLS | None = None,
         max_clients: int = 10_000,
+        store: Store | None = None,
     ) -> None:
         super().__init__(host=host, port=port)
         self.dialect = dialect
+        self._store = store
         self.tls = tls
         self.stats = EndpointStats()
         self.max_clients = max_clients
@@ -84,15 +89,37 @@ class EndpointServer(ServerShell):
         """Whether it listens."""
         return self._server is not None
 
+    def describe(self) -> Mapping[str, object]:
+        """Return where its content is kept, if it has any."""
+        store = self._store
+        if store is None:
+            return {}
+        return {"store": "memory (volatile)" if store.path is None else str(store.path)}
+
+    async def opened(self) -> None:
+        """Called before it listens, with the store open."""
+
     async def start(self) -> None:
         """Listen.
 
         Raises:
-            ConnectError: The port is taken, or the address is not this machine's.
+            ConnectError: The port is taken, the address is not this machine's, or the file of the
+                store cannot be used.
             TLSProblem: Certificate or key cannot be used.
         """
         if self._server is not None:
             return
+        if self._store is not None:
+            await self._store.open()
+        try:
+            await self.opened()
+            await self._listen()
+        except BaseException:
+            if self._store is not None:
+                await self._store.close()
+            raise
+
+    async def _listen(self) -> None:
         loop = asyncio.get_running_loop()
         self.context = None
         if self.tls is not None:
@@ -109,7 +136,10 @@ class EndpointServer(ServerShell):
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        """Stop listening and end every connection; returns within a second in any state."""
+        """Stop listening, end every connection, and close the store.
+
+        Without a store it returns within a second in any state.
+        """
         server, self._server = self._server, None
         self.paused = False
         if server is None:
@@ -122,6 +152,8 @@ class EndpointServer(ServerShell):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP):
                 await asyncio.gather(*(link.gone for link in links))
+        if self._store is not None:
+            await self._store.close()
 
     def pause(self) -> None:
         """Fall silent: nothing is read, answered or closed, and new connections wait.
