@@ -25,7 +25,7 @@ from pubsub_mqtt.server.endpoint.packets import (
     WillMessage,
 )
 from tests.emitter.vectors import LICENSE
-from tests.endpoint.wire import Wire
+from tests.mqtt.server.endpoint.wire import Wire
 
 __all__ = ["Peer", "broker", "matches"]
 

@@ -32,15 +32,15 @@ from pubsub_mqtt.server.endpoint.packets import (
     encode,
 )
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY
-from tests.endpoint.attacks import (
+from tests.mqtt.server.endpoint.attacks import (
     UPGRADE,
     damaged,
     half_connects,
     mutated_packets,
     stop_reading,
 )
-from tests.endpoint.process import Process, allow_sockets, process
-from tests.endpoint.wire import Wire
+from tests.mqtt.server.endpoint.process import Process, allow_sockets, process
+from tests.mqtt.server.endpoint.wire import Wire
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 

@@ -45,7 +45,7 @@ from pubsub_mqtt.server.endpoint import EndpointServer
 from pubsub_mqtt.server.endpoint.packets import Connect, Publish, Subscribe, Unsubscribe
 from tests.emitter.places import Place, Running, real
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY, VECTORS
-from tests.endpoint.wire import SmallDialect
+from tests.mqtt.server.endpoint.wire import SmallDialect
 from tests.servers import Authority, LeakCheck
 
 DEMO = KEYS["demo/#/ rwslp"]

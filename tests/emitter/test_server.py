@@ -27,9 +27,9 @@ from pubsub_mqtt.server.endpoint.journal import Done
 from pubsub_mqtt.server.endpoint.packets import ConnAck, Connect, PubAck, Publish, encode
 from tests.emitter.support import Peer, broker
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY
-from tests.endpoint.attacks import acknowledged_until_killed
-from tests.endpoint.stores import check_refusals
-from tests.endpoint.wire import WebWire, Wire
+from tests.mqtt.server.endpoint.attacks import acknowledged_until_killed
+from tests.mqtt.server.endpoint.stores import check_refusals
+from tests.mqtt.server.endpoint.wire import WebWire, Wire
 from tests.servers import Authority, eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -21,8 +21,8 @@ from pubsub_mqtt.server.endpoint.packets import (
     Subscribe,
     WillMessage,
 )
-from tests.endpoint.wire import Wire
 from tests.losant.vectors import VECTORS
+from tests.mqtt.server.endpoint.wire import Wire
 
 A: Final = "a" * 24
 B: Final = "b" * 24

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pubsub_mqtt.server.endpoint.packets import Connect, Publish, SubAck, Subscribe
-from tests.endpoint.wire import Wire
+from tests.mqtt.server.endpoint.wire import Wire
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 

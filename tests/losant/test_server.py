@@ -36,7 +36,6 @@ from pubsub_mqtt.server.endpoint.packets import (
     WillMessage,
     encode,
 )
-from tests.endpoint.wire import WebWire, Wire
 from tests.losant.application import (
     DEVICES,
     EDGE,
@@ -56,6 +55,7 @@ from tests.losant.application import (
     state,
 )
 from tests.losant.vectors import VECTORS
+from tests.mqtt.server.endpoint.wire import WebWire, Wire
 from tests.servers import Authority, eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

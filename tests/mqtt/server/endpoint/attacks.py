@@ -23,8 +23,8 @@ from pubsub_mqtt.server.endpoint.packets import (
     Publish,
     encode,
 )
-from tests.endpoint.process import Process
-from tests.endpoint.wire import Wire
+from tests.mqtt.server.endpoint.process import Process
+from tests.mqtt.server.endpoint.wire import Wire
 
 __all__ = [
     "UPGRADE",

@@ -47,7 +47,7 @@ from pubsub_mqtt.server.endpoint.packets import (
     WillMessage,
     encode,
 )
-from tests.endpoint.wire import DEADLINE, SmallDialect, WebWire, Wire
+from tests.mqtt.server.endpoint.wire import DEADLINE, SmallDialect, WebWire, Wire
 from tests.servers import Authority, eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -48,7 +48,7 @@ from pubsub_mqtt.server.endpoint.packets import (
 )
 from tests.emitter.support import Peer, broker
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY, VECTORS
-from tests.endpoint.wire import Wire
+from tests.mqtt.server.endpoint.wire import Wire
 from tests.servers import eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

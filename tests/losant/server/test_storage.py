@@ -20,10 +20,10 @@ from pubsub_core.errors import ConnectError
 from pubsub_losant import LosantServer
 from pubsub_losant.server.storage import Storage
 from pubsub_mqtt.server.endpoint.packets import ConnAck, Connect, PubAck, Publish
-from tests.endpoint.attacks import acknowledged_until_killed
-from tests.endpoint.stores import check_refusals
-from tests.endpoint.wire import Wire
 from tests.losant.application import A, Peer, broker, command, state
+from tests.mqtt.server.endpoint.attacks import acknowledged_until_killed
+from tests.mqtt.server.endpoint.stores import check_refusals
+from tests.mqtt.server.endpoint.wire import Wire
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
