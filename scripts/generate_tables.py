@@ -1,8 +1,8 @@
-"""Writes the tables of the documents: what brokers can do, what exit codes mean.
+"""Writes the tables of the documents: capabilities, options, exit codes.
 
-They are made from what the backends of this distribution declare (`BackendInfo`), so they
-cannot say anything else than ``pubsub caps``, and from the command's own table. Text between the
-markers is replaced::
+They are made from the declarations of this distribution's backends (`BackendInfo`), from the
+classes of options, and from the command's own table, so they agree with ``pubsub caps`` and
+``pubsub config explain``. Text between the markers is replaced::
 
     <!-- table: capabilities -->
     <!-- end of table -->
@@ -22,11 +22,14 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 from pubsub_core import capabilities
 from pubsub_core.capabilities import Cap, Level, Support
 from pubsub_core.cli.exits import MEANINGS
+from pubsub_core.config.bus_options import BusOptions
+from pubsub_core.config.options import FieldHelp, field_help
 from pubsub_core.interfaces import BackendInfo
 
 __all__ = ["TABLES", "main", "refreshed"]
@@ -153,17 +156,43 @@ def exit_code_table() -> str:
     return _rows([["exit code", "meaning"], *([str(int(c)), m] for c, m in MEANINGS.items())])
 
 
+def bus_option_table() -> str:
+    """Return the options of every bus."""
+    rows = [["option", "default", "what it takes", "meaning"]]
+    rows += [
+        [f"`{each.name}`", _default(each), each.type, each.help] for each in field_help(BusOptions)
+    ]
+    return _rows(rows)
+
+
+def backend_option_table(name: str) -> str:
+    """Return the options of one backend."""
+    (options,) = (info.options for info in backends() if info.name == name)
+    rows = [["option", "default", "meaning"]]
+    rows += [[f"`{each.name}`", _default(each), each.help] for each in field_help(options)]
+    return _rows(rows)
+
+
+def _default(option: FieldHelp) -> str:
+    return f"`{option.default}`" if option.default else ""
+
+
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {
         "capabilities": capability_table,
         "guarantees": guarantee_table,
         "exit_codes": exit_code_table,
     },
+    ROOT / "docs" / "configuration.md": {"options": bus_option_table},
+    **{
+        ROOT / "backends" / name / "README.md": {"options": partial(backend_option_table, name)}
+        for name in ("losant", "mqtt")
+    },
 }
 
 
 def refreshed(path: Path, text: str) -> str:
-    """Return *text*, which is that of *path*, with every table in it made anew.
+    """Return *text*, which is that of *path*, with every table in it current.
 
     Raises:
         ValueError: A table is missing, or nobody knows how to make one.

@@ -23,17 +23,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.readme import BLOCK, DEADLINE, ROOT
+
 README = ROOT / "README.md"
 BIN = Path(sys.executable).parent
 PORT = "1883"
 """Port of the broker in the text; in the test it is a free one."""
-DEADLINE = 30.0
-
-_BLOCK = re.compile(
-    r"(?P<fragment><!-- fragment -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
 _NAME = re.compile(r"# (?P<name>[\w.]+\.(?:py|toml))\n")
 
 
@@ -59,7 +54,7 @@ class Chapter:
 
 def _chapters() -> Iterator[Chapter]:
     text = README.read_text(encoding="utf-8")
-    outside = _BLOCK.sub(lambda match: "\n" * match[0].count("\n"), text)
+    outside = BLOCK.sub(lambda match: "\n" * match[0].count("\n"), text)
     # Headings are looked for where no block is: a comment in Python looks like one.
     starts = [0]
     lines = outside.split("\n")
@@ -67,7 +62,7 @@ def _chapters() -> Iterator[Chapter]:
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         body = "\n".join(text.split("\n")[start:end])
         chapter = Chapter(lines[start].lstrip("# "))
-        for match in _BLOCK.finditer(body):
+        for match in BLOCK.finditer(body):
             name = _NAME.match(match["body"])
             if match["fragment"]:
                 chapter.fragments.append((match["language"], match["body"]))
@@ -283,14 +278,14 @@ _DOCUMENTS = sorted(
 
 
 def _anchors(path: Path) -> set[str]:
-    text = _BLOCK.sub("", path.read_text(encoding="utf-8"))
+    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("path", _DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path: Path) -> None:
-    for match in _LINK.finditer(_BLOCK.sub("", path.read_text(encoding="utf-8"))):
+    for match in _LINK.finditer(BLOCK.sub("", path.read_text(encoding="utf-8"))):
         target, anchor = match["target"], match["anchor"]
         if "://" in target or target.startswith("mailto:"):
             continue

@@ -51,7 +51,7 @@ class BusOptions:
         default=1, metadata=_help("default quality of service, 0, 1 or 2")
     )
     echo: bool = field(
-        default=True, metadata=_help("false: do not receive what this bus publishes itself")
+        default=True, metadata=_help("false: do not receive this bus's own messages")
     )
     codec: str = field(
         default="json",
@@ -64,13 +64,13 @@ class BusOptions:
         default="raise", metadata=_help("what publish does while there is no session")
     )
     offline_messages: _Count = field(
-        default=10_000, metadata=_help("most messages that offline='buffer' keeps")
+        default=10_000, metadata=_help("most messages queued while offline='buffer'")
     )
     offline_bytes: _Count = field(
-        default=16 * 1024 * 1024, metadata=_help("most payload bytes that it keeps")
+        default=16 * 1024 * 1024, metadata=_help("most payload bytes queued while offline='buffer'")
     )
     offline_age: _Positive | None = field(
-        default=None, metadata=_help("what waited longer than that is not sent any more")
+        default=None, metadata=_help("discard messages queued longer than this")
     )
     offline_overflow: OfflineOverflow = field(
         default="error", metadata=_help("what happens when the offline buffer is full")
@@ -82,12 +82,12 @@ class BusOptions:
     overflow: OverflowPolicy = field(
         default="drop_oldest", metadata=_help("what happens when a subscription falls behind")
     )
-    reconnect: bool = field(default=True, metadata=_help("whether a lost session is renewed"))
+    reconnect: bool = field(default=True, metadata=_help("make a new session when one is lost"))
     reconnect_first: _Seconds = field(
         default=0.5, metadata=_help("bound of the first, random delay before reconnecting")
     )
     reconnect_max: _Positive = field(
-        default=30.0, metadata=_help("bound that the delay doubles up to")
+        default=30.0, metadata=_help("bound of the delay, which doubles up to it")
     )
     require: tuple[Cap, ...] = field(
         default=(), metadata=_help("capabilities without which connecting fails")

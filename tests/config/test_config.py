@@ -19,7 +19,6 @@ from pubsub_core.capabilities import Cap
 from pubsub_core.codecs import CodecRule
 from pubsub_core.config import Config, Explained, Finding, Source, SourceKind
 from pubsub_core.config.bus_options import BusOptions
-from pubsub_core.config.options import field_help
 from pubsub_core.errors import BadOption, ConfigError, PluginError, UnknownBackend
 from pubsub_core.hookspecs import hookimpl
 from pubsub_core.interfaces import BackendInfo
@@ -1036,11 +1035,3 @@ def test_the_code_that_is_shown_runs() -> None:
     _, code = blocks(PAGE, "python")
     with use_registry(Registry.load_installed({})):
         exec(compile(code, "configuration.md", "exec"), {})
-
-
-def test_the_table_of_options_is_current() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", PAGE, re.MULTILINE)
-    assert rows == [
-        (row.name, f"`{row.default}`" if row.default else "", row.type, row.help)
-        for row in field_help(BusOptions)
-    ]

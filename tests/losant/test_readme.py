@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,28 +12,13 @@ import pytest
 
 from pubsub_core import Secret
 from pubsub_core.config import Config
-from pubsub_core.config.options import field_help
 from pubsub_losant import AccessKey, DeviceSpec, LosantServer
-from pubsub_losant.options import LosantOptions
+from tests.readme import Document, running, said
 from tests.servers import Authority
 
-README = Path(__file__).parents[2] / "backends" / "losant" / "README.md"
-EXAMPLES = (
-    re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    if README.exists()
-    else []
-)
+README = Document("backends/losant/README.md")
 
-TABLES = (
-    re.findall(r"^```toml\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    if README.exists()
-    else []
-)
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not README.exists(), reason="looks at the checkout"),
-]
+pytestmark = [pytest.mark.slow, README.needed]
 
 DEVICES = {
     "my-device-id": DeviceSpec(),
@@ -73,39 +55,14 @@ async def platform(authority: Authority) -> AsyncIterator[LosantServer]:
 async def example(
     number: int, authority: Authority, port: int = 0
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-W",
-        "error",
-        "-c",
-        PRELUDE.format(port=port) + EXAMPLES[number],
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={
-            **os.environ,
-            "SSL_CERT_FILE": authority.cafile,
-            "LOSANT_MQTT_ENDPOINT": "localhost",
-            "PYTHONUNBUFFERED": "1",
-        },
-    )
-    try:
+    program = PRELUDE.format(port=port) + README.blocks("python")[number]
+    environment = {"SSL_CERT_FILE": authority.cafile, "LOSANT_MQTT_ENDPOINT": "localhost"}
+    async with running(program, environment) as process:
         yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-
-
-async def said(process: asyncio.subprocess.Process) -> str:
-    async with asyncio.timeout(20):
-        out, err = await process.communicate()
-    assert err.decode() == ""
-    assert process.returncode == 0
-    return out.decode()
 
 
 def test_every_example_is_tested() -> None:
-    assert len(EXAMPLES) == 7
+    assert len(README.blocks("python")) == 7
 
 
 async def test_the_sensor_loop(authority: Authority) -> None:
@@ -157,19 +114,10 @@ async def test_one_program_for_any_broker(authority: Authority) -> None:
 
 
 def test_the_file_for_one_program(tmp_path: Path) -> None:
-    (text,) = (each for each in TABLES if "[bus.main]" in each)
     file = tmp_path / "pubsub.toml"
-    file.write_text(text)
+    file.write_text(README.block("toml", "[bus.main]"))
     environ = {"LOSANT_KEY": "the key", "LOSANT_SECRET": "the secret"}
     found = Config.load(file, environ=environ).bus("main")
     assert found.address.host == "575ecf887ae143cd83dc4aa2"
     assert found.options.access_key == Secret("the key")
     assert found.options.access_secret == Secret("the secret")
-
-
-def test_the_options_table_is_that_of_the_options() -> None:
-    rows = ["| option | default | meaning |", "|---|---|---|"]
-    for option in field_help(LosantOptions):
-        default = f"`{option.default}`" if option.default else ""
-        rows.append(f"| `{option.name}` | {default} | {option.help} |")
-    assert "\n".join(rows) in README.read_text()

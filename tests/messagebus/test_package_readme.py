@@ -8,7 +8,6 @@ and ``localhost:9091``; names and ports are led to ours, below the example.
 from __future__ import annotations
 
 import asyncio
-import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +20,11 @@ from pubsub_messagebus import CallbackClient, DataPacket
 from pubsub_messagebus.protocol import Credentials
 from pubsub_messagebus.server import MessageBusServer
 from pubsub_messagebus.server.authenticators import CallableServerAuthenticator, Refused, User
+from tests.readme import Document
 from tests.servers import Authority, eventually
 
-EXAMPLES = re.findall(
-    r"```python\n(.*?)```",
-    (Path(__file__).parent.parent / "data" / "messagebus_package_readme.md").read_text(
-        encoding="utf-8"
-    ),
-    re.DOTALL,
-)
-OVERVIEW, TLS, BASIC, TOKEN, DATA, NOTIFICATION, AUTHORIZATION = EXAMPLES
+THEIRS = Document("tests/data/messagebus_package_readme.md")
+OVERVIEW, TLS, BASIC, TOKEN, DATA, NOTIFICATION, AUTHORIZATION = THEIRS.blocks("python")
 
 
 @pytest.fixture
@@ -51,9 +45,7 @@ def compiled(example: str, **names: Any) -> dict[str, Any]:
     """Run the example's top level and return its names."""
     changed = example.replace("jetblack_messagebus", "pubsub_messagebus")
     changed = changed.replace("ssl.Purpose.CLIENT_AUTH", "ssl.Purpose.SERVER_AUTH")
-    namespace: dict[str, Any] = {"__name__": "example", **names}
-    exec(compile(changed, "the package's README", "exec"), namespace)
-    return namespace
+    return THEIRS.execute(changed, **names)
 
 
 async def end(running: asyncio.Task[Any]) -> None:

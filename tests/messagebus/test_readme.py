@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from pathlib import Path
-from typing import Any
 
 from pubsub_core.bus import connect
 from pubsub_messagebus.server import MessageBusServer
 from pubsub_messagebus.server.authenticators import PasswordFile
 from pubsub_messagebus.server.roles import Role
+from tests.readme import Document
 from tests.servers import Authority, eventually
 
-README = Path(__file__).parents[2] / "backends" / "messagebus" / "README.md"
+README = Document("backends/messagebus/README.md")
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+pytestmark = README.needed
 
 
 async def test_the_select_feed() -> None:
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    program = next(block for block in blocks("python") if "notifications" in block)
+    program = README.block("python", "notifications")
     assert len(program.splitlines()) <= 20
-    exec(compile(program, str(README), "exec"), namespace)
+    namespace = README.execute(program)
     async with MessageBusServer() as server:
         publishing = asyncio.create_task(namespace["main"](server.url))
         async with connect(server.url) as one, connect(server.url) as two:
@@ -51,15 +47,14 @@ async def test_the_select_feed() -> None:
 
 
 def test_the_imports() -> None:
-    program = next(block for block in blocks("python") if "CallbackClient" in block)
-    exec(compile(program, str(README), "exec"), {})
+    README.execute(README.block("python", "CallbackClient"))
 
 
 async def test_the_configuration(tmp_path: Path) -> None:
     authority = Authority(tmp_path, name="clients")
     own = authority.issue("server")
     path = tmp_path / "bus.toml"
-    path.write_text(blocks("toml")[0].replace("port = 9002", "port = 0"))
+    path.write_text(README.blocks("toml")[0].replace("port = 9002", "port = 0"))
     PasswordFile(tmp_path / "passwords.json").add("warden", "right")
     assert {Path(own.certfile).name, Path(own.keyfile).name, Path(authority.cafile).name} == {
         "server.crt",

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import re
-import sys
-from pathlib import Path
-
 import pytest
 
-from pubsub_core.config.options import field_help
-from pubsub_mqtt.options import MQTTOptions
 from pubsub_mqtt.server import MosquittoServer
+from tests.readme import Document, running, said
 
-README = (Path(__file__).parents[2] / "backends" / "mqtt" / "README.md").read_text()
-PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = Document("backends/mqtt/README.md")
 EXPECTED = [
     ["broker", "oven b'81.5'"],
     ["b'80.9'"],
@@ -22,32 +15,15 @@ EXPECTED = [
     [],
 ]
 
+pytestmark = README.needed
+
 
 def test_every_program_is_expected() -> None:
-    assert len(PROGRAMS) == len(EXPECTED)
+    assert len(README.blocks("python")) == len(EXPECTED)
 
 
 @pytest.mark.parametrize("number", range(len(EXPECTED)))
 async def test_programs_print_what_they_say(mosquitto: MosquittoServer, number: int) -> None:
-    program = PROGRAMS[number].replace("mqtt://localhost", mosquitto.url)
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-W",
-        "error",
-        "-c",
-        program,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    async with asyncio.timeout(30):
-        out, error = await child.communicate()
-    assert (error.decode(), child.returncode) == ("", 0)
-    assert out.decode().splitlines() == EXPECTED[number]
-
-
-def test_the_options_table_is_that_of_the_options() -> None:
-    rows = ["| option | default | meaning |", "|---|---|---|"]
-    for option in field_help(MQTTOptions):
-        default = f"`{option.default}`" if option.default else ""
-        rows.append(f"| `{option.name}` | {default} | {option.help} |")
-    assert "\n".join(rows) in README
+    program = README.blocks("python")[number].replace("mqtt://localhost", mosquitto.url)
+    async with running(program) as process:
+        assert (await said(process)).splitlines() == EXPECTED[number]
