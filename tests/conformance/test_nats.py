@@ -1,16 +1,20 @@
-"""The whole contract on a NATS server, core mode."""
+"""The whole contract on a NATS server: core mode, and a stream of JetStream."""
 
 from __future__ import annotations
 
+from pubsub_core.capabilities import Cap
 from pubsub_core.testing import Harness, suite
 
+# What the server's permissions can refuse is a subject, and a consumer's has the filter in it.
 USERS = """
 authorization {
   users: [
     { user: tester, password: right }
     { user: guest, password: right }
     { user: nobody, password: right,
-      permissions: { publish: { deny: ["denied.>"] }, subscribe: { deny: ["denied.>"] } } }
+      permissions: { publish: { deny: [
+        "denied.>", "suite.denied.>", "$JS.API.CONSUMER.CREATE.*.*.suite.denied.>" ] },
+        subscribe: { deny: ["denied.>"] } } }
   ]
 }
 """
@@ -25,7 +29,7 @@ EXEMPT = {
     "network_partition_and_heal": AT_MOST_ONCE,
     "every_native_error_classified": (
         "a NATS server speaks first, and the suite's faulty one waits for the client; "
-        "tests/nats/test_backend.py has the errors"
+        "tests/nats/test_connect.py has the errors"
     ),
 }
 
@@ -42,4 +46,26 @@ class TestNats(suite("nats")):  # type: ignore[misc]  # the base is made at run 
         keepalive=({"keepalive": 0.5}, 0.5),
         dollar=False,
         exempt=EXEMPT,
+    )
+
+
+class TestNatsStream(suite("nats")):  # type: ignore[misc]  # the base is made at run time
+    harness = Harness(
+        url="nats://tester:right@127.0.0.1:{port}?stream=SUITE&prefix=suite&create=true",
+        server="pubsub_nats.server:NatsServer",
+        server_options={"config": USERS},
+        restart=True,
+        options_for={Cap.PERSISTENT_SESSION: {"client_id": "{unique}"}},
+        second_identity=(
+            "nats://guest:right@127.0.0.1:{port}?stream=SUITE&prefix=suite&create=true"
+        ),
+        unprivileged_identity=(
+            "nats://nobody:right@127.0.0.1:{port}?stream=SUITE&prefix=suite&create=true"
+        ),
+        wrong_identity="nats://tester:wrong@127.0.0.1:{port}?stream=SUITE&prefix=suite",
+        keepalive=({"keepalive": 0.5}, 0.5),
+        dollar=False,
+        exempt={
+            "every_native_error_classified": EXEMPT["every_native_error_classified"],
+        },
     )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pubsub_core.errors import BadOption, InvalidTopic
+from pubsub_core.errors import BadOption, InvalidFilter, InvalidTopic
 from pubsub_core.secrets import Secret
 
-from .subjects import subject_of
+from .subjects import subject_of, subjects_of
 
 __all__ = ["DEFAULT_PORT", "HostPort", "NatsOptions", "host_port"]
 
 DEFAULT_PORT = 4222
+
+# With room for the names of the streams beside it, of which 255 are allowed.
+_STREAM = re.compile(r"[^\s.*>/\\]{1,200}")
 
 
 class HostPort(NamedTuple):
@@ -95,6 +99,47 @@ class NatsOptions:
         metadata=_help("ask the server for a sign of life after so long a silence; 0: never"),
     )
 
+    stream: str | None = field(
+        default=None,
+        metadata=_help("stream of JetStream that confirms what is published and that is read"),
+    )
+    subjects: tuple[str, ...] = field(
+        default=(),
+        metadata=_help("topic filters of the stream when it is made; all, where there is a prefix"),
+    )
+    create: bool = field(default=False, metadata=_help("make the stream where it is missing"))
+    storage: Literal["file", "memory"] = field(
+        default="file", metadata=_help("of a stream that is made")
+    )
+    replicas: int = field(default=1, metadata=_help("of a stream that is made; a cluster wants 3"))
+    max_age: float = field(
+        default=0.0, metadata=_help("seconds that a stream that is made keeps messages; 0: always")
+    )
+    max_bytes: int = field(default=0, metadata=_help("that a stream that is made keeps; 0: all"))
+    max_msgs: int = field(default=0, metadata=_help("that a stream that is made keeps; 0: all"))
+    discard: Literal["old", "new"] = field(
+        default="old", metadata=_help("which messages a full stream that is made gives up")
+    )
+    duplicate_window: float = field(
+        default=120.0,
+        metadata=_help("seconds for which a stream that is made recognises a repeated message"),
+    )
+    client_id: str | None = field(
+        default=None,
+        metadata=_help("name under which the stream keeps this program's subscriptions"),
+    )
+    session_expiry: float = field(
+        default=3600.0,
+        metadata=_help("seconds that such subscriptions, and groups, survive without a reader"),
+    )
+    ack_wait: float = field(
+        default=30.0,
+        metadata=_help("seconds after which a message without an acknowledgement comes again"),
+    )
+    max_deliver: int = field(
+        default=0, metadata=_help("how often such a message comes at most; 0: until it is settled")
+    )
+
     def __post_init__(self) -> None:
         if self.keepalive < 0:
             raise _bad("keepalive", self.keepalive, "seconds, 0 or more")
@@ -124,6 +169,35 @@ class NatsOptions:
         given = [name for name, value in kinds.items() if value is not None]
         if len(given) > 1:
             raise _bad(given[1], "…", f"either {' or '.join(given)}")
+
+        self._check_stream()
+
+    def _check_stream(self) -> None:
+        if self.stream is None:
+            given = [name for name in ("subjects", "create", "client_id") if getattr(self, name)]
+            if given:
+                raise _bad(given[0], getattr(self, given[0]), "it together with stream=")
+            return
+        if not _STREAM.fullmatch(self.stream):
+            raise _bad("stream", self.stream, "1 to 200 characters without white space and . * > /")
+        for each in self.subjects:
+            try:
+                subjects_of(each)
+            except InvalidFilter as error:
+                raise _bad("subjects", each, f"topic filters: {error.message}") from error
+        if self.create and not self.subjects and not self.prefix:
+            # The server allows no stream over everything.
+            raise _bad("create", True, "subjects= or prefix= beside it")
+        for name in ("duplicate_window", "session_expiry", "ack_wait"):
+            if not getattr(self, name) > 0:
+                raise _bad(name, getattr(self, name), "seconds above 0")
+        for name in ("max_age", "max_bytes", "max_msgs", "max_deliver"):
+            if getattr(self, name) < 0:
+                raise _bad(name, getattr(self, name), "0 or more")
+        if not 1 <= self.replicas <= 5:
+            raise _bad("replicas", self.replicas, "1 to 5, odd in a cluster")
+        if self.client_id == "":
+            raise _bad("client_id", "", "a name, or leave it out")
 
     @property
     def asks_for_tls(self) -> bool:

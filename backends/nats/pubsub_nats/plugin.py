@@ -22,7 +22,6 @@ from .subjects import FORBIDDEN, MAX_SUBJECT
 
 __all__ = ["INFO", "pubsub_backends"]
 
-_NOTHING_STORED = "core NATS stores nothing"
 _HEADER = "a header, which other clients of NATS see as one"
 
 INFO = BackendInfo(
@@ -34,23 +33,23 @@ INFO = BackendInfo(
     capabilities={
         Cap.WILDCARDS: Support.native(),
         Cap.GROUPS: Support.native("queue groups"),
-        Cap.RETAINED: Support.none(_NOTHING_STORED),
-        Cap.HISTORY: Support.none(_NOTHING_STORED),
-        Cap.REPLAY: Support.none(_NOTHING_STORED),
-        Cap.TTL: Support.emulated("the receiver drops what came too late, by its own clock"),
+        Cap.RETAINED: Support.emulated("a second stream of last values, with stream="),
+        Cap.HISTORY: Support.native("with stream="),
+        Cap.REPLAY: Support.native("with stream="),
+        Cap.TTL: Support.native("with stream= and nats-server 2.11; else the receiver drops it"),
         Cap.HEADERS: Support.native(),
         Cap.CONTENT_TYPE: Support.emulated(_HEADER),
         Cap.PRESENCE: Support.none("the server tells nobody who is subscribed"),
         Cap.NOTIFICATIONS: Support.none("the server tells nobody who is subscribed"),
         Cap.UNICAST: Support.none("the server knows subjects, not members"),
-        Cap.ACK: Support.none("core NATS sends a message once"),
-        Cap.NACK: Support.none("core NATS sends a message once"),
-        Cap.REDELIVERY: Support.none("core NATS sends a message once"),
-        Cap.FLOW_CONTROL: Support.none("the server buffers 64 MiB for a slow client, then cuts it"),
+        Cap.ACK: Support.native("with stream="),
+        Cap.NACK: Support.native("with stream="),
+        Cap.REDELIVERY: Support.native("with stream="),
+        Cap.FLOW_CONTROL: Support.native("with stream="),
         Cap.ECHO_CONTROL: Support.emulated("a header says who published"),
         Cap.REFUSAL_VISIBLE: Support.native(),
         Cap.AUTH: Support.native(),
-        Cap.PERSISTENT_SESSION: Support.none(_NOTHING_STORED),
+        Cap.PERSISTENT_SESSION: Support.native("with stream= and client_id="),
         Cap.WILL: Support.none("nothing is published for a client"),
         Cap.SOURCE: Support.none("the server tells nobody who published"),
         Cap.SOURCE_LOST: Support.none("the server tells nobody who is gone"),
@@ -66,7 +65,8 @@ INFO = BackendInfo(
         duplicates=Duplicates.NEVER,
         durability=Durability.NOTHING,
         note="A receipt says that the server read the message, allowed it and passed it to those "
-        "who listened; it stores nothing.",
+        "who listened; it stores nothing. With stream= a receipt says that the message is stored, "
+        "delivery is at least once and what is stored survives.",
     ),
     limits=Limits(
         max_payload=1024 * 1024,

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import random
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Generator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from pubsub_core.capabilities import Cap, ConfirmedBy, Limits, Support
+from pubsub_core.capabilities import (
+    Cap,
+    ConfirmedBy,
+    Delivery,
+    Duplicates,
+    Durability,
+    Guarantees,
+    Limits,
+    Order,
+    Redelivery,
+    Support,
+)
 from pubsub_core.errors import (
     BadOption,
     ConnectError,
     LimitReached,
     NotConnected,
+    NotSupported,
+    OperationTimeout,
     Outcome,
     PublishFailed,
+    PubSubError,
 )
 from pubsub_core.events import Notice
 from pubsub_core.interfaces import (
     Backend,
     BackendContext,
     Endpoint,
+    HistoryQuery,
     SessionFacts,
     Sink,
     WireSub,
 )
-from pubsub_core.message import NO_HEADERS, Headers, InFrame, OutFrame, Receipt
+from pubsub_core.message import NO_HEADERS, Headers, InFrame, Origin, OutFrame, Receipt, Verdict
 from pubsub_nats.errors import (
     fatal,
     payload_too_large,
@@ -46,12 +62,15 @@ from pubsub_nats.headers import (
     parse_block,
     user_pairs,
 )
+from pubsub_nats.jetstream import TTL, ApiError, parse_ttl
 from pubsub_nats.options import DEFAULT_PORT, HostPort, NatsOptions, host_port
 from pubsub_nats.protocol import Msg, encode_pub
 from pubsub_nats.subjects import Subjects
 
 from .connection import Connection, Denied, LimitExceeded, Lost, Unsent
+from .consumers import Tag
 from .dial import Dialer
+from .stream import RESERVE, StreamMode
 
 __all__ = ["NatsBackend"]
 
@@ -62,6 +81,39 @@ _WEBSOCKET = frozenset({"nats+ws", "nats+wss"})
 _PORTS = {"nats+ws": 80, "nats+wss": 443}
 _BROKER = ConfirmedBy.BROKER
 _NO_HEADERS = "this server, or its configuration, carries no headers"
+_NEED_HEADERS = (Cap.HEADERS, Cap.CONTENT_TYPE, Cap.TTL, Cap.ECHO_CONTROL)
+_NOTHING_STORED = "core NATS stores nothing"
+_STREAM = "name a stream with stream="
+_ONCE = "core NATS sends a message once"
+
+_CORE = {
+    **dict.fromkeys(
+        (Cap.RETAINED, Cap.HISTORY, Cap.REPLAY, Cap.PERSISTENT_SESSION),
+        Support.none(_NOTHING_STORED, _STREAM),
+    ),
+    **dict.fromkeys((Cap.ACK, Cap.NACK, Cap.REDELIVERY), Support.none(_ONCE, _STREAM)),
+    Cap.TTL: Support.emulated("the receiver drops what came too late, by its own clock"),
+    Cap.FLOW_CONTROL: Support.none(
+        "the server buffers 64 MiB for a slow client, then cuts it off", _STREAM
+    ),
+}
+"""What a bus without a stream lacks."""
+
+_DURABLE = Guarantees(
+    confirmed_by=ConfirmedBy.BROKER,
+    delivery=Delivery.AT_LEAST_ONCE,
+    redelivery=Redelivery.ON_NACK_OR_TIMEOUT,
+    order=Order.PER_PUBLISHER_AND_TOPIC,
+    duplicates=Duplicates.AFTER_REDELIVERY,
+    durability=Durability.STORED_MESSAGES,
+    note="A receipt says that the stream has stored the message. With one replica a power failure "
+    "may take the last two minutes: use replicas=3, or sync_interval: always at the server.",
+)
+_IN_MEMORY = dataclasses.replace(
+    _DURABLE,
+    durability=Durability.NOTHING,
+    note="A receipt says that the stream has the message, in the memory of its servers.",
+)
 
 
 class _Sub(NamedTuple):
@@ -120,8 +172,14 @@ class NatsBackend(Backend):
         self._subs: dict[int, _Sub] = {}
         self._max_payload = 0
         self._noticed = False
+        self._opening = False
         self.session = secrets.token_urlsafe(12)
         self.unmapped = 0
+        self._stream: StreamMode | None = None
+        if options.stream is not None:
+            self._stream = StreamMode(
+                options, self._subjects, self.session, self._made, self._pairs
+            )
 
     # --- sessions ------------------------------------------------------------------------
 
@@ -140,10 +198,32 @@ class NatsBackend(Backend):
             connection.keep_alive(self._options.keepalive)
         info = connection.info
         self._learn_servers(info.get("connect_urls"))
+        resumed = False
+        if self._stream is not None:
+            resumed = await self._open_stream(self._stream, connection, sink)
         return SessionFacts(
+            resumed=resumed,
             client_id=f"{info.get('server_id', '')}-{info.get('client_id', 0)}",
             server=f"nats-server {printable(str(info.get('version', '')))}",
         )
+
+    async def _open_stream(self, stream: StreamMode, connection: Connection, sink: Sink) -> bool:
+        self._opening = True
+        try:
+            return await stream.open(connection, sink)
+        except BaseException as error:
+            self._forget()
+            await connection.close(0.0)
+            if isinstance(error, Lost):
+                raise self._loss(connection) from error
+            raise
+        finally:
+            self._opening = False
+
+    async def restored(self) -> None:
+        """Send again what an earlier session left without an answer."""
+        if self._stream is not None:
+            self._stream.online()
 
     async def _dial(self) -> Connection:
         left = len(self._servers)
@@ -185,7 +265,7 @@ class NatsBackend(Backend):
             return
         sink = self._sink
         self._forget()
-        if sink is not None:
+        if sink is not None and not self._opening:
             sink.lost(self._loss(connection))
 
     def _loss(self, connection: Connection) -> ConnectError:
@@ -201,31 +281,54 @@ class NatsBackend(Backend):
         self._sink = None
         self._subs.clear()
         self._noticed = False
+        if self._stream is not None:
+            self._stream.lost()
         return connection
 
     async def drop(self) -> None:
         """End the session as if it had been lost."""
-        await self.close(drain=0.0)
+        connection = self._forget()
+        if connection is not None:
+            await connection.close(0.0)
 
     async def close(self, *, drain: float) -> None:
         """End the session, after the server has acted upon what was sent."""
-        connection = self._connection
-        if connection is None:
-            return
-        # What comes now is for nobody, but publishes still hear of their PONG.
+        connection, stream = self._connection, self._stream
+        # What comes now is for nobody, but publishes still hear of their answer.
         self._sink = None
         try:
-            await connection.close(drain)
+            if connection is not None:
+                if stream is not None:
+                    await stream.drain(drain)
+                await connection.close(drain)
         finally:
             if self._connection is connection:
                 self._forget()
+            if stream is not None:
+                await stream.close()
 
     async def probe(self) -> Mapping[Cap, Support]:
-        """Lower what needs headers where the server carries none."""
-        if self._connection is None or self._connection.info.get("headers") is True:
-            return {}
-        missing = Support.none(_NO_HEADERS, "nats-server 2.2 or later, without no_header_support")
-        return dict.fromkeys((Cap.HEADERS, Cap.CONTENT_TYPE, Cap.TTL, Cap.ECHO_CONTROL), missing)
+        """Lower what this server, or the choice of a stream or none, does not give."""
+        found = {**_CORE} if self._stream is None else self._stream.probe()
+        if self._connection is not None and self._connection.info.get("headers") is not True:
+            missing = Support.none(
+                _NO_HEADERS, "nats-server 2.2 or later, without no_header_support"
+            )
+            found |= dict.fromkeys(_NEED_HEADERS, missing)
+        return found
+
+    @property
+    def guarantees(self) -> Guarantees:
+        """Those of the stream, or of core NATS."""
+        stream = self._stream
+        if stream is None:
+            return super().guarantees
+        return _DURABLE if self._options.storage == "file" else _IN_MEMORY
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether a stream has every message."""
+        return self._stream is not None
 
     @property
     def limits(self) -> Limits:
@@ -233,7 +336,8 @@ class NatsBackend(Backend):
         declared = self.context.info.limits
         if not self._max_payload:
             return declared
-        return dataclasses.replace(declared, max_payload=self._max_payload)
+        room = self._max_payload - (0 if self._stream is None else RESERVE)
+        return dataclasses.replace(declared, max_payload=max(room, 0))
 
     async def ping(self) -> float:
         """Return the seconds of a round trip."""
@@ -260,6 +364,9 @@ class NatsBackend(Backend):
     async def publish(self, out: OutFrame) -> Receipt:
         """Publish; return when the server has read it, allowed it and passed it on."""
         connection = self._online()
+        if self._stream is not None:
+            self._fits(out)
+            return await self._stream.publish(out)
         subject, frame = self._frame(out)
         if connection.full:
             await connection.room()
@@ -290,6 +397,16 @@ class NatsBackend(Backend):
             raise payload_too_large(len(header) + len(payload), self._max_payload, out.topic)
         return subject, encode_pub(subject, payload, header)
 
+    def _fits(self, out: OutFrame) -> None:
+        """Check the size where the block of headers is made later."""
+        header = sum(len(name) + len(value) + 4 for name, value in self._pairs(out))
+        # Characters, so four times that is the most that it can be in bytes.
+        size = len(out.payload) + RESERVE + 4 * header
+        if size > self._max_payload:
+            exact = len(out.payload) + RESERVE + len(encode_block(self._pairs(out)))
+            if exact > self._max_payload:
+                raise payload_too_large(exact, self._max_payload, out.topic)
+
     def _pairs(self, out: OutFrame) -> list[tuple[str, str]]:
         pairs = encode_user(out.headers.pairs)
         if out.content_type is not None:
@@ -301,13 +418,22 @@ class NatsBackend(Backend):
         return pairs
 
     def publish_denied(self, subject: bytes) -> None:
-        """Learn that a publish was refused; the PONG behind it tells the publisher."""
+        """Learn that a publish was refused; behind those of core mode a PONG tells it."""
+        if self._stream is not None:
+            self._stream.requests.denied(subject)
+            self._stream.publisher.denied(subject)
 
     # --- subscribing -----------------------------------------------------------------------
 
     async def subscribe(self, want: WireSub) -> int:
         """Subscribe; return when the server has."""
         connection = self._online()
+        if self._stream is not None:
+            try:
+                await self._stream.subscribe(want)
+            except Lost as error:
+                raise self._not_connected() from error
+            return 1
         subjects = self._subjects.filters(want.filter)
         sids = _sids(want)
         if sids[0] in self._subs:
@@ -355,6 +481,10 @@ class NatsBackend(Backend):
         connection = self._connection
         if connection is None:
             return
+        if self._stream is not None:
+            with contextlib.suppress(Lost):
+                await self._stream.unsubscribe(want)
+            return
         for sid in _sids(want):
             if self._subs.pop(sid, None) is not None:
                 connection.unsubscribe(sid)
@@ -363,57 +493,156 @@ class NatsBackend(Backend):
         except Lost:
             return  # with the connection the subscription is gone
 
+    # --- stream mode ---------------------------------------------------------------------------
+
+    async def repeat_retained(self, want: WireSub) -> None:
+        """Deliver what is retained once more."""
+        if self._stream is not None:
+            with self._lost_is_not_connected():
+                await self._stream.repeat_retained(want)
+
+    async def history(self, filter: str, query: HistoryQuery) -> AsyncIterator[InFrame]:
+        """Yield what the stream holds."""
+        self._online()
+        with self._lost_is_not_connected():
+            found = self._streaming().history(filter, query)
+            try:
+                async for frame in found:
+                    yield frame
+            finally:
+                await found.aclose()
+
+    async def last(self, topic: str) -> InFrame | None:
+        """Return the retained message of *topic*."""
+        self._online()
+        with self._lost_is_not_connected():
+            return await self._streaming().last(topic)
+
+    def settle(self, tag: object, verdict: Verdict) -> None:
+        """Tell the consumer what became of a message."""
+        if isinstance(tag, Tag):
+            self._streaming().settle(tag, verdict)
+
+    def pause(self) -> bool:
+        """Hold the server back; in core mode it would cut us off."""
+        if self._stream is None:
+            return False
+        self._stream.pause()
+        return True
+
+    def resume(self) -> None:
+        """Let messages flow again."""
+        if self._stream is not None:
+            self._stream.resume()
+
+    def _streaming(self) -> StreamMode:
+        if self._stream is None:
+            raise NotSupported(Cap.HISTORY, why=_NOTHING_STORED, hint=_STREAM, backend="nats")
+        return self._stream
+
+    @contextlib.contextmanager
+    def _lost_is_not_connected(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except Lost as error:
+            raise self._not_connected() from error
+        except (ApiError, Denied) as error:
+            raise PubSubError(
+                f"the stream does not answer: {str(error) or 'the permissions deny it'}",
+                hint="look at the stream and the user's permissions",
+                backend="nats",
+            ) from error
+        except TimeoutError as error:
+            raise OperationTimeout(
+                "the stream stopped answering in the middle",
+                hint="try again; its cluster may be choosing a leader",
+                backend="nats",
+            ) from error
+
     # --- what arrives ------------------------------------------------------------------------
 
     def message(self, message: Msg) -> None:
         """Hand one message over."""
+        if self._stream is not None:
+            self._stream.take(message)
+            return
         sub, sink = self._subs.get(message.sid), self._sink
         if sub is None or sink is None:
             return  # unsubscribed meanwhile
         topic = self._subjects.topic(message.subject)
-        if topic is None:
-            self._unmapped(message, sink)
-        elif not message.header:
+        if topic is not None and not message.header:
             sink.deliver(
                 InFrame(
                     topic=topic, payload=message.payload, time=self._time(), subscriptions=sub.ids
                 )
             )
-        else:
-            frame = self._with_headers(message, topic, sub)
-            if frame is not None:
-                sink.deliver(frame)
+            return
+        frame = self._made(message, message.subject, time=self._time(), want=sub.want)
+        if frame is not None:
+            sink.deliver(frame)
 
-    def _with_headers(self, message: Msg, topic: str, sub: _Sub) -> InFrame | None:
-        block = parse_block(message.header)
-        if not sub.want.echo and block.get(FROM) == self.session:
+    def _made(
+        self,
+        message: Msg,
+        subject: bytes,
+        *,
+        time: float,
+        want: WireSub | None,
+        id: str | None = None,
+        origin: Origin = Origin.LIVE,
+        redelivered: bool = False,
+        tag: object = None,
+    ) -> InFrame | None:
+        """Return the frame of a message that came, or was stored, at *time* (Unix seconds).
+
+        None where it is for nobody: too late, our own, or on a subject that is no topic.
+        """
+        topic = self._subjects.topic(subject)
+        if topic is None:
+            self._unmapped(subject)
             return None
-        now = self._time()
-        expires = _expiry(block.get(EXPIRES))
-        if expires is not None and expires <= now:
-            return None
-        pairs = user_pairs(block.pairs)
+        headers, content_type, left = NO_HEADERS, None, None
+        if message.header:
+            block = parse_block(message.header)
+            if want is not None and not want.echo and block.get(FROM) == self.session:
+                return None
+            expires = _number(block.get(EXPIRES))
+            if expires is None and (ttl := parse_ttl(block.get(TTL))) is not None:
+                expires = time + ttl
+            if expires is not None:
+                left = expires - self._time()
+                if left <= 0:
+                    return None
+            pairs = user_pairs(block.pairs)
+            headers = Headers(pairs) if pairs else NO_HEADERS
+            content_type = block.get(CONTENT_TYPE)
         return InFrame(
             topic=topic,
             payload=message.payload,
-            time=now,
-            headers=Headers(pairs) if pairs else NO_HEADERS,
-            content_type=block.get(CONTENT_TYPE),
-            expires_in=None if expires is None else expires - now,
-            subscriptions=sub.ids,
+            origin=origin,
+            qos=0 if self._stream is None else 1,
+            time=time,
+            headers=headers,
+            content_type=content_type,
+            expires_in=left,
+            id=id,
+            redelivered=redelivered,
+            subscriptions=None if want is None else (want.id,),
+            tag=tag,
         )
 
-    def _unmapped(self, message: Msg, sink: Sink) -> None:
+    def _unmapped(self, subject: bytes) -> None:
         self.unmapped += 1
-        first = message.subject.removeprefix(self._subjects.prefix.encode())
+        first = subject.removeprefix(self._subjects.prefix.encode())
         # Inboxes and the server's own traffic; whoever listens to "#" hears them all.
         if self._noticed or first.startswith((b"$", b"_INBOX.", b"_R_.", b"_GR_.")):
             return
         self._noticed = True
-        subject = printable(message.subject.decode("utf-8", "backslashreplace"))
-        text = f"messages on {subject!r}, which is no topic, were dropped; `unmapped` counts them"
+        shown = printable(subject.decode("utf-8", "backslashreplace"))
+        text = f"messages on {shown!r}, which is no topic, were dropped; `unmapped` counts them"
         logger.warning("bus %r: %s", self.context.bus, text)
-        sink.notice(Notice("unmapped", text))
+        if self._sink is not None:
+            self._sink.notice(Notice("unmapped", text))
 
     # --- helpers -----------------------------------------------------------------------------
 
@@ -439,7 +668,7 @@ def _sids(want: WireSub) -> tuple[int, int]:
     return want.id * 2, want.id * 2 + 1
 
 
-def _expiry(text: str | None) -> float | None:
+def _number(text: str | None) -> float | None:
     if text is None:
         return None
     try:
