@@ -45,6 +45,7 @@ LISTED: dict[str, type[Suite]] = {
     "NATS's MQTT": test_brokers.TestNats,
     "messagebus": test_messagebus.TestMessageBus,
     "NATS": test_nats.TestNats,
+    "NATS with a stream": test_nats.TestNatsStream,
     "Losant": test_losant.TestLosant,
     "Emitter": test_emitter.TestEmitter,
     "Emitter with MQTT's rule": test_emitter.TestEmitterMqtt,

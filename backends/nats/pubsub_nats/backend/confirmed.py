@@ -38,6 +38,8 @@ _LAST_DELAY = 1.0
 _SILENCE = 2.0
 _MARGIN = 5.0
 _REFUSED = b"NATS/1.0 503"
+# No leader; and, from 2.12 on, an attempt with the same identifier is under way.
+_NOT_NOW = frozenset({10008, 10158})
 
 
 class _Pending:
@@ -192,12 +194,7 @@ class ConfirmedPublisher:
         if pending is None:
             return token.startswith(b"p")
         if message.header.startswith(_REFUSED):
-            if self._probing == token:
-                self._next = self._now() + self._delay
-                self._arm(self._delay)
-                self._delay = min(2 * self._delay, _LAST_DELAY)
-            else:
-                self._suspect()
+            self._not_now(token)
             return True
         ack = parse_ack(message.payload)
         if ack is None:
@@ -206,8 +203,8 @@ class ConfirmedPublisher:
             self._drop(token)
             if not pending.future.done():
                 pending.future.set_result(Receipt(pending.topic, _BROKER, str(ack.seq)))
-        elif ack.error.err_code == 10008:
-            self._suspect()
+        elif ack.error.err_code in _NOT_NOW:
+            self._not_now(token)
             return True
         else:
             error = ApiError(ack.error.code, ack.error.err_code, ack.error.description)
@@ -218,6 +215,15 @@ class ConfirmedPublisher:
         elif self._queue:
             self._pump()
         return True
+
+    def _not_now(self, token: bytes) -> None:
+        """There is no leader, or it is still busy with an earlier attempt."""
+        if self._probing == token:
+            self._next = self._now() + self._delay
+            self._arm(self._delay)
+            self._delay = min(2 * self._delay, _LAST_DELAY)
+        else:
+            self._suspect()
 
     def denied(self, subject: bytes) -> None:
         """Fail what was published to *subject*: there will be no answer."""

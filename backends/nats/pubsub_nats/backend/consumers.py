@@ -113,8 +113,12 @@ class Consumer(abc.ABC):
         """Make it; return False where the server does not know several filters in one."""
 
     @abc.abstractmethod
-    async def resume(self) -> bool:
-        """Go on in a new session; return whether nothing was missed."""
+    async def resume(self, until: int = 0) -> bool:
+        """Go on where it stood; return whether that was possible.
+
+        Args:
+            until: Number of the last message that was published while there was no session.
+        """
 
     @abc.abstractmethod
     def take(self, message: Msg, position: Position | None) -> None:
@@ -185,7 +189,7 @@ class PushConsumer(Consumer):
         self._name = ""
         self._sid = 0
         self._next = 1
-        self._replaying = 0
+        self._until = 0
         self._withheld: list[bytes] = []
 
     async def start(self) -> bool:
@@ -233,13 +237,13 @@ class PushConsumer(Consumer):
             return False
         if "opt_start_seq" not in start:
             self.last = max(self.last, int(made.get("delivered", {}).get("stream_seq", 0)))
-        self._replaying = int(made.get("num_pending", 0)) if "opt_start_seq" in start else 0
         return True
 
-    async def resume(self) -> bool:
-        """Go on behind the last message that arrived."""
+    async def resume(self, until: int = 0) -> bool:
+        """Go on behind the last message that arrived; what was missed counts as replayed."""
         if self.ended:
             return True
+        self._until = until
         return await self._make(self._from(self.last + 1))
 
     def take(self, message: Msg, position: Position | None) -> None:
@@ -252,8 +256,7 @@ class PushConsumer(Consumer):
             self._again(f"a hole before message {position.stream}")
             return
         self._next += 1
-        replay = self._replaying > 0
-        self._replaying -= replay
+        replay = position.stream <= self._until
         self.last = position.stream
         self._host.deliver(message, position, self.want, replay=replay, tag=None)
 
@@ -366,7 +369,7 @@ class PullConsumer(Consumer):
         self._ask()
         return True
 
-    async def resume(self) -> bool:
+    async def resume(self, until: int = 0) -> bool:
         """Go on, with what an earlier session left unsettled before the rest."""
         if self.ended:
             return True

@@ -21,6 +21,7 @@ from pubsub_core.errors import (
     TLSProblem,
 )
 from pubsub_core.interfaces import Address
+from pubsub_core.threads import in_thread
 from pubsub_nats.credentials import connect_fields
 from pubsub_nats.errors import fatal, printable
 from pubsub_nats.options import HostPort, NatsOptions
@@ -69,7 +70,7 @@ class Dialer:
 
     async def _enter(self, server: HostPort, connection: Connection) -> None:
         first = self.options.tls_first or (self.websocket and self.tls)
-        context = await asyncio.to_thread(self._context) if self.tls else None
+        context = await in_thread(self._context, name="pubsub-nats-tls") if self.tls else None
         await self._dial(server, connection, context if first else None)
         if self.websocket:
             await self._upgraded(server, connection)
@@ -77,9 +78,13 @@ class Dialer:
         if not first and not self.websocket:
             await self._start_tls(server, connection, context)
         info = connection.info
-        fields = await asyncio.to_thread(
-            connect_fields, self.options, self.address, _text(info.get("nonce"))
-        )
+        nonce = _text(info.get("nonce"))
+        if self.options.credentials is None:
+            fields = connect_fields(self.options, self.address, nonce)
+        else:
+            fields = await in_thread(
+                lambda: connect_fields(self.options, self.address, nonce), name="pubsub-nats-file"
+            )
         connection.write(encode_connect({**self._about(info), **fields}))
         await self._done(server, connection, connection.ping())
 
@@ -136,7 +141,7 @@ class Dialer:
         if context is None:
             if info.get("tls_required") is not True:
                 return
-            context = await asyncio.to_thread(self._context)
+            context = await in_thread(self._context, name="pubsub-nats-tls")
         elif not (info.get("tls_required") or info.get("tls_available")):
             raise TLSProblem(
                 f"{server} offers no TLS, so it was told nothing",

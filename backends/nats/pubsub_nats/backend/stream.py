@@ -121,7 +121,7 @@ class StreamMode:
             info = await self._find(self.stream, self._configuration)
             self._learn(info)
             self.retained = await self._find_values()
-            resumed = await self._resume(int(info.get("state", {}).get("first_seq", 0)))
+            resumed = await self._resume(info["state"])
         except Denied:
             raise ConnectError(
                 f"the server's permissions deny what the stream {self.stream!r} needs",
@@ -269,16 +269,18 @@ class StreamMode:
         window = int(config.get("duplicate_window", 0)) / _SECOND
         self.publisher.window = window
 
-    async def _resume(self, first: int) -> bool:
+    async def _resume(self, state: Mapping[str, Any]) -> bool:
         """Let every subscription go on behind what it had; return whether all could."""
         consumers = [each for found in self._consumers.values() for each in found]
         if not consumers:
             return await self._earlier()
-        if any(not each.last or each.last + 1 < first for each in consumers):
+        first, last = int(state.get("first_seq", 0)), int(state.get("last_seq", 0))
+        # Purged, or another stream of that name: what was missed is not there.
+        if any(not first <= each.last + 1 <= last + 1 for each in consumers):
             self._consumers.clear()
             return False
         results = await asyncio.gather(
-            *(each.resume() for each in consumers), return_exceptions=True
+            *(each.resume(last) for each in consumers), return_exceptions=True
         )
         for result in results:
             if isinstance(result, (Lost, asyncio.CancelledError)):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+from pubsub_core.threads import in_thread
 
 __all__ = ["Child"]
 
@@ -64,7 +65,7 @@ class Child:
         if self.running:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._process.wait, _STOP)
+                await in_thread(lambda: self._process.wait(_STOP), name="pubsub-nats-stop")
         self.kill()
 
     def kill(self) -> None:

@@ -281,7 +281,7 @@ class NatsServer:
         """End every node, or that one, without warning (SIGKILL), as a crash would."""
         for index, node in enumerate(self._nodes):
             if number in (None, index) and node.child is not None:
-                await asyncio.to_thread(node.child.kill)
+                node.child.kill()
 
     async def restart(self) -> None:
         """Start again on the same ports, with what was stored; stop first."""
