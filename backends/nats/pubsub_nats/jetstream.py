@@ -133,8 +133,6 @@ class Position(NamedTuple):
     """Where a delivery stands.
 
     Attributes:
-        name: Of the consumer. A delivery bears the subject that it was published to, so this is
-            what tells whom it is for.
         delivered: How often it was delivered, this time included.
         stream: Its number in the stream.
         consumer: Its number among the deliveries of the consumer.
@@ -142,7 +140,6 @@ class Position(NamedTuple):
         pending: Messages behind it that the consumer has yet to deliver.
     """
 
-    name: bytes
     delivered: int
     stream: int
     consumer: int
@@ -154,7 +151,7 @@ def parse_position(reply: bytes) -> Position | None:
     """Return what the reply subject of a delivery says, or None where it is another subject.
 
     >>> parse_position(b"$JS.ACK.S.c.2.17.5.1700000000500000000.3")
-    Position(name=b'c', delivered=2, stream=17, consumer=5, time=1700000000.5, pending=3)
+    Position(delivered=2, stream=17, consumer=5, time=1700000000.5, pending=3)
     """
     parts = reply.split(b".")
     # With a domain and an account's hash there are two more in front, and perhaps one behind.
@@ -163,7 +160,6 @@ def parse_position(reply: bytes) -> Position | None:
         return None
     try:
         return Position(
-            parts[base - 1],
             int(parts[base]),
             int(parts[base + 1]),
             int(parts[base + 2]),

@@ -101,6 +101,7 @@ class Consumer(abc.ABC):
         self._host = host
         self.want = want
         self._subjects = tuple(subjects)
+        self._sid = 0
         self._heard = 0.0
         self._working: asyncio.Task[Any] | None = None
         self.last = 0
@@ -136,12 +137,17 @@ class Consumer(abc.ABC):
         """Make it again where its heartbeat is missing."""
         if not self.ended and self._waiting() and now - self._heard > 2.2 * HEARTBEAT:
             self._heard = now
-            self._again("no heartbeat")
+            self.again("no heartbeat")
 
     def _waiting(self) -> bool:
         return True
 
-    def _again(self, why: str) -> None:
+    def mute(self) -> None:
+        """Take nothing more for now: `last` is the last message, until `again`."""
+        self._host.requests.drop(self._sid)
+
+    def again(self, why: str) -> None:
+        """Make it again, beside, where it stood."""
         if self.ended or self._host.connection is None:
             return
         if self._working is None or self._working.done():
@@ -187,7 +193,6 @@ class PushConsumer(Consumer):
     def __init__(self, host: Host, want: WireSub, subjects: Sequence[str]) -> None:
         super().__init__(host, want, subjects)
         self._name = ""
-        self._sid = 0
         self._next = 1
         self._until = 0
         self._withheld: list[bytes] = []
@@ -253,7 +258,7 @@ class PushConsumer(Consumer):
             self._control(message)
             return
         if position.consumer != self._next:
-            self._again(f"a hole before message {position.stream}")
+            self.again(f"a hole before message {position.stream}")
             return
         self._next += 1
         replay = position.stream <= self._until
@@ -266,7 +271,7 @@ class PushConsumer(Consumer):
         block = parse_block(message.header)
         if block.status != 100:
             if block.status >= 400:
-                self._again(block.text or str(block.status))
+                self.again(block.text or str(block.status))
             return
         # A request to confirm what was read so far, or the word that one is still wanted.
         wanted = message.reply or (block.get("Nats-Consumer-Stalled") or "").encode()
@@ -276,7 +281,7 @@ class PushConsumer(Consumer):
                 self.resumed_flow()
         told = block.get("Nats-Last-Consumer")
         if not message.reply and told is not None and told.isdigit() and int(told) >= self._next:
-            self._again("a message is missing")
+            self.again("a message is missing")
 
     def resumed_flow(self) -> None:
         """Give the answers that were withheld."""
@@ -330,12 +335,11 @@ class PullConsumer(Consumer):
         return await self._start(PushConsumer._from(sequence))  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
     def _listen(self) -> None:
-        self._deaf()
-        self._reply = self._host.requests.listen(self.take, self.name)
+        requests = self._host.requests
+        requests.drop(self._sid)
+        self._reply, self._sid = requests.receive(self.take)
+        self._asked = 0
         self._heard = asyncio.get_running_loop().time()
-
-    def _deaf(self) -> None:
-        self._host.requests.ignore(self._reply, self.name)
 
     async def _start(self, start: Mapping[str, object]) -> bool:
         self._listen()
@@ -352,20 +356,19 @@ class PullConsumer(Consumer):
             made, complete = await self._create(self.name, config)
         except ApiError as error:
             if error.number not in _EXISTS:
-                self._deaf()
+                self._host.requests.drop(self._sid)
                 raise
             # Somebody made it first, in another way; it is the same one by its name.
             stream = self._host.stream
             made = await self._host.requests.api(f"CONSUMER.INFO.{stream}.{self.name}")
             complete = True
         except BaseException:
-            self._deaf()
+            self._host.requests.drop(self._sid)
             raise
         if not complete:
             self.stop(leave=False)
             return False
         self.last = max(self.last, int(made.get("delivered", {}).get("stream_seq", 0)))
-        self._asked = 0
         self._ask()
         return True
 
@@ -387,7 +390,6 @@ class PullConsumer(Consumer):
         if connection is not None:
             for reply in returned:
                 connection.write(encode_pub(reply, ack_payload(Verdict.NACK)))
-        self._asked = 0
         self._ask()
         return True
 
@@ -440,7 +442,7 @@ class PullConsumer(Consumer):
             return
         if block.status == 503 or (block.status == 409 and "deleted" in block.text.lower()):
             self._asked = 0
-            self._again(block.text or "the consumer is gone")
+            self.again(block.text or "the consumer is gone")
             return
         # The request has expired, or its server goes: what it still wanted is told.
         left = block.get("Nats-Pending-Messages")
@@ -475,7 +477,7 @@ class PullConsumer(Consumer):
     def stop(self, *, leave: bool) -> None:
         """End it; a group's stays for its other members."""
         self.ended = True
-        self._deaf()
+        self._host.requests.drop(self._sid)
         if self.shared:
             self.give_back()
         if not leave:

@@ -82,8 +82,7 @@ class _Reader:
     async def messages(self) -> AsyncGenerator[Stored, None]:
         """Yield every message until none is pending."""
         left = self.pending
-        name = self._name
-        reply = self._host.requests.listen(self._take, name)
+        reply, sid = self._host.requests.receive(self._take)
         try:
             while left > 0:
                 count = min(left, _PAGE)
@@ -97,7 +96,7 @@ class _Reader:
                     if not left:
                         return
         finally:
-            self._host.requests.ignore(reply, name)
+            self._host.requests.drop(sid)
 
     def _take(self, message: Msg, position: Position | None) -> None:
         self._arrived.put_nowait((message, position))

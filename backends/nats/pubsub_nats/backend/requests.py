@@ -40,8 +40,7 @@ class Requests:
     def __init__(self, session: str) -> None:
         self.prefix = f"_INBOX.{session}.".encode()
         self._skip = len(self.prefix)
-        self._takers: dict[bytes, Taker] = {}
-        self._consumers: dict[bytes, Taker] = {}
+        self._takers: dict[bytes, Callable[[Msg], None]] = {}
         self._waiting: dict[asyncio.Future[Msg], bytes] = {}
         self._tokens = itertools.count(1)
         self._deliveries: dict[int, Taker] = {}
@@ -74,39 +73,24 @@ class Requests:
 
     # --- answers -----------------------------------------------------------------------------
 
-    def listen(self, taker: Taker, consumer: str = "") -> bytes:
-        """Give what comes to a new reply subject to *taker*; return that subject.
-
-        With the name of a *consumer*, what that delivers as well.
-        """
+    def _listen(self, taker: Callable[[Msg], None]) -> bytes:
+        """Give what comes to a new reply subject to *taker*; return that subject."""
         token = b"r%d" % next(self._tokens)
         self._takers[token] = taker
-        if consumer:
-            self._consumers[consumer.encode()] = taker
         return self.prefix + token
 
-    def ignore(self, reply: bytes, consumer: str = "") -> None:
-        """Listen no longer."""
+    def _ignore(self, reply: bytes) -> None:
         self._takers.pop(reply[self._skip :], None)
-        self._consumers.pop(consumer.encode(), None)
 
     def take(self, message: Msg) -> None:
         """Give one message to whom it is for."""
-        if message.sid != INBOX:
-            taker = self._deliveries.get(message.sid)
-            if taker is not None:
-                taker(message, parse_position(message.reply))
-            return
-        if message.subject.startswith(self.prefix):
-            taker = self._takers.get(message.subject[self._skip :])
-            if taker is not None:
-                taker(message, None)
-            return
-        position = parse_position(message.reply)
-        if position is not None:
-            taker = self._consumers.get(position.name)
-            if taker is not None:
-                taker(message, position)
+        # A delivery bears the subject that it was published to, so its number tells.
+        if message.sid == INBOX:
+            answered = self._takers.get(message.subject[self._skip :])
+            if answered is not None:
+                answered(message)
+        elif (taker := self._deliveries.get(message.sid)) is not None:
+            taker(message, parse_position(message.reply))
 
     # --- deliveries ----------------------------------------------------------------------------
 
@@ -114,7 +98,8 @@ class Requests:
         """Give what comes to a new subject to *taker*; return subject and subscription.
 
         A consumer that sends on its own looks for a subscription to exactly its subject: one
-        with a wildcard is no interest to it.
+        with a wildcard is no interest to it. And one that was asked gives up when the subject is
+        dropped, so that what is given back then does not come here again.
         """
         connection = self._connection
         if connection is None:
@@ -147,18 +132,18 @@ class Requests:
             raise Lost("no session")
         future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
 
-        def answered(message: Msg, _: Position | None) -> None:
+        def answered(message: Msg) -> None:
             if not future.done():
                 future.set_result(message)
 
-        reply = self.listen(answered)
+        reply = self._listen(answered)
         self._waiting[future] = subject
         try:
             connection.write(encode_pub(subject, payload, header, reply))
             async with asyncio.timeout(timeout):
                 return await future
         finally:
-            self.ignore(reply)
+            self._ignore(reply)
             del self._waiting[future]
 
     async def api(self, name: str, body: Mapping[str, object] | None = None) -> Mapping[str, Any]:

@@ -415,8 +415,15 @@ class StreamMode:
                 topic=want.filter,
                 retryable=False,
             )
+        for each in old or ():
+            each.mute()
         last = None if old is None else min(each.last for each in old)
-        made = await self._named(lambda: self._make(want, wanted, last), want)
+        try:
+            made = await self._named(lambda: self._make(want, wanted, last), want)
+        except BaseException:
+            for each in old or ():
+                each.again("its successor was refused")
+            raise
         self._consumers[want.id] = made
         for each in old or ():
             each.stop(leave=False)
