@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 __all__ = [
+    "AT_MOST_ONCE",
     "Cap",
     "ConfirmedBy",
     "Delivery",
@@ -219,6 +220,20 @@ class Guarantees:
     duplicates: Duplicates
     durability: Durability
     note: str = ""
+
+
+AT_MOST_ONCE = Guarantees(
+    confirmed_by=ConfirmedBy.BROKER,
+    delivery=Delivery.AT_MOST_ONCE,
+    redelivery=Redelivery.NEVER,
+    order=Order.PER_PUBLISHER_AND_TOPIC,
+    duplicates=Duplicates.AFTER_RECONNECT,
+    durability=Durability.DEPENDS_ON_BROKER,
+)
+"""Promises of brokers that confirm each publish and deliver without acknowledgements.
+
+Duplicates come from a publish whose confirmation was lost with the session.
+"""
 
 
 @dataclass(frozen=True, slots=True)

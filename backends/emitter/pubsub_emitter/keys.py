@@ -36,6 +36,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final, Literal
 
+from pubsub_mqtt.packets import encode_length  # licenses and Snappy have MQTT's integers
+
 __all__ = [
     "EPOCH",
     "KEY_LENGTH",
@@ -491,13 +493,13 @@ class License:
         else:
             plain = b"".join(
                 (
-                    _uvarint(len(self.cipher_key)),
+                    encode_length(len(self.cipher_key)),
                     self.cipher_key,
-                    _uvarint(len(self.nonce)),
+                    encode_length(len(self.nonce)),
                     self.nonce,
-                    _uvarint(self.contract),
-                    _uvarint(self.signature),
-                    _uvarint(self.master),
+                    encode_length(self.contract),
+                    encode_length(self.signature),
+                    encode_length(self.master),
                 )
             )
             data = _snappy_literal(plain)
@@ -627,15 +629,6 @@ def _decode_base64(text: str) -> bytes:
 # --- bytes -----------------------------------------------------------------------------
 
 
-def _uvarint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
 def _read_uvarint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
@@ -660,7 +653,7 @@ def _snappy_literal(data: bytes) -> bytes:
     """Return *data* as a Snappy block of one literal: random bytes cannot be compressed."""
     size = len(data)
     tag = bytes(((size - 1) << 2,)) if size <= 60 else bytes((0xF0, size - 1))
-    return _uvarint(size) + tag + data
+    return encode_length(size) + tag + data
 
 
 def _unsnappy(data: bytes) -> bytes:

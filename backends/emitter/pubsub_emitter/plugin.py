@@ -6,20 +6,10 @@ The declaration is the most that a broker with storage allows a client with all 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
-from pubsub_core.capabilities import (
-    Cap,
-    ConfirmedBy,
-    Delivery,
-    Duplicates,
-    Durability,
-    Guarantees,
-    Limits,
-    Order,
-    Redelivery,
-    Support,
-)
+from pubsub_core.capabilities import AT_MOST_ONCE, Cap, Limits, Support
 from pubsub_core.hookspecs import hookimpl
 from pubsub_core.interfaces import BackendInfo
 
@@ -102,13 +92,8 @@ INFO = BackendInfo(
         Cap.AUTHORIZATION: Support.none("the broker decides by itself, from keys"),
         Cap.PING: Support.native("PINGREQ"),
     },
-    guarantees=Guarantees(
-        confirmed_by=ConfirmedBy.BROKER,
-        delivery=Delivery.AT_MOST_ONCE,
-        redelivery=Redelivery.NEVER,
-        order=Order.PER_PUBLISHER_AND_TOPIC,
-        duplicates=Duplicates.AFTER_RECONNECT,
-        durability=Durability.DEPENDS_ON_BROKER,
+    guarantees=replace(
+        AT_MOST_ONCE,
         note=(
             "The broker's confirmation means that it took the message. Deliveries are not "
             "acknowledged, and what is published while a subscriber is away reaches it only where "

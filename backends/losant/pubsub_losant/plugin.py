@@ -5,18 +5,9 @@ What the platform does not document is declared as missing, or said in a note.
 
 from __future__ import annotations
 
-from pubsub_core.capabilities import (
-    Cap,
-    ConfirmedBy,
-    Delivery,
-    Duplicates,
-    Durability,
-    Guarantees,
-    Limits,
-    Order,
-    Redelivery,
-    Support,
-)
+from dataclasses import replace
+
+from pubsub_core.capabilities import AT_MOST_ONCE, Cap, Limits, Support
 from pubsub_core.hookspecs import hookimpl
 from pubsub_core.interfaces import BackendInfo
 
@@ -90,13 +81,8 @@ INFO = BackendInfo(
         Cap.AUTHORIZATION: Support.none("the platform decides by itself, from access keys"),
         Cap.PING: Support.native("PINGREQ"),
     },
-    guarantees=Guarantees(
-        confirmed_by=ConfirmedBy.BROKER,
-        delivery=Delivery.AT_MOST_ONCE,
-        redelivery=Redelivery.NEVER,
-        order=Order.PER_PUBLISHER_AND_TOPIC,
-        duplicates=Duplicates.AFTER_RECONNECT,
-        durability=Durability.DEPENDS_ON_BROKER,
+    guarantees=replace(
+        AT_MOST_ONCE,
         note=(
             "The confirmation means that the platform took the message; a state with attributes "
             "that it does not know is confirmed like any other. Commands that are sent while a "

@@ -28,13 +28,11 @@ from typing import Any, Final
 
 import msgspec
 
-from pubsub_core.capabilities import Cap
 from pubsub_core.errors import (
     ConnectError,
     InvalidFilter,
     NotAuthorized,
     NotConnected,
-    NotSupported,
     Outcome,
     PayloadTooLarge,
     PublishNotAuthorized,
@@ -210,14 +208,7 @@ class EmitterBackend(EmitterSession):
 
     async def publish(self, out: OutFrame) -> Receipt:
         """Publish; at QoS 1 the broker confirms, or refuses, which is an error of this call."""
-        if out.qos == 2:
-            raise NotSupported(
-                Cap.ACK,
-                why="Emitter takes quality of service 2 for 1",
-                hint="publish with qos=1",
-                backend=self.name,
-                topic=out.topic,
-            )
+        self.check_qos(out, "Emitter takes quality of service 2 for 1")
         route = None if self._queued else self._route(out)
         if route is None:
             sent, key = await self._in_turn(out)

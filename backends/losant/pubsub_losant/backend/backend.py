@@ -368,14 +368,7 @@ class LosantBackend(ConnectionBackend):
 
     async def publish(self, out: OutFrame) -> Receipt:
         """Publish; at QoS 1 a lost session does not end the wait, closing does."""
-        if out.qos == 2:
-            raise NotSupported(
-                Cap.ACK,
-                why="the platform ends the connection over quality of service 2",
-                hint="publish with qos=1",
-                backend=self.name,
-                topic=out.topic,
-            )
+        self.check_qos(out, "the platform ends the connection over quality of service 2")
         wire, payload = self._prepare(out)
         sent = self.submit(out, wire, payload)
         self._note(out.topic)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from pubsub_core import interfaces
-from pubsub_core.capabilities import ConfirmedBy
-from pubsub_core.errors import ConnectError, PubSubError, SubscribeFailed
+from pubsub_core.capabilities import Cap, ConfirmedBy
+from pubsub_core.errors import ConnectError, NotSupported, PubSubError, SubscribeFailed
 from pubsub_core.events import Notice
 from pubsub_core.interfaces import Backend, BackendContext, Sink, WireSub
 from pubsub_core.keyed import KeyedLocks
@@ -154,6 +154,21 @@ class ConnectionBackend(Backend):
     def as_ours(self, error: Error, topic: str) -> Error:
         """Give an error of the connection the topic that the core knows, and return it."""
         return as_ours(error, self.name, topic)
+
+    def check_qos(self, out: OutFrame, why: str) -> None:
+        """Refuse quality of service 2, for brokers that do not have it; *why* is theirs.
+
+        Raises:
+            NotSupported: The core wants it.
+        """
+        if out.qos == 2:
+            raise NotSupported(
+                Cap.ACK,
+                why=why,
+                hint="publish with qos=1",
+                backend=self.name,
+                topic=out.topic,
+            )
 
     def check_distinct(
         self,
