@@ -1,4 +1,4 @@
-"""Who may see what: the handlers that answer the broker's questions about other clients.
+"""Authorization: handlers that answer the broker's questions about other clients.
 
 A right is only ever what a handler returned in time. One that raises, that is late, or that
 returns something else is answered with a refusal, counted and told; so a defect here hides
@@ -56,7 +56,7 @@ class _Answerer(Protocol):
 
 
 class Authorizer:
-    """Answers what others may see of the topics of one filter. Made by `Bus.authorize`.
+    """Decides what others may see of the topics of one filter. Made by `Bus.authorize`.
 
     ``async with`` it or ``await`` it: it is in place when that returns, and again in every
     later session.

@@ -1,4 +1,4 @@
-"""The bus: what a program publishes to and subscribes with, whatever the broker is.
+"""The bus: publishing and subscribing, with any broker.
 
 Configuration says which backend a bus uses; what runs inside an open bus is in
 `pubsub_core._runtime`.
@@ -225,7 +225,7 @@ class Bus:
         """End the bus: handlers finish, publishes end, the session is closed. Idempotent.
 
         Iterators end; handlers get *drain* seconds (the option ``drain`` by default) for
-        what is buffered, then they are cancelled. Never raises for a dead link, and may be
+        buffered messages, then they are cancelled. Never raises for a dead link, and may be
         called from a handler, which is then left to finish by itself.
         """
         if self._loop is None:  # never opened
@@ -268,7 +268,7 @@ class Bus:
 
     @property
     def info(self) -> BackendInfo:
-        """What the backend announces."""
+        """The announcement of the backend."""
         return self._resolve().info
 
     @property
@@ -283,13 +283,13 @@ class Bus:
 
     @property
     def capabilities(self) -> Mapping[Cap, Support]:
-        """What this broker can do: declared, and lowered by what the session found."""
+        """The capabilities of this broker: declared ones, lowered to those the session found."""
         engine = self._open_engine
         return effective(self.info.capabilities, {}) if engine is None else engine.capabilities
 
     @property
     def guarantees(self) -> Guarantees:
-        """What this broker promises."""
+        """The guarantees of this broker."""
         engine = self._open_engine
         return self.info.guarantees if engine is None else engine.backend.guarantees
 
@@ -347,7 +347,7 @@ class Bus:
         timeout: float | None = None,
         parts: Sequence[Part] | None = None,
     ) -> Receipt:
-        """Publish one message and return what is known about it.
+        """Publish one message and return a receipt, which says no more than is known.
 
         Args:
             topic: Where to; no wildcards.
@@ -369,7 +369,7 @@ class Bus:
             NotConnected: There is no session and the offline policy is ``raise``.
             InvalidTopic: The topic is not one, or this broker cannot carry it.
             EncodeFailed: The payload does not fit its codec.
-            NotSupported: The broker lacks what was asked for.
+            NotSupported: The broker lacks a capability that this needs.
         """
         # What `_check_usable` does, without its two calls: this runs once per message.
         if not self._accepting or _running_loop() is not self._loop:
@@ -495,14 +495,14 @@ class Bus:
         Args:
             filter: Topic filter: ``+`` one level, ``#`` this level's parent and all below,
                 ``{name}`` and ``{name:path}`` the same two, captured in ``message.params``.
-            type: What payloads are decoded to; bytes by default.
+            type: Type that payloads are decoded to; bytes by default.
             options: Those of `SubscribeOptions`: ``handler``, ``group``, ``qos``, ``buffer``,
                 ``buffer_bytes``, ``overflow``, ``ack``, ``replay``, ``gaps``, ``codec``,
                 ``on_decode_error`` and ``dead_letter``.
 
         Raises:
             InvalidFilter: The filter is not one.
-            NotSupported: The broker lacks what was asked for.
+            NotSupported: The broker lacks a capability that this needs.
             BadOption: There is no such option.
         """
         self._check_usable()
@@ -579,7 +579,7 @@ class Bus:
 
         Args:
             filter: Topic filter.
-            type: What payloads are decoded to.
+            type: Type that payloads are decoded to; bytes by default.
             last: At most that many, the newest ones.
             since: Unix seconds, inclusive.
             until: Unix seconds, inclusive.
@@ -657,7 +657,7 @@ class Bus:
         return list(members)
 
     def notifications(self, filter: str) -> Notifications:
-        """Return who subscribes to what matches *filter* (capability ``notifications``).
+        """Return the interest in topics that match *filter* (capability ``notifications``).
 
         ``async with`` it and iterate: existing interest comes first, then every change.
         """
@@ -685,7 +685,7 @@ class Bus:
     def authorize(
         self, filter: str, handler: AuthorizationHandler, *, timeout: float | None = None
     ) -> Authorizer:
-        """Answer what other clients may see (capability ``authorization``).
+        """Decide what other clients may see (capability ``authorization``).
 
         ``async with`` or ``await`` the result. Of several authorizers whose filters match,
         the first one answers. The broker must allow this client to authorize; one that does
@@ -758,7 +758,7 @@ class Bus:
     # --- status, events, middleware ------------------------------------------------------
 
     def events(self) -> EventStream:
-        """Return what happens to the bus from now on, beginning with its status."""
+        """Return the events of the bus from now on, beginning with its status."""
         return EventStream(self._hub.queue())
 
     async def wait_for(self, *statuses: Status, timeout: float | None = None) -> Status:
@@ -862,7 +862,7 @@ def _check_names(where: str, options: Mapping[str, Any]) -> None:
         try:
             info = plugins.by_scheme(scheme)
         except PubSubError:
-            return  # opening the bus says what is wrong with the URL
+            return  # opening the bus reports the faulty URL
         backend = info.name
         legal = [*field_types(info.options), *legal]
     else:
@@ -896,6 +896,6 @@ def _known_cap(name: Cap | str) -> Cap:
 
 
 def _shown(where: str) -> str:
-    """Return *where* without what may be secret in a URL."""
+    """Return *where* without the parts of a URL that may be secret."""
     scheme, separator, rest = where.partition("://")
     return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}" if separator else where

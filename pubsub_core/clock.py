@@ -10,7 +10,7 @@ __all__ = ["Clock", "SystemClock"]
 
 
 class Clock(Protocol):
-    """What the core and the backends ask of time. All values are seconds."""
+    """Time as the core and the backends use it. All values are seconds."""
 
     def time(self) -> float:
         """Return seconds since the Unix epoch; may jump."""

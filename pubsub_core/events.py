@@ -112,7 +112,7 @@ class AccessRefused(Notice, frozen=True):
     Its kind is ``key_expired`` where that is known, else ``key_refused``.
 
     Attributes:
-        operation: What it was used for, e.g. ``publish`` or ``subscribe``.
+        operation: Its use, e.g. ``publish`` or ``subscribe``.
     """
 
     operation: str = ""
@@ -125,7 +125,7 @@ BusEvent: TypeAlias = StatusChanged | Gap | SubscriptionRefused | Notice
 
 
 class InterestKind(StrEnum):
-    """What an `InterestEvent` says."""
+    """The kinds of an `InterestEvent`."""
 
     JOINED = "joined"
     LEFT = "left"
@@ -156,10 +156,10 @@ class InterestEvent(msgspec.Struct, frozen=True):
 
     @property
     def joined(self) -> bool:
-        """Whether somebody came."""
+        """Whether a member came."""
         return self.kind is InterestKind.JOINED
 
     @property
     def left(self) -> bool:
-        """Whether somebody went."""
+        """Whether a member left."""
         return self.kind is InterestKind.LEFT

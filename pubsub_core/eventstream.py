@@ -21,7 +21,7 @@ class _Events(Protocol):
 
 
 class EventStream:
-    """What happens to a bus, as an async iterator; made by `Bus.events`.
+    """The events of a bus, as an async iterator; made by `Bus.events`.
 
     Begins with the current status. Keeps the last 1024 events for a reader that is slow;
     `dropped` counts the others.

@@ -1,4 +1,4 @@
-"""Two views on interest: who is subscribed to a topic, and who wants what I publish.
+"""Two views on interest: the subscribers of one topic, and subscriptions by filter.
 
 Both begin with what exists and go on with changes, without a race between the two.
 """
@@ -41,7 +41,7 @@ class _NotificationsView(_View, Protocol):
 
 
 class InterestView:
-    """What `Presence` and `Notifications` share: entering, leaving, iterating."""
+    """The base of `Presence` and `Notifications`: entering, leaving, iterating."""
 
     def __init__(self, view: _View) -> None:
         self._view = view

@@ -1,4 +1,4 @@
-"""What a backend implements: one `Backend`, and one small interface per optional power.
+"""The interfaces of a backend: one `Backend`, and a small one for each optional power.
 
 A backend is wire work only: one session with one broker, and the translation of topics.
 The core owns retry, resubscription, routing, buffers, codecs, limits and events. Authors of
@@ -195,7 +195,7 @@ class WatchKind(StrEnum):
 
 
 class Watch(msgspec.Struct, frozen=True):
-    """One view on interest that somebody holds open.
+    """One view on interest that a program holds open.
 
     Attributes:
         id: Unique within the bus, never used again.
@@ -419,7 +419,7 @@ class Backend(abc.ABC):
         return False
 
     def resume(self) -> None:
-        """Let messages flow again."""
+        """Resume the flow of messages."""
         return
 
     @property

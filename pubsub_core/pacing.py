@@ -87,7 +87,7 @@ class Windows:
 
 
 class RateGuard:
-    """Says how long a publish must wait, for a limit per bus and one per topic."""
+    """Keeps a limit for all publishes and one for each topic."""
 
     def __init__(self, limits: Limits, clock: Clock) -> None:
         self._clock = clock
@@ -100,14 +100,14 @@ class RateGuard:
         return self._windows.delay(topic, self._clock.monotonic())
 
     def reserve(self, topic: str) -> float:
-        """Take a place for one publish; return the seconds to wait before it."""
+        """Reserve a place for one publish; return the seconds to wait before it."""
         now = self._clock.monotonic()
         delay = self._windows.delay(topic, now)
         self._windows.note(topic, now + delay)
         return delay
 
     def note(self, topic: str) -> None:
-        """Count one publish that nobody asked about."""
+        """Count one publish that went out without a reservation."""
         self._windows.note(topic, self._clock.monotonic())
 
 

@@ -76,7 +76,7 @@ class SubscribeOptions(HandlerOptions, total=False):
 
 
 def check_names(options: Mapping[str, Any], known: type[HandlerOptions], call: str) -> None:
-    """Refuse what a type checker would: a name that is no option of *call*.
+    """Refuse a name that is no option of *call*, as a type checker would.
 
     Raises:
         BadOption: There is one.

@@ -8,9 +8,8 @@
         bus.publish("lab/oven/temp", 81.5)
         print(readings.get(timeout=1).payload)
 
-What async code awaits or enters is ready when the call returns: `connect` gives an open bus,
-`SyncBus.subscribe` a subscription that the broker has confirmed. Everything runs on one
-event loop in a daemon thread that all buses share; it starts with the first and ends with
+Anything that async code awaits or enters is ready when the call returns: `connect` gives an
+open bus, `SyncBus.subscribe` a confirmed subscription. Everything runs on one event loop in a daemon thread that all buses share; it starts with the first and ends with
 the last one. A call blocks its own thread only, ends at once on Ctrl-C, and may come from
 any thread, plain handlers included.
 
@@ -232,7 +231,7 @@ class SyncBus(_Synchronous):
 
     @property
     def info(self) -> BackendInfo:
-        """What the backend announces."""
+        """The announcement of the backend."""
         return self._bus.info
 
     @property
@@ -247,12 +246,12 @@ class SyncBus(_Synchronous):
 
     @property
     def capabilities(self) -> Mapping[Cap, Support]:
-        """What this broker can do: declared, and lowered by what the session found."""
+        """The capabilities of this broker: declared ones, lowered to those the session found."""
         return self._bus.capabilities
 
     @property
     def guarantees(self) -> Guarantees:
-        """What this broker promises."""
+        """The guarantees of this broker."""
         return self._bus.guarantees
 
     @property
@@ -307,7 +306,7 @@ class SyncBus(_Synchronous):
         timeout: float | None = None,
         parts: Sequence[Part] | None = None,
     ) -> Receipt:
-        """Publish one message and return what is known about it; see `Bus.publish`."""
+        """Publish one message and return a receipt; see `Bus.publish`."""
         return self._call(
             lambda: self._bus.publish(
                 topic,
@@ -472,7 +471,7 @@ class SyncBus(_Synchronous):
         return self._call(lambda: self._bus.members(topic), "members")
 
     def notifications(self, filter: str) -> SyncNotifications:
-        """Return who subscribes to what matches *filter*; see `Bus.notifications`."""
+        """Return the interest in topics that match *filter*; see `Bus.notifications`."""
 
         async def entered() -> Notifications:
             return await self._bus.notifications(filter)
@@ -484,7 +483,7 @@ class SyncBus(_Synchronous):
     def authorize(
         self, filter: str, handler: AuthorizationHandler, *, timeout: float | None = None
     ) -> SyncAuthorizer:
-        """Answer what other clients may see, from now on; see `Bus.authorize`."""
+        """Decide what other clients may see, from now on; see `Bus.authorize`."""
 
         async def entered() -> Authorizer:
             return await self._bus.authorize(filter, marked(handler, self._bus), timeout=timeout)
@@ -500,7 +499,7 @@ class SyncBus(_Synchronous):
     # --- status, events, middleware ------------------------------------------------------
 
     def events(self) -> SyncEventStream:
-        """Return what happens to the bus from now on, beginning with its status."""
+        """Return the events of the bus from now on, beginning with its status."""
 
         async def made() -> EventStream:
             return self._bus.events()
@@ -675,7 +674,7 @@ class SyncNotifications(_SyncView[Notifications]):
 
 
 class SyncAuthorizer(_Synchronous):
-    """Answers what others may see; see `Authorizer`. Made by `SyncBus.authorize`."""
+    """Decides what others may see; see `Authorizer`. Made by `SyncBus.authorize`."""
 
     def __init__(self, authorizer: Authorizer, caller: _Caller) -> None:
         super().__init__(caller)
@@ -714,7 +713,7 @@ class SyncAuthorizer(_Synchronous):
 
 
 class SyncEventStream(_Synchronous):
-    """What happens to a bus; see `EventStream`. Made by `SyncBus.events`."""
+    """The events of a bus; see `EventStream`. Made by `SyncBus.events`."""
 
     def __init__(self, stream: EventStream, caller: _Caller) -> None:
         super().__init__(caller)
@@ -791,7 +790,7 @@ class _Caller:
         return self._loop.is_closed() or self.forked
 
     def forget(self, bus: Bus) -> None:
-        """Learn that *bus* is closed."""
+        """Called when *bus* is closed."""
 
     def settle(self) -> None:
         """Return when nothing of a loop that is no longer needed is left."""
@@ -823,7 +822,7 @@ class _Caller:
         except CancelledError:
             raise _closed(name) from None
         finally:
-            # Ctrl-C, or anything else that ends the wait, ends what is waited for.
+            # Ctrl-C, or anything else that ends the wait, also ends the call.
             call.give_up(self._loop)
             del call  # it may hold an exception, and that this frame
 
@@ -857,7 +856,7 @@ class _Call(Generic[R]):
                     raise CancelledError from None
 
     def give_up(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Cancel what still runs."""
+        """Cancel the call if it still runs."""
         if self._future.cancel():
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._cancel)
@@ -865,7 +864,7 @@ class _Call(Generic[R]):
     # --- in the loop's thread ------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin, unless nobody waits any more."""
+        """Begin, unless the caller has given up."""
         if not self._future.cancelled():
             self._task = asyncio.get_running_loop().create_task(_run(self._function))
             self._task.add_done_callback(self._done)
@@ -878,7 +877,7 @@ class _Call(Generic[R]):
         if task.cancelled():
             self._future.cancel()
             return
-        error = task.exception()  # looked at, so that nobody is told of an unheard one
+        error = task.exception()  # looked at, or asyncio would report it as never retrieved
         if not self._future.set_running_or_notify_cancel():
             return
         if error is not None:
@@ -927,7 +926,7 @@ class _Portal(_Caller):
             return portal
 
     def forget(self, bus: Bus) -> None:
-        """Release what *bus* held, once."""
+        """Give up the share of *bus* in the loop, once."""
         with self._lock:
             if bus not in self.buses:
                 return
@@ -935,7 +934,7 @@ class _Portal(_Caller):
         self.release()
 
     def release(self) -> None:
-        """End the loop when nobody needs it any more."""
+        """End the loop after its last user."""
         with self._lock:
             self._users -= 1
             if self._users > 0:

@@ -46,7 +46,7 @@ async def in_thread(function: Callable[[], T], *, name: str = "pubsub") -> T:
         try:
             loop.call_soon_threadsafe(resolve, result, error)
         except RuntimeError:
-            return  # the loop is closed; nobody waits
+            return  # the loop is closed, and the caller gone with it
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
@@ -88,7 +88,7 @@ class HandlerThread:
         self._busy = False
 
     async def call(self, handler: Callable[[Any], Any], argument: Any) -> Any:
-        """Run ``handler(argument)`` after what was asked before; return its result.
+        """Run ``handler(argument)`` after the calls before it; return its result.
 
         Where it returns something to await, as a plain wrapper of an async function does,
         that is awaited here, on the loop.
@@ -139,7 +139,7 @@ class HandlerThread:
 def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
     if future.done():
         if inspect.iscoroutine(result):
-            result.close()  # nobody awaits it any more
+            result.close()  # its caller has given up
         return
     if error is None:
         future.set_result(result)

@@ -43,14 +43,14 @@ _ORPHANS_WAIT = 10.0
 
 
 class SubscriptionsOwner(Protocol):
-    """What the subscriptions ask of the engine."""
+    """The engine, as the subscriptions see it."""
 
     def can(self, cap: Cap) -> bool:
         """Whether the current session has *cap*."""
         ...
 
     def note(self, event: BusEvent) -> None:
-        """Tell the bus's event streams."""
+        """Report an event to the bus's event streams."""
         ...
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
@@ -76,6 +76,7 @@ class BrokerSubscriptions:
         self._clock = clock
         self._stats = stats
         self._owner = owner
+        # Subscribing to a filter and leaving it take turns; other filters do not wait.
         self._locks = KeyedLocks[tuple[str, str | None]]()
         self._pausing: set[Subscriber] = set()
         # Ended here without the broker knowing. It still has them if it resumes the session.
@@ -89,6 +90,7 @@ class BrokerSubscriptions:
         """Start *subscriber*; return when the broker has confirmed its subscription."""
         replay = subscriber.settings.replay
         if replay is not None:
+            # Live messages may arrive before the stored ones have been read.
             subscriber.buffer.hold()
         route = self.router.attach(subscriber, echo=self._options.echo)
         try:
@@ -117,6 +119,7 @@ class BrokerSubscriptions:
 
     async def detach(self, subscriber: Subscriber) -> None:
         """End *subscriber*; return when the broker has confirmed, if it must know."""
+        # A subscriber that ends while it holds the broker back must not do so for good.
         self.unpause(subscriber)
         route = self.router.detach(subscriber)
         if route is not None:
@@ -136,7 +139,8 @@ class BrokerSubscriptions:
                         f"unsubscribing from {route.want.filter!r}",
                     )
                 except PubSubError as error:
-                    # Locally it is gone; what the broker still sends is not routed.
+                    # Here it is gone already: messages that the broker still sends for it find
+                    # no route. A session that is resumed later gets another attempt.
                     logger.info("%s", error)
                     self._left_behind[key] = route.want
 
@@ -229,6 +233,8 @@ class BrokerSubscriptions:
             self._owner.note(Notice("unwanted", text))
 
     async def _restore_route(self, route: Route, generation: int, resumed: bool) -> None:
+        # A resumed session has the subscription already, if the session just before this one
+        # had it confirmed, and nothing about it has changed since.
         if resumed and route.generation == generation - 1 and route.asked == route.want:
             route.generation = route.tried = generation
             return
@@ -250,6 +256,12 @@ class BrokerSubscriptions:
             route.generation, route.asked = generation, want
 
     async def _bridge(self, since: float, resumed: bool, history: bool) -> None:
+        """Mark the gap in every subscription; fill it from the history where there is one.
+
+        Frames of the new session are still held back, so the gap comes before them. All
+        histories are read before the first gap is marked: a session that is lost meanwhile
+        has then told nothing, and the next one bridges the whole outage.
+        """
         until = self._clock.time()
         missed: dict[Route, list[InFrame]] = {}
         if history and not resumed:
@@ -302,7 +314,7 @@ class BrokerSubscriptions:
         self._pausing.add(subscriber)
 
     def unpause(self, subscriber: Subscriber) -> None:
-        """Say that *subscriber* has room again."""
+        """Let the broker go on, once no other subscriber is full."""
         if subscriber in self._pausing:
             self._pausing.discard(subscriber)
             if not self._pausing:

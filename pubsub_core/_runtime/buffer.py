@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 _LATE = 10.0
-"""Seconds after which no live copy is expected of what a history gave."""
+"""Seconds during which a live copy of a message from the history may still arrive."""
 
 
 class Settlement:
@@ -140,7 +140,7 @@ def _check_word(name: str, value: str, words: Any) -> None:
 
 
 class Buffer:
-    """What waits for one subscription's consumer.
+    """The messages that wait for one subscription's consumer.
 
     Attributes:
         received: Messages put in, dropped ones included.
@@ -179,7 +179,8 @@ class Buffer:
         # Whether `put` must look at any of the above.
         self._special = self._newest is not None
         self._paused = False
-        # Whether what comes too late is settled, so that it does not fill the broker's window.
+        # Whether a message that comes too late is acknowledged. Unanswered ones would fill the
+        # broker's window and so stop the other subscriptions of the bus.
         self._settles = True
         self.received = 0
         self.dropped = 0
@@ -202,7 +203,11 @@ class Buffer:
     # --- putting -----------------------------------------------------------------------
 
     def put(self, frame: InFrame, settlement: Settlement | None) -> None:
-        """Take one frame; never waits. Applies the overflow policy."""
+        """Add one frame, by the overflow policy when it is full; never waits.
+
+        Runs once per frame and subscriber. All rare states share the one flag `_special`, so
+        that the common case asks once instead of five times.
+        """
         if self._special and not self._put_specially(frame, settlement):
             return
         self.received += 1
@@ -221,19 +226,19 @@ class Buffer:
             self._wake()
 
     def put_gap(self, gap: Gap) -> None:
-        """Mark a hole at this place of the stream, for those who asked for gaps."""
+        """Add a gap at this place of the stream, where gaps were asked for."""
         if self._settings.gaps and self.open:
             self._items.append(gap)
             self._gaps += 1
             self._wake()
 
     def hold(self) -> None:
-        """Keep what arrives aside until `replay`."""
+        """Keep arriving frames aside until `replay`."""
         self._held = []
         self._special = True
 
     def replay(self, frames: Iterable[InFrame]) -> None:
-        """Take stored *frames*, then what arrived meanwhile, each message once."""
+        """Add stored *frames*, then those that arrived meanwhile, each message once."""
         held, self._held = self._held or [], None
         seen: set[tuple[str, str]] = set()
         for frame in frames:
@@ -247,10 +252,10 @@ class Buffer:
                 settlement.decide(Verdict.ACK)
 
     def bridge(self, frames: Iterable[InFrame]) -> None:
-        """Take stored *frames* that fill a hole, each once.
+        """Add stored *frames* that fill a gap, each once.
 
-        One that was stored after the new session had subscribed also arrives by itself,
-        sooner or later; that copy is then settled and not put in.
+        One that was stored after the new session had subscribed also arrives live, sooner or
+        later; that copy is then acknowledged and not added.
         """
         known: set[tuple[str, str]] = set()
         for frame in frames:
@@ -263,7 +268,7 @@ class Buffer:
             self._special = True
 
     def end(self, verdict: Verdict | None) -> None:
-        """Take and give nothing more; what waits is settled with *verdict*.
+        """Take and give nothing more; settle the waiting messages with *verdict*.
 
         With None nothing is settled any more: the broker still has the messages that were not
         handled, and gives them to the next session, if it keeps one.
@@ -283,16 +288,16 @@ class Buffer:
                     settlement.decide(verdict)
 
     def finish(self) -> None:
-        """Take nothing more; what waits can still be taken.
+        """Take nothing more; the waiting messages can still be taken.
 
-        What still arrives is not acknowledged: nobody will handle it here.
+        Messages that still arrive are not acknowledged: nothing here will handle them.
         """
         self._ended = self._special = True
         self._settles = False
         self._wake_all()
 
     def fail(self, error: PubSubError) -> None:
-        """Take nothing more; let the consumer raise *error* after what waits."""
+        """Take nothing more; the consumer raises *error* after the waiting messages."""
         if self.open:
             self._failure = error
             self._special = True
@@ -344,7 +349,8 @@ class Buffer:
     def _make_room(self, frame: InFrame, settlement: Settlement | None, size: int) -> bool:
         policy = self._settings.overflow
         if policy == "block":
-            # The backend stops; what it had already read is kept rather than lost.
+            # The backend stops reading. Frames that it had read already are kept, above the
+            # bound, rather than lost.
             if not self._paused:
                 self._paused = True
                 self._pause()
@@ -422,7 +428,7 @@ class Buffer:
         return item
 
     def give_back(self, item: Item) -> None:
-        """Put *item*, which was taken last, back to the front."""
+        """Put *item*, which was taken last, back at the front."""
         frame, settlement = item
         if self._ended and self._settles:
             if settlement is not None:
@@ -455,7 +461,9 @@ class Buffer:
                 await waiter
             except BaseException:
                 if waiter.done() and not waiter.cancelled():
-                    self._wake()  # this wake-up was meant for somebody who still waits
+                    # Cancelled in the very step in which it was woken: the wake-up belongs to
+                    # the next one that waits, or an item would lie there with nobody woken.
+                    self._wake()
                 raise
         return self.pop()
 

@@ -20,7 +20,7 @@ class Deadlines:
     """Makes deadlines that are *seconds* away; for one event loop.
 
     Attributes:
-        seconds: What each wait is allowed.
+        seconds: Length of each wait.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -35,7 +35,7 @@ class Deadlines:
         return len(self._waits)
 
     def wait(self) -> _Wait:
-        """Return a context manager that bounds what the current task waits for in it."""
+        """Return a context manager that ends the current task's waiting in it."""
         return _Wait(self)
 
     def close(self) -> None:
@@ -48,7 +48,7 @@ class Deadlines:
     # --- what a wait calls -------------------------------------------------------------
 
     def begin(self, wait: _Wait) -> float:
-        """Take *wait* in; return when it must end."""
+        """Start *wait*; return the loop time at which it must end."""
         when = self._loop.time() + self.seconds
         self._waits[wait] = None
         # Left in place when the wait is over: the next one begins too soon to make a new one.
@@ -57,7 +57,7 @@ class Deadlines:
         return when
 
     def end(self, wait: _Wait) -> None:
-        """Let *wait* out."""
+        """Forget *wait*, which is over."""
         self._waits.pop(wait, None)
         if self._closed:
             self.close()
@@ -103,7 +103,7 @@ class _Wait:
         self._deadlines.end(self)
         task, self._task = self._task, None
         if self._expired and task is not None:
-            # A cancellation by somebody else counts for more than ours.
+            # A cancellation from elsewhere counts for more than ours.
             ours = task.uncancel() <= self._cancelling
             if ours and exc_type is asyncio.CancelledError:
                 raise TimeoutError from exc

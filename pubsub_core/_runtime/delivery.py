@@ -40,7 +40,7 @@ _ACK = Verdict.ACK
 
 
 class SubscriberHost(Protocol):
-    """What a subscriber asks of the engine."""
+    """The engine, as a subscriber sees it."""
 
     @property
     def bus(self) -> object:
@@ -54,7 +54,7 @@ class SubscriberHost(Protocol):
 
     @property
     def can_nack(self) -> bool:
-        """Whether the broker delivers again what is given back to it."""
+        """Whether the broker redelivers a message that is given back."""
         ...
 
     def pause(self, subscriber: Subscriber) -> None:
@@ -62,7 +62,7 @@ class SubscriberHost(Protocol):
         ...
 
     def unpause(self, subscriber: Subscriber) -> None:
-        """Say that *subscriber* has room again."""
+        """Let the broker go on, once no other subscriber is full."""
         ...
 
     def check_verdict(self, verdict: Verdict) -> None:
@@ -82,7 +82,7 @@ class SubscriberHost(Protocol):
         ...
 
     def dead_letter(self, topic: str, frame: InFrame, error: BaseException) -> None:
-        """Publish a message that nobody could handle to *topic*."""
+        """Publish a message that could not be handled to *topic*."""
         ...
 
     def handler_failed(self, error: HandlerFailed) -> None:
@@ -120,7 +120,7 @@ class Subscriber:
 
     Attributes:
         topic_filter: The filter, parsed.
-        settings: What the caller of `Bus.subscribe` asked for.
+        settings: Its options, checked and complete.
         buffer: Messages that wait for the consumer.
         put: Takes one frame; `Buffer.put` itself, since the router calls it per message.
     """
@@ -229,7 +229,7 @@ class Subscriber:
             await self.stop_handler(asyncio.current_task())
 
     async def drain(self, timeout: float | None) -> bool:
-        """Take no more; wait until the handler is done. Return False when it was not."""
+        """Take no more and wait for the handler; return whether it was done in time."""
         self.buffer.finish()
         task = self._task
         if task is None or task is asyncio.current_task():
@@ -304,15 +304,15 @@ class Subscriber:
         return True
 
     def forget_retained(self) -> None:
-        """Take retained messages again: a new session repeats them."""
+        """Let retained messages pass again: a new session repeats them."""
         self._retained.clear()
 
     def end(self) -> None:
-        """Take nothing more and give up the buffered messages; waiting consumers return."""
+        """Give up the buffered messages and take no more; waiting consumers return."""
         self.buffer.end(self._give_back)
 
     def abandon(self) -> None:
-        """End because the bus is closed: what was not handled stays with the broker."""
+        """End because the bus is closed: unhandled messages stay with the broker."""
         self._abandoned = True
         self.buffer.end(Verdict.NACK if self._host.can_nack else None)
 
@@ -430,11 +430,14 @@ class Subscriber:
                 else:
                     await chain(self._context(message))
             except asyncio.CancelledError:
+                # A bus that closes leaves the message unanswered, so that the broker gives it
+                # to the next session; giving it back would offer it to this one first.
                 if not self._abandoned:
                     settler.finish(self._give_back)
                 if self._cancelled():
                     raise
-                # The handler's own cancellation ends this message, not the subscription.
+                # Raised by the handler itself, e.g. by a task that it awaits: this ends the
+                # message, not the subscription.
                 self._failed += 1
             except Exception as error:  # noqa: BLE001 - user code may raise anything
                 self._failed += 1

@@ -134,7 +134,7 @@ class Engine:
     # --- life --------------------------------------------------------------------------
 
     async def start(self, require: Iterable[Cap]) -> None:
-        """Make the first session, and check that it can do what is required."""
+        """Make the first session, and check that it has the required capabilities."""
         await self.session.start()
         if not self.options.echo:
             self.need(Cap.ECHO_CONTROL)  # once more: this very broker may lack it
@@ -308,11 +308,11 @@ class Engine:
         self.subscriptions.pause(subscriber)
 
     def unpause(self, subscriber: Subscriber) -> None:
-        """Say that *subscriber* has room again."""
+        """Let the broker go on, once no other subscriber is full."""
         self.subscriptions.unpause(subscriber)
 
     def dead_letter(self, topic: str, frame: InFrame, error: BaseException) -> None:
-        """Publish a message that nobody could handle to *topic*."""
+        """Publish a message that could not be handled to *topic*."""
         self._stats.dead_letters += 1
         options: dict[str, Any] = {}
         if self.capabilities[Cap.HEADERS]:
@@ -344,11 +344,11 @@ class Engine:
         return self.subscriptions.router.route
 
     def interest(self, event: InterestEvent) -> None:
-        """Bring a change of interest to the views it is for."""
+        """Pass a change of interest to its views."""
         self.views.route(event)
 
     def authorization(self, request: AuthorizationRequest) -> None:
-        """Bring a question to its answerer; note one that nobody here can answer."""
+        """Pass a question to its answerer; report one that has none."""
         if not self.questions.route(request):
             text = "a client waits for authorization, and no authorizer here is for that topic"
             self.note(Notice("authorization", text, topic=request.topic))
@@ -365,11 +365,11 @@ class Engine:
         self.publisher.sent_again(topic)
 
     def notice(self, notice: Notice) -> None:
-        """Pass a notice on to the event streams."""
+        """Report a notice to the event streams."""
         self.note(notice)
 
     def note(self, event: BusEvent) -> None:
-        """Tell an event to the event streams."""
+        """Report an event to the event streams."""
         if isinstance(event, StatusChanged):
             logger.debug("bus %r: %s", self.name, event.status.value)
         self._hub.put(event)

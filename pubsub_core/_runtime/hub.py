@@ -1,4 +1,4 @@
-"""Tells what happens to a bus to everybody who reads its events."""
+"""Reports the events of a bus to every stream that reads them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class EventQueue:
 
 
 class EventHub:
-    """Keeps the status of a bus and tells its queues what happens.
+    """Keeps the status of a bus and passes its events to the queues.
 
     Attributes:
         status: The last change of status.
@@ -77,7 +77,7 @@ class EventHub:
         self._queues: list[weakref.ref[EventQueue]] = []
 
     def put(self, event: BusEvent) -> None:
-        """Tell every queue; never waits."""
+        """Pass an event to every queue; never waits."""
         if isinstance(event, StatusChanged):
             self.status = event
         for reference in tuple(self._queues):
@@ -95,7 +95,7 @@ class EventHub:
         return queue
 
     def end(self) -> None:
-        """Let every stream end."""
+        """End every queue."""
         for reference in tuple(self._queues):
             queue = reference()
             if queue is not None:

@@ -22,7 +22,7 @@ class Waiting:
     """One message in the outbox.
 
     Attributes:
-        future: What became of it; cancelled by `Outbox.withdraw`.
+        future: Its receipt or error; cancelled by `Outbox.withdraw`.
         sent: Whether it was handed to the backend.
         since: When it was put here, in seconds of the clock.
     """
@@ -59,8 +59,8 @@ class _Blocked:
 class Outbox:
     """A bounded queue of publishes that wait for a session.
 
-    What waits is sent in the order of the calls once there is one, and nothing published
-    meanwhile overtakes it: while `busy`, the bus puts everything here.
+    Messages are sent in the order of the calls once there is one, and no later publish
+    overtakes them: while `busy`, the publisher puts everything here.
 
     Attributes:
         dropped: Messages that ``drop_oldest`` or ``drop_newest`` dropped, or that grew too old.
@@ -110,7 +110,7 @@ class Outbox:
         return self._flushing or len(self) > 0 or bool(self._blocked)
 
     async def put(self, frame: OutFrame, backend: str) -> Waiting:
-        """Keep *frame*; its future tells what became of it.
+        """Keep *frame*; its future gets the receipt or the error.
 
         Waits for room with ``overflow="block"``.
 
@@ -142,7 +142,7 @@ class Outbox:
         return waiting
 
     def withdraw(self, waiting: Waiting) -> None:
-        """Give up *waiting*: its place is free at once, unless it is under way already."""
+        """Give up *waiting*. Its place is free at once, unless it is being sent already."""
         if waiting.future.done():
             return
         waiting.future.cancel()
@@ -162,7 +162,7 @@ class Outbox:
         online: Callable[[], bool],
         rate: Callable[[], RateGuard | None],
     ) -> None:
-        """Send what waits, in order, as long as there is a session.
+        """Send the waiting messages, in order, as long as there is a session.
 
         Args:
             send: Hands one message to the backend.
@@ -227,14 +227,14 @@ class Outbox:
         return len(self) >= self._most or self._bytes + size > self._most_bytes
 
     def _oldest(self) -> Waiting:
-        """Return the oldest message that nobody withdrew; there must be one."""
+        """Return the oldest message that was not withdrawn; there must be one."""
         while (waiting := self._queue[0]).future.cancelled():
             self._queue.popleft()
             self._withdrawn -= 1
         return waiting
 
     def _take(self) -> Waiting:
-        """Take the oldest message that nobody withdrew; there must be one."""
+        """Take the oldest message that was not withdrawn; there must be one."""
         waiting = self._oldest()
         self._queue.popleft()
         self._bytes -= len(waiting.frame.payload)

@@ -106,7 +106,7 @@ class Publisher:
         self.set_limits(backend.limits)
 
     def set_limits(self, limits: Limits) -> None:
-        """Take over the limits of a new session."""
+        """Keep to the limits of a new session."""
         plain = Limits()
         self._special_topics = (
             limits.max_levels is not None
@@ -236,7 +236,7 @@ class Publisher:
     async def send(
         self, out: OutFrame, timeout: float | None, confirm: ConfirmedBy | str | None
     ) -> Receipt:
-        """Send one message, or do with it what the offline policy says."""
+        """Send one message; without a session, follow the offline policy."""
         if confirm is not None:
             try:
                 self._check_confirm(confirm, out.qos)
@@ -249,7 +249,7 @@ class Publisher:
     async def send_later(
         self, out: OutFrame, timeout: float | None, confirm: ConfirmedBy | str | None
     ) -> Receipt:
-        """Do what is left of `send` once `send_now` could not and *confirm* was checked."""
+        """The rest of `send`, after `send_now` returned None and *confirm* was checked."""
         try:
             receipt = await self._send_waiting(out, timeout, confirm)
         except PubSubError:
@@ -270,7 +270,7 @@ class Publisher:
             raise
 
     async def counted(self, sending: Awaitable[Receipt]) -> Receipt:
-        """Return what *sending* returns; it counts as a publish does."""
+        """Await *sending*, and count it as a publish."""
         try:
             receipt = await sending
         except PubSubError:
@@ -280,7 +280,7 @@ class Publisher:
         return receipt
 
     def online(self) -> None:
-        """Send what waited for a session."""
+        """Send the messages that waited for a session."""
         if len(self._outbox):
             self._start_flush()
 
@@ -301,7 +301,7 @@ class Publisher:
         return self._outbox.fail(lambda out: self._closed(out) if error is None else error)
 
     def close(self) -> None:
-        """Leave nothing behind, once there is nothing to send any more."""
+        """Drop the timer of the deadlines; call it last."""
         self._deadlines.close()
 
     @property
@@ -366,7 +366,8 @@ class Publisher:
         session, policy = self._session, self._options.offline
         if session.status in (Status.FAILED, Status.CLOSED):
             raise session.not_connected()
-        # Behind what is being flushed the message must queue up, whatever the policy is.
+        # While the outbox is being flushed the message must queue up behind it, whatever the
+        # policy is: sent directly, it would overtake.
         if not (session.online and self._outbox.busy):
             if policy == "drop":
                 return None

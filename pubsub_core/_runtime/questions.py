@@ -1,4 +1,4 @@
-"""The broker's questions about other clients, and the inner halves of those who answer.
+"""The broker's questions about other clients, and the inner halves of the authorizers.
 
 A right is only ever what a handler returned in time. One that raises, that is late, or that
 returns something else is answered with a refusal, counted and told; so a defect here hides
@@ -39,7 +39,7 @@ _Key: TypeAlias = tuple[str, str]
 
 
 def entitlements_of(given: Any) -> Entitlements | None:
-    """Return what a handler gave as entitlements, or None for no right at all.
+    """Return a handler's answer as entitlements, or None for no right at all.
 
     Raises:
         TypeError: It is neither.
@@ -55,7 +55,7 @@ def entitlements_of(given: Any) -> Entitlements | None:
 
 
 class AnswererHost(Protocol):
-    """What an answerer asks of the engine."""
+    """The engine, as an answerer sees it."""
 
     async def authorize(
         self, request: AuthorizationRequest, entitlements: Entitlements | None
@@ -64,11 +64,11 @@ class AnswererHost(Protocol):
         ...
 
     def note(self, event: Notice) -> None:
-        """Tell an event."""
+        """Report an event to the bus's event streams."""
         ...
 
     def handler_failed(self, error: HandlerFailed) -> None:
-        """Tell a failure."""
+        """Count a failure, and tell the listeners."""
         ...
 
 
@@ -164,7 +164,7 @@ class Answerer:
             worker.add_done_callback(self._worker_done)
 
     async def end(self, caller: asyncio.Task[Any] | None) -> None:
-        """End what is under way, unless it is *caller* itself; what waits is not answered."""
+        """End running handlers, except *caller*; waiting questions get no answer."""
         self._ended = True
         self.stats.dropped += len(self._waiting)
         self._waiting.clear()
@@ -286,14 +286,14 @@ class Answerer:
 
 
 class Questions:
-    """Brings each question of the broker to the first answerer that it is for."""
+    """Passes each question of the broker to the first answerer whose filter matches."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._all: list[Answerer] = []
 
     async def open(self, answerer: Answerer) -> None:
-        """Put *answerer* in place."""
+        """Start *answerer*, and let the backend ask about its filter."""
         self._all.append(answerer)
         try:
             await self._watch(answerer)
@@ -302,7 +302,7 @@ class Questions:
             raise
 
     async def close(self, answerer: Answerer, *, online: bool) -> None:
-        """Take *answerer* out, at the backend too while there is a session."""
+        """Remove *answerer*, at the backend too while there is a session."""
         if answerer not in self._all:
             return
         self._all.remove(answerer)
@@ -312,7 +312,7 @@ class Questions:
                 await cast("HasAuthorization", self._backend).unwatch_authorizations(wanted)
 
     async def restore(self) -> None:
-        """Put all in place again in a new session."""
+        """Let the backend ask again in a new session."""
         for answerer in tuple(self._all):
             try:
                 await self._watch(answerer)
@@ -322,7 +322,7 @@ class Questions:
                 logger.warning("authorizing %r is no longer possible: %s", answerer.filter, error)
 
     def route(self, request: AuthorizationRequest) -> bool:
-        """Give a question to the first answerer that it is for; return whether one is."""
+        """Pass a question on; return whether any answerer's filter matches."""
         for answerer in self._all:
             if answerer.topic_filter.matches(request.topic):
                 answerer.take(request)

@@ -31,10 +31,10 @@ class Route:
     """One subscription at the broker and the subscribers that lean on it.
 
     Attributes:
-        want: What the broker is asked for.
+        want: The subscription as the broker shall have it.
         generation: Session in which the broker confirmed `asked`; 0 for none.
         tried: Session in which the broker was asked, whether or not it answered.
-        asked: What the broker confirmed.
+        asked: The subscription as the broker confirmed it.
         last: The newest frame that came this way, to find the place in a history.
         served: Subscribers that were there when the broker was asked, and so get what it
             retained.
@@ -57,11 +57,11 @@ class Route:
         return self.want.filter, self.want.group
 
     def confirmed(self, generation: int) -> bool:
-        """Whether the broker has accepted exactly what is wanted, in that session."""
+        """Whether the broker has accepted exactly `want`, in that session."""
         return self.generation == generation and self.asked == self.want
 
     def targets(self) -> list[Subscriber]:
-        """Return who gets the next frame: all, or one member of a share group in turn."""
+        """Return the receivers of the next frame: all, or one member of a share group."""
         subscribers = self.subscribers
         if self.want.group is None or len(subscribers) < 2:
             return subscribers
@@ -83,7 +83,7 @@ class Router:
         self.unrouted = 0
 
     def bind(self, backend: object) -> None:
-        """Take over the backend's way to settle frames."""
+        """Settle frames through *backend*, where it can acknowledge."""
         self._settle = backend.settle if isinstance(backend, HasAcknowledgement) else None
 
     @property

@@ -39,7 +39,7 @@ _SHORT_ATTEMPT = 2.0
 
 
 class SessionOwner(Protocol):
-    """What the session reports to the engine."""
+    """The engine, as the session sees it."""
 
     @property
     def route(self) -> Callable[[InFrame], None]:
@@ -89,7 +89,8 @@ class Inbox:
         self._scheduled = False
         self._held = True
         self._deaf = False
-        # Whether an item of the loop's own thread may pass at once.
+        # Whether an item of the loop's own thread may pass at once: nothing is held or queued
+        # that it would overtake. One flag, since `frame` runs once per message.
         self._direct = False
 
     def frame(self, frame: InFrame) -> None:
@@ -169,7 +170,7 @@ class _SessionSink:
         try:
             self._loop.call_soon_threadsafe(self._end, error)
         except RuntimeError:
-            return  # the loop is closed, and nobody is left to tell
+            return  # the loop is closed; there is no bus to tell
 
     def _end(self, error: BaseException) -> None:
         if not self.ended.done():

@@ -1,4 +1,4 @@
-"""The inner halves of `Presence` and `Notifications`: what is known, and what is told.
+"""The inner halves of `Presence` and `Notifications`: a known state and its changes.
 
 A view begins with what exists and goes on with changes, without a race between the two: it
 reconciles by member, so a change that is told twice counts once. After a reconnect it is
@@ -28,7 +28,7 @@ _FINAL = frozenset({"closed", "lost"})
 
 
 class View(abc.ABC):
-    """What both views share: a bounded queue of changes and its reader.
+    """The base of both views: a bounded queue of changes and its reader.
 
     Attributes:
         watch: Names the view to the backend.
@@ -110,12 +110,12 @@ class View(abc.ABC):
         """Note that the session was lost: a new one must confirm what is known."""
 
     def end(self) -> None:
-        """Let iterators return."""
+        """End iteration."""
         self._ended = True
         self._wake()
 
     def fail(self, error: PubSubError) -> None:
-        """Let iterators raise."""
+        """End iteration with *error*, after the changes that wait."""
         self._failure = error
         self._wake()
 
@@ -171,7 +171,7 @@ class PresenceView(View):
             self._tell(event)
 
     def snapshot(self, members: Iterable[Member]) -> None:
-        """Take the complete state and tell how it differs from what was known."""
+        """Take the complete state; report how it differs from the known one."""
         new = {member.id: member for member in members}
         again = self._synced
         if again:
@@ -266,7 +266,7 @@ class NotificationsView(View):
 
 
 class Views:
-    """The open views of one bus, and what the backend is asked on their behalf."""
+    """The open views of one bus, and their watches at the backend."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -306,7 +306,7 @@ class Views:
                 view.fail(error)
 
     def route(self, event: InterestEvent) -> None:
-        """Bring a change to the views it is for."""
+        """Pass a change to its views."""
         if event.watches is not None:
             for identity in event.watches:
                 view = self._views.get(identity)
@@ -318,17 +318,17 @@ class Views:
                 view.apply(event)
 
     def stale(self) -> None:
-        """Learn that the session was lost."""
+        """Note in every view that the session was lost."""
         for view in self._views.values():
             view.stale()
 
     def fail(self, error: PubSubError) -> None:
-        """Let every view raise."""
+        """End every view with *error*."""
         for view in self._views.values():
             view.fail(error)
 
     def end(self) -> None:
-        """Let every view return."""
+        """End every view."""
         for view in tuple(self._views.values()):
             view.end()
 
