@@ -9,9 +9,10 @@
         print(readings.get(timeout=1).payload)
 
 Anything that async code awaits or enters is ready when the call returns: `connect` gives an
-open bus, `SyncBus.subscribe` a confirmed subscription. Everything runs on one event loop in a daemon thread that all buses share; it starts with the first and ends with
-the last one. A call blocks its own thread only, ends at once on Ctrl-C, and may come from
-any thread, plain handlers included.
+open bus, `SyncBus.subscribe` a confirmed subscription. Everything runs on one event loop in a
+daemon thread that all buses share; it starts with the first and ends with the last one. A call
+blocks its own thread only, ends at once on Ctrl-C, and may come from any thread, plain
+handlers included.
 
 Calls that can only hang raise `WrongLoop` instead: from inside a running event loop, and in
 a child process that was forked while the bus was open.
