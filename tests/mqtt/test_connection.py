@@ -32,7 +32,8 @@ from pubsub_core.testing.proxy import Direction, FaultProxy
 from pubsub_core.testing.stopwatch import Stopwatch
 from pubsub_mqtt.connection import Connection, Session, SessionSettings, Subscribe, Will
 from pubsub_mqtt.connection.address import BrokerAddress, TLSSettings, WebSocketTarget
-from pubsub_mqtt.connection.driver import AsyncioDriver, BlockingDriver, dial
+from pubsub_mqtt.connection.asyncio_driver import AsyncioDriver, dial
+from pubsub_mqtt.connection.blocking_driver import BlockingDriver
 from pubsub_mqtt.connection.transport import BufferedSocket
 from pubsub_mqtt.errors import ProtocolError
 from pubsub_mqtt.packets import Incoming
@@ -781,7 +782,7 @@ async def test_a_lone_message_is_not_held_back(
     topic = unique()
     async with peer(tcp(mosquitto.port)) as made:
         await made.subscribe(topic)
-        sock = made.driver.connection._sock
+        sock = made.driver.connection.socket
         assert sock is not None
         for number in range(5):
             assert made.driver.try_publish(topic, b"x")

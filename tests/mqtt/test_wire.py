@@ -1316,7 +1316,7 @@ def test_paho_s_own_store_stays_empty(lines: type[Line]) -> None:
     for _ in range(10):
         line.publish(qos=1)
         line.publish(qos=2)
-    client = line.connection.client
+    client = line.connection.paho
     assert client is not None
     assert len(client._out_messages) == 0
     assert len(client._in_messages) == 0

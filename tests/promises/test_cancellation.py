@@ -75,11 +75,11 @@ def pending(bus: Bus) -> list[str]:
     if isinstance(backend, MQTTBackend):
         connection = backend.connection
         held |= {
-            "publishes": connection._queue or connection._inflight or connection._resend,
-            "unflushed": connection._unflushed,
-            "requests": connection._requests,
-            "pings": connection._pings,
-            "unsettled": connection._unsettled,
+            "publishes": connection.unfinished,
+            "unflushed": connection.outbound.unflushed,
+            "requests": connection.unanswered,
+            "pings": connection.requests.pings,
+            "unsettled": connection.inbound.unsettled,
             "turns": backend.turns,
             "captures": backend._captures,
             "subscriptions": backend._current,

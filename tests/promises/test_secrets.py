@@ -108,7 +108,7 @@ def told(bus: Bus) -> list[object]:
             connection,
             connection.settings,
             connection.session,
-            connection.client,
+            connection.paho,
         ]
     return parts
 

@@ -19,7 +19,18 @@ from pubsub_core.errors import Outcome, PublishFailed
 from .errors import ProtocolError
 
 __all__ = [
+    "CONNACK",
+    "DISCONNECT",
     "NO_PROPERTIES",
+    "PINGRESP",
+    "PUBACK",
+    "PUBCOMP",
+    "PUBLISH",
+    "PUBREC",
+    "PUBREL",
+    "SUBACK",
+    "SUBSCRIBE",
+    "UNSUBACK",
     "Incoming",
     "PublishProperties",
     "encode_length",
@@ -30,6 +41,18 @@ __all__ = [
     "read_publish_properties",
     "read_text",
 ]
+
+CONNACK: Final = 0x20
+PUBLISH: Final = 0x30
+PUBACK: Final = 0x40
+PUBREC: Final = 0x50
+PUBREL: Final = 0x60
+PUBCOMP: Final = 0x70
+SUBSCRIBE: Final = 0x80
+SUBACK: Final = 0x90
+UNSUBACK: Final = 0xB0
+PINGRESP: Final = 0xD0
+DISCONNECT: Final = 0xE0
 
 NO_PROPERTIES: Final = b"\x00"
 """The encoded properties of a PUBLISH that has none."""

@@ -39,7 +39,7 @@ from pubsub_emitter.errors import EmitterError, refusal
 from pubsub_emitter.protocol import MAX_PACKET, build_topic
 from pubsub_mqtt.connection import Outgoing, Request, Session, SessionSettings, Subscribe, Will
 from pubsub_mqtt.connection.address import TLSSettings
-from pubsub_mqtt.connection.driver import BlockingDriver
+from pubsub_mqtt.connection.blocking_driver import BlockingDriver
 from pubsub_mqtt.packets import Incoming
 
 from .arguments import (

@@ -28,7 +28,7 @@ from pubsub_losant.topics import (
     encode_hello,
     state_topic,
 )
-from pubsub_mqtt.connection.driver import AsyncioDriver
+from pubsub_mqtt.connection.asyncio_driver import AsyncioDriver
 
 from .device_base import DeviceCore, Observer, Observers, PeripheralCore
 from .link import limit_unacknowledged

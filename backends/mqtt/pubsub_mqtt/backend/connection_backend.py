@@ -21,7 +21,7 @@ from pubsub_core.message import OutFrame, Receipt
 from pubsub_core.topics import overlap
 from pubsub_mqtt.connection import Connection, Outgoing, Session
 from pubsub_mqtt.connection.address import BrokerAddress
-from pubsub_mqtt.connection.driver import AsyncioDriver
+from pubsub_mqtt.connection.asyncio_driver import AsyncioDriver
 from pubsub_mqtt.errors import as_ours
 from pubsub_mqtt.packets import NO_PROPERTIES, Incoming
 

@@ -37,7 +37,7 @@ from pubsub_core.pacing import Backoff
 from pubsub_core.topics import parse_filter, split_shared, validate_filter, validate_topic
 from pubsub_mqtt.connection import Connection, Outgoing, Subscribe
 from pubsub_mqtt.connection.address import BrokerAddress, TLSSettings, broker_address
-from pubsub_mqtt.connection.driver import AsyncioDriver
+from pubsub_mqtt.connection.asyncio_driver import AsyncioDriver
 from pubsub_mqtt.connection.session_data import random_client_id, settings_of
 from pubsub_mqtt.errors import as_ours, subscribe_error
 from pubsub_mqtt.options import NAME, MQTTOptions

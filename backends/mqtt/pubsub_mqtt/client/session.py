@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from pubsub_mqtt.connection import Connection, Outgoing
 from pubsub_mqtt.connection.address import BrokerAddress
-from pubsub_mqtt.connection.outgoing import Phase
+from pubsub_mqtt.connection.state import Phase
 
 __all__ = ["ConnectedState", "Handler", "Session", "State", "Transitions"]
 

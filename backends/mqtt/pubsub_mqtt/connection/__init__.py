@@ -8,8 +8,8 @@ Backends of services that speak MQTT are built on this room and on
 from __future__ import annotations
 
 from .connection import Connection
-from .outgoing import Outgoing, Request
 from .session_data import Session, SessionSettings, Subscribe, Will
+from .state import Outgoing, Request
 
 __all__ = [
     "Connection",
