@@ -1,96 +1,49 @@
-"""Which backends, codecs, middleware and kinds of secrets are installed.
-
-A plugin is a module named by an entry point of the group ``pubsub_core``::
-
-    [project.entry-points.pubsub_core]
-    acme = "pubsub_acme.plugin"
-
-Plugins are loaded here one by one, rather than by pluggy's own loader, which stops at the
-first that fails. A failure is kept as a `PluginError` and raised when that plugin's scheme or
-name is asked for; everything else goes on working. pluggy checks and calls the hooks at
-registration, and nothing else: no message passes through it.
-
-Environment: ``PUBSUB_PLUGINS=a,b`` loads only these entry points;
-``PUBSUB_STRICT_PLUGINS=1`` makes any failure an error at once.
-"""
+"""The plugins of this process: what they brought, what failed, and finding either by name."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import functools
 import importlib
-import importlib.metadata
-import inspect
 import os
-import re
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import pluggy
 
-from .capabilities import Cap
-from .errors import ConfigError, MissingDependency, NotSupported, PluginError, UnknownBackend
-from .hookspecs import PROJECT, Hooks
-from .interfaces import API_VERSION, Backend, BackendInfo, DevServer
+from pubsub_core.capabilities import Cap
+from pubsub_core.errors import (
+    ConfigError,
+    MissingDependency,
+    NotSupported,
+    PluginError,
+    UnknownBackend,
+)
+from pubsub_core.interfaces import Backend, BackendInfo, DevServer
+
+from .inspection import (
+    Candidate,
+    PluginRefused,
+    inspect_plugin,
+    installed_plugins,
+    problem_of,
+)
 
 __all__ = [
-    "BUS_OPTIONS",
-    "GROUP",
     "PluginRecord",
     "Registry",
-    "clashes",
     "load_object",
     "registry",
     "reset_registry",
     "use_registry",
 ]
 
-GROUP = "pubsub_core"
-"""The entry point group."""
-
-BUS_OPTIONS: Final = (
-    "url",
-    "wait",
-    "connect_timeout",
-    "timeout",
-    "drain",
-    "qos",
-    "echo",
-    "codec",
-    "codecs",
-    "offline",
-    "offline_messages",
-    "offline_bytes",
-    "offline_age",
-    "offline_overflow",
-    "buffer",
-    "buffer_bytes",
-    "overflow",
-    "reconnect",
-    "reconnect_first",
-    "reconnect_max",
-    "require",
-    "middleware",
-)
-"""Names that a backend's options cannot have: those of every bus.
-
-They are written out here, below the configuration that reads them; a test compares them
-with the fields of `pubsub_core.config.bus_options.BusOptions`.
-"""
-
-_HOME = "pubsub-core"
 # Schemes of backends that exist in a package of their own, with the command that installs
 # it: an unknown scheme found here is answered with that command.
 _AVAILABLE: Mapping[str, str] = {}
-
-_NAME = re.compile(r"[a-z][a-z0-9_-]*")
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
-_TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_HOOK_NAMES = tuple(name for name in vars(Hooks) if name.startswith("pubsub_"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,29 +70,6 @@ class PluginRecord:
         return f"{self.distribution} {self.version}".strip()
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    name: str
-    distribution: str
-    version: str
-    load: Callable[[], object]
-
-    @property
-    def label(self) -> str:
-        origin = f"{self.distribution} {self.version}".strip()
-        return f"plugin {self.name!r} ({origin})" if origin else f"plugin {self.name!r}"
-
-
-@dataclass(slots=True)
-class _Loaded:
-    """A plugin under inspection: nothing of it counts until every hook has answered."""
-
-    manager: pluggy.PluginManager
-    backends: list[BackendInfo] = field(default_factory=list[BackendInfo])
-    codecs: list[Any] = field(default_factory=list[Any])
-    middleware: dict[str, Callable[..., Any]] = field(default_factory=dict[str, Callable[..., Any]])
-
-
 class Registry:
     """What is installed. Made once by `registry`; tests make their own.
 
@@ -151,7 +81,7 @@ class Registry:
 
     def __init__(
         self,
-        candidates: Iterable[_Candidate] = (),
+        candidates: Iterable[Candidate] = (),
         *,
         left_out: Iterable[str] = (),
         wanted_but_missing: Iterable[str] = (),
@@ -162,9 +92,9 @@ class Registry:
         self._managers: dict[str, pluggy.PluginManager] = {}
         self._by_name: dict[str, BackendInfo] = {}
         self._by_scheme: dict[str, BackendInfo] = {}
-        self._owners: dict[str, _Candidate] = {}
+        self._owners: dict[str, Candidate] = {}
         self._codecs: list[Any] = []
-        self._middleware: dict[str, tuple[Callable[..., Any], _Candidate]] = {}
+        self._middleware: dict[str, tuple[Callable[..., Any], Candidate]] = {}
         self._failures: list[PluginError] = []
         self._failed_names: dict[str, PluginError] = {}
         self._failed_schemes: dict[str, PluginError] = {}
@@ -182,7 +112,7 @@ class Registry:
         """Make a registry from plugin objects (modules, or anything with hooks) by name."""
         return cls(
             [
-                _Candidate(name, "", "", functools.partial(_given, plugin))
+                Candidate(name, "", "", functools.partial(_given, plugin))
                 for name, plugin in plugins.items()
             ],
             available=available,
@@ -198,7 +128,7 @@ class Registry:
         environ = os.environ if environ is None else environ
         wanted = [name.strip() for name in environ.get("PUBSUB_PLUGINS", "").split(",")]
         wanted = [name for name in wanted if name]
-        found = _installed()
+        found = installed_plugins()
         names = {candidate.name for candidate in found}
         made = cls(
             [candidate for candidate in found if not wanted or candidate.name in wanted],
@@ -353,7 +283,7 @@ class Registry:
 
     # --- loading -----------------------------------------------------------------------
 
-    def _admit(self, candidate: _Candidate) -> PluginRecord:
+    def _admit(self, candidate: Candidate) -> PluginRecord:
         if candidate.name in self._managers:
             other = self._owners[f"plugin {candidate.name}"]
             error = self._fail(
@@ -364,9 +294,9 @@ class Registry:
             )
             return self._record(candidate, error=error)
         try:
-            loaded = _inspect(candidate)
+            loaded = inspect_plugin(candidate)
         except (Exception, SystemExit) as exc:  # noqa: BLE001 - plugin code may raise anything
-            refused = isinstance(exc, _Refused)
+            refused = isinstance(exc, PluginRefused)
             error = self._fail(
                 candidate,
                 str(exc) if refused else f"failed to load: {_told(exc)}",
@@ -392,8 +322,8 @@ class Registry:
             candidate, backends=accepted, error=next(iter(self._failures[before:]), None)
         )
 
-    def _accept(self, candidate: _Candidate, info: BackendInfo) -> bool:
-        problem = _problem(info)
+    def _accept(self, candidate: Candidate, info: BackendInfo) -> bool:
+        problem = problem_of(info)
         hint = ""
         if not problem and info.name in self._by_name:
             other = self._owners[f"backend {info.name}"]
@@ -425,7 +355,7 @@ class Registry:
 
     def _fail(
         self,
-        candidate: _Candidate,
+        candidate: Candidate,
         problem: str,
         *,
         cause: BaseException | None = None,
@@ -459,7 +389,7 @@ class Registry:
 
     def _record(
         self,
-        candidate: _Candidate,
+        candidate: Candidate,
         *,
         backends: tuple[BackendInfo, ...] = (),
         error: PluginError | None = None,
@@ -521,133 +451,8 @@ class Registry:
             raise self._broken(info, f"{target} failed to load: {_told(exc)}") from exc
 
 
-class _Refused(Exception):
-    """A plugin that imported, and still breaks the contract."""
-
-
 def _given(plugin: object) -> object:
     return plugin
-
-
-def _installed() -> list[_Candidate]:
-    candidates = [
-        _Candidate(
-            point.name,
-            # None where a package's metadata is damaged.
-            (point.dist.name or "") if point.dist else "",
-            (point.dist.version or "") if point.dist else "",
-            point.load,
-        )
-        for point in importlib.metadata.entry_points(group=GROUP)
-    ]
-    # Ours come first, so that nobody takes over a scheme of ours; the rest by name, so that
-    # who wins a clash does not depend on the order of directories.
-    return sorted(
-        candidates,
-        key=lambda one: (_canonical(one.distribution) != _HOME, one.distribution, one.name),
-    )
-
-
-def _canonical(distribution: str) -> str:
-    return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def _inspect(candidate: _Candidate) -> _Loaded:
-    """Load a plugin in a manager of its own, so that it cannot disturb the others."""
-    plugin = candidate.load()
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(Hooks)
-    try:
-        manager.register(plugin, candidate.name)
-        manager.check_pending()
-    except pluggy.PluginValidationError as exc:
-        raise _Refused(f"breaks the contract: {exc}; {_hooks()}") from exc
-    callers = manager.get_hookcallers(plugin) or []
-    marked = {caller.name for caller in callers}
-    forgotten = [
-        name
-        for name in _HOOK_NAMES
-        if name not in marked and inspect.isroutine(getattr(plugin, name, None))
-    ]
-    if forgotten:
-        raise _Refused(f"has {', '.join(forgotten)} without @hookimpl")
-    if not callers:
-        raise _Refused(f"implements no hook; {_hooks()}")
-    loaded = _Loaded(manager)
-    for answer in manager.hook.pubsub_backends():
-        loaded.backends.extend(_checked(answer, list, "pubsub_backends"))
-    for info in loaded.backends:
-        if not isinstance(info, BackendInfo):  # pyright: ignore[reportUnnecessaryIsInstance] - answer of foreign code
-            raise _Refused(f"pubsub_backends gave {type(info).__name__}, not BackendInfo")
-    for answer in manager.hook.pubsub_codecs():
-        loaded.codecs.extend(_checked(answer, list, "pubsub_codecs"))
-    for codec in loaded.codecs:
-        lacks = [part for part in ("name", "encode", "decode") if not hasattr(codec, part)]
-        if lacks:
-            raise _Refused(f"brings codec {type(codec).__name__} without {', '.join(lacks)}")
-    for answer in manager.hook.pubsub_middleware():
-        loaded.middleware.update(_checked(answer, dict, "pubsub_middleware"))
-    for name, factory in loaded.middleware.items():
-        if not callable(factory):
-            raise _Refused(f"brings middleware {name!r}, which cannot be called")
-    return loaded
-
-
-def _hooks() -> str:
-    return f"hooks are {', '.join(_HOOK_NAMES)}"
-
-
-def _checked(answer: Any, expected: type[Any], hook: str) -> Any:
-    if expected is list and isinstance(answer, tuple):
-        return cast("Any", answer)
-    if not isinstance(answer, expected):
-        raise _Refused(f"{hook} gave {type(answer).__name__}, not {expected.__name__}")
-    return answer
-
-
-def _problem(info: BackendInfo) -> str:
-    """Return what is wrong with an announcement, or ``""``."""
-    if info.api[0] != API_VERSION[0]:
-        wanted = ".".join(map(str, info.api))
-        ours = ".".join(map(str, API_VERSION))
-        return (
-            f"it was written for contract {wanted}, this is {ours}; install releases of "
-            "pubsub-core and of the plugin that agree"
-        )
-    if info.api[1] > API_VERSION[1]:
-        return (
-            f"it needs contract {info.api[0]}.{info.api[1]}, this is "
-            f"{API_VERSION[0]}.{API_VERSION[1]}; upgrade pubsub-core"
-        )
-    if not _NAME.fullmatch(info.name):
-        return "a name is lower case letters, digits, - and _"
-    if not info.schemes:
-        return "it answers to no scheme"
-    for scheme in info.schemes:
-        if not _SCHEME.fullmatch(scheme):
-            return f"scheme {scheme!r} is not lower case letters, digits, +, - and ."
-    for what in (info.factory, info.dev_server):
-        if what and not _TARGET.fullmatch(what):
-            return f"{what!r} is not module:Class"
-    if not info.factory:
-        return "it has no factory"
-    options: Any = info.options
-    if not (isinstance(options, type) and dataclasses.is_dataclass(options)):
-        return "options must be a dataclass"
-    taken = clashes(info.options)
-    if taken:
-        return f"its options {', '.join(taken)} are names of every bus's own options"
-    return ""
-
-
-def clashes(options: type[Any]) -> tuple[str, ...]:
-    """Return the options of a backend that every bus has too, which would be ambiguous.
-
-    Raises:
-        TypeError: *options* is no dataclass.
-    """
-    declared = (each.name for each in dataclasses.fields(options) if each.init)
-    return tuple(name for name in declared if name in BUS_OPTIONS)
 
 
 def _again(error: PluginError) -> PluginError:
