@@ -7,6 +7,7 @@ Configuration says which backend a bus uses; what runs inside an open bus is in
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import logging
 import os
@@ -793,6 +794,20 @@ class Bus:
     def on_handler_failure(self, listener: Callable[[HandlerFailed], None]) -> None:
         """Call *listener* with each failure of a handler, or of decoding for one."""
         self._listeners.append(listener)
+
+    @contextlib.contextmanager
+    def hold_handlers(self) -> Generator[None, None, None]:
+        """Let handlers that are subscribed in the block begin when it ends.
+
+        So what one of them publishes finds all of them subscribed. A handler whose buffer is full
+        ends the hold, since waiting longer would lose messages.
+        """
+        run = self._engine.handlers_run
+        run.clear()
+        try:
+            yield
+        finally:
+            run.set()
 
     # --- helpers -----------------------------------------------------------------------
 

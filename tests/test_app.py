@@ -625,6 +625,85 @@ async def test_hooks_run_around_the_handlers_with_open_buses(url: str) -> None:
     assert running.code == 0
 
 
+def slow_to_subscribe(bus: Bus, filter: str, go_on: Callable[[], object]) -> list[bool]:
+    """Let the broker confirm *filter* only when *go_on* is true, or much else has run.
+
+    The list gets which of the two it was.
+    """
+    backend: Any = bus._engine.backend
+    plain = backend.subscribe
+    went_on: list[bool] = []
+
+    async def subscribe(want: Any) -> int:
+        if want.filter == filter:
+            for _ in range(1000):
+                if go_on():
+                    break
+                await asyncio.sleep(0)
+            went_on.append(bool(go_on()))
+        granted: int = await plain(want)
+        return granted
+
+    backend.subscribe = subscribe
+    return went_on
+
+
+async def test_what_a_handler_publishes_at_once_finds_the_others_subscribed(url: str) -> None:
+    app, got = App(), list[bytes]()
+
+    @app.on_start
+    async def prepare(bus: Bus) -> None:
+        slow_to_subscribe(bus, "answers", lambda: False)
+        await bus.publish("questions", b"?", retain=True)
+
+    @app.on("questions")
+    async def answer(message: Message[bytes], bus: Bus) -> None:
+        await bus.publish("answers", b"!")
+
+    @app.on("answers")
+    async def take(payload: bytes) -> None:
+        got.append(payload)
+
+    await feed(app, url, until=lambda: got == [b"!"])
+
+
+@pytest.mark.parametrize("overflow", ["block", "drop_oldest"])
+@pytest.mark.parametrize("retained", [True, False])
+async def test_a_handler_with_a_full_buffer_waits_for_no_other(
+    url: str, overflow: Any, retained: bool
+) -> None:
+    app, got, flowed = App(), list[bytes](), list[list[bool]]()
+
+    async def flood(bus: Bus) -> None:
+        for number in range(3):
+            await bus.publish(f"flood/{number}", b"%d" % number, retain=retained)
+
+    @app.on_start
+    async def prepare(bus: Bus) -> None:
+        flooding: list[asyncio.Task[None]] = []
+
+        def go_on() -> bool:
+            if not flooding and not retained:
+                flooding.append(asyncio.create_task(flood(bus)))
+            return bool(got)
+
+        # As at a broker that is not read while a buffer holds it back.
+        flowed.append(slow_to_subscribe(bus, "other", go_on))
+        if retained:
+            await flood(bus)
+
+    @app.on("flood/+", buffer=2, overflow=overflow)
+    async def take(payload: bytes) -> None:
+        got.append(payload)
+
+    @app.on("other")
+    async def other(payload: bytes) -> None: ...
+
+    kept = [b"0", b"1", b"2"] if overflow == "block" else [b"1", b"2"]
+    await feed(app, url, until=lambda: got == kept)
+    assert flowed == [[True]]
+
+
 async def test_a_start_hook_that_raises_closes_everything(url: str) -> None:
     app, buses = App(), list[Bus]()
 

@@ -113,9 +113,6 @@ def url_of() -> Iterator[Callable[[str], str]]:
 
 FAULTS = {
     ("room.py", "emitter"): "a presence room does not learn of subscribers with wildcards",
-    ("oven/oven.py", "emitter"): (
-        "a handler of an App runs before the others are subscribed, and what it publishes is lost"
-    ),
 }
 """Our own, which are to go."""
 

@@ -79,8 +79,8 @@ def eventually(condition: Callable[[], object]) -> None:
 
 # --- the same names ---------------------------------------------------------------------
 
-# For applications, which listen to every failure.
-MACHINERY = {"on_handler_failure"}
+# For applications, which listen to every failure and start their handlers together.
+MACHINERY = {"hold_handlers", "on_handler_failure"}
 EXTRA = {"call"}
 PAIRS: list[tuple[type[Any], type[Any]]] = [
     (Bus, SyncBus),

@@ -179,6 +179,7 @@ class Buffer:
         # Whether `put` must look at any of the above.
         self._special = self._newest is not None
         self._paused = False
+        self._on_full: Callable[[], object] | None = None
         # Whether a message that comes too late is acknowledged. Unanswered ones would fill the
         # broker's window and so stop the other subscriptions of the bus.
         self._settles = True
@@ -194,6 +195,11 @@ class Buffer:
     def ready(self) -> bool:
         """Whether there is anything to take without waiting."""
         return bool(self._items)
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another message."""
+        return len(self) >= self._most or self.bytes >= self._most_bytes
 
     @property
     def open(self) -> bool:
@@ -346,7 +352,13 @@ class Buffer:
 
     # --- overflow ----------------------------------------------------------------------
 
+    def on_full(self, call: Callable[[], object] | None) -> None:
+        """Call *call* whenever a message finds no room, before anything is done about that."""
+        self._on_full = call
+
     def _make_room(self, frame: InFrame, settlement: Settlement | None, size: int) -> bool:
+        if self._on_full is not None:
+            self._on_full()
         policy = self._settings.overflow
         if policy == "block":
             # The backend stops reading. Frames that it had read already are kept, above the

@@ -57,6 +57,11 @@ class SubscriberHost(Protocol):
         """Whether the broker redelivers a message that is given back."""
         ...
 
+    @property
+    def handlers_run(self) -> asyncio.Event:
+        """Not set while new handlers are to wait."""
+        ...
+
     def pause(self, subscriber: Subscriber) -> None:
         """Hold the broker back until *subscriber* has room."""
         ...
@@ -402,6 +407,15 @@ class Subscriber:
         call = self._caller(handler)
         chain = self._host.receive_chain(_through(call))
         buffer = self.buffer
+        run = self._host.handlers_run
+        # One that waited with a full buffer would lose messages, or, where the buffer holds back
+        # the broker, keep the answer away that it waits for.
+        if buffer.full:
+            run.set()
+        elif not run.is_set():
+            buffer.on_full(run.set)
+            await run.wait()
+            buffer.on_full(None)
         burst = 0
         while True:
             if buffer.ready:

@@ -85,6 +85,8 @@ class Engine:
         self.codecs = CodecSet(options.codec, options.codecs, registry.codecs())
         self.capabilities: Mapping[Cap, Support] = effective(config.info.capabilities, {})
         self.can_nack = False
+        self.handlers_run = asyncio.Event()
+        self.handlers_run.set()
         if not options.echo:
             self.need(Cap.ECHO_CONTROL)
         self.use(*self._named(options.middleware), *middleware)

@@ -202,10 +202,15 @@ class Running:
         # A handler's own subscription may need the answer of an authorizer here.
         for authorizer in self._declared.authorizers:
             await authorizer.authorize(self._buses)
-        for handler in self._declared.handlers:
-            subscription = handler.subscribe(self._buses)
-            self._subscriptions.append(subscription)
-            await subscription
+        with contextlib.ExitStack() as held:
+            # Else what the first handler publishes, on a retained message say, would be sent
+            # before the handler that it is for is subscribed.
+            for bus in self._buses.values():
+                held.enter_context(bus.hold_handlers())
+            for handler in self._declared.handlers:
+                subscription = handler.subscribe(self._buses)
+                self._subscriptions.append(subscription)
+                await subscription
         _log.info("running on %s", ", ".join(map(str, self._buses.values())))
 
     async def _open_buses(self) -> None:
