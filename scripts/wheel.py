@@ -31,7 +31,7 @@ TESTS = (
     "test_trie.py",
     "test_topics.py",
     "test_codecs.py",
-    "config/test_options.py",
+    "config",
     "test_package.py",
     "cli/test_memory.py",
     "cli/test_root.py",

@@ -1,177 +1,30 @@
-"""URLs, conversion to a dataclass of options, and its help and schema."""
+"""Options from texts and native values, and errors that name their place."""
 
 from __future__ import annotations
 
-import enum
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import quote
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from msgspec import Meta
 
 from pubsub_core.capabilities import Cap
 from pubsub_core.codecs import CodecRule
 from pubsub_core.config.bus_options import BusOptions
 from pubsub_core.config.options import (
     build,
-    describe_type,
-    field_help,
     field_types,
-    json_schema,
-    parse_url,
     split,
 )
 from pubsub_core.errors import BadOption
 from pubsub_core.plugins import BUS_OPTIONS, clashes
 from pubsub_core.secrets import Secret
+from tests.config.options.samples import Auth, Mode, Options
 from tests.test_secrets import CANARY, told
 
-# --- URLs ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("url", "scheme", "host", "port", "path"),
-    [
-        ("mqtt://broker.example:1883", "mqtt", "broker.example", 1883, ""),
-        ("MQTTS://Broker.Example", "mqtts", "Broker.Example", None, ""),
-        ("losant://5f0C1aDeviceID", "losant", "5f0C1aDeviceID", None, ""),
-        ("mqtt://[::1]:1883", "mqtt", "::1", 1883, ""),
-        ("mqtt://[fe80::1%25eth0]", "mqtt", "fe80::1%eth0", None, ""),
-        ("ws://h:80/mqtt%20path", "ws", "h", 80, "/mqtt path"),
-        ("mqtt+unix:///run/a@b.sock", "mqtt+unix", "", None, "/run/a@b.sock"),
-        ("memory://", "memory", "", None, ""),
-        ("memory://lab", "memory", "lab", None, ""),
-        ("mqtt://h:", "mqtt", "h", None, ""),
-        ("mqtt://h/", "mqtt", "h", None, "/"),
-    ],
-)
-def test_where_the_broker_is(url: str, scheme: str, host: str, port: int | None, path: str) -> None:
-    address, options = parse_url(url)
-    assert (address.scheme, address.host, address.port, address.path) == (scheme, host, port, path)
-    assert (address.username, address.password) == (None, None)
-    assert options == {}
-
-
-@pytest.mark.parametrize(
-    ("userinfo", "username", "password"),
-    [
-        ("tom:secret", "tom", "secret"),
-        ("tom", "tom", None),
-        ("tom:", "tom", ""),
-        (":secret", None, "secret"),
-        ("t%40m:p%2Fw%3A%25", "t@m", "p/w:%"),
-        ("tom:a:b@c", "tom", "a:b@c"),
-        ("caf%C3%A9:x", "café", "x"),
-    ],
-)
-def test_credentials(userinfo: str, username: str | None, password: str | None) -> None:
-    address, _ = parse_url(f"mqtt://{userinfo}@h:1")
-    assert address.host == "h"
-    assert address.username == username
-    assert address.password == (None if password is None else Secret(password))
-
-
-@given(user=st.text(min_size=1), password=st.text())
-def test_quoted_credentials_come_back_and_stay_hidden(user: str, password: str) -> None:
-    safe = not any(ord(c) < 32 or ord(c) == 127 for c in user)
-    url = f"mqtt://{quote(user, safe='')}:{quote(password, safe='')}@h"
-    if not safe:
-        with pytest.raises(BadOption):
-            parse_url(url)
-        return
-    address, _ = parse_url(url)
-    assert (address.username, address.password) == (user, Secret(password))
-    assert str(address) == "mqtt://h"
-
-
-def test_query() -> None:
-    _, options = parse_url("mqtt://h?keepalive=5&client_id=a%26b&topic=a/+/b&empty=")
-    assert options == {"keepalive": "5", "client_id": "a&b", "topic": "a/+/b", "empty": ""}
-
-
-BAD_URLS = [
-    ("localhost", "no URL"),
-    ("mqtt:h", "no URL"),
-    ("://h", "no URL"),
-    ("", "no URL"),
-    (f"tom:{CANARY}@h", "no URL"),
-    (f"mqtt://tom:{CANARY}@h:port", "@ after the first /"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@h:port", "port that is no number"),
-    (f"mqtt://tom:{CANARY}", "port"),
-    (f"mqtt://tom:12/{CANARY}@h", "@ after the first /"),
-    (f"mqtt://tom:1?{CANARY}@h", "option 1 of the mqtt:// URL has no value"),
-    (f"mqtt://tom:a#{CANARY}@h", "fragment"),
-    (f"mqtt://tom:{CANARY}%@h", "%"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}%FF@h", "UTF-8"),
-    (f"mqtt://tom:{CANARY} x@h", "space"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@h:0", "port 0"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@h:65536", "port 65536"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@h:99999999999999", "port that is no number"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@:1883", "no host"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@[::1", r"\["),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@[::1]x", r"\]"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@::1", "more than one :"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@h?a=1&a=2", "'a' twice"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@h?=1", "no name"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@h?a", "no value"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@h?a=1&", "option 2"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@h%00", "control character"),
-]
-
-
-@pytest.mark.parametrize(("url", "problem"), BAD_URLS)
-def test_bad_urls_are_refused_without_their_credentials(url: str, problem: str) -> None:
-    with pytest.raises(BadOption, match=problem) as caught:
-        parse_url(url)
-    assert caught.value.hint
-    # A formatted traceback shows this file's source line, never the value.
-    assert CANARY not in told(caught.value)
-    assert quote(CANARY, safe="") not in told(caught.value)
-
-
-# --- building --------------------------------------------------------------------------
-
-
-class Mode(enum.StrEnum):
-    FAST = "fast"
-    SAFE = "safe"
-
-
-@dataclass(frozen=True)
-class Auth:
-    user: str
-    password: Secret | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    keepalive: int = field(default=60, metadata={"help": "seconds between pings"})
-    ratio: float = 0.5
-    clean: bool = True
-    client_id: str | None = None
-    expiry: int | None = None
-    level: Annotated[int, Meta(ge=0, le=2)] = 1
-    mode: Mode = Mode.SAFE
-    kind: Literal["a", "b"] = "a"
-    patience: bool | float = True
-    number_or_word: int | Literal["auto"] = "auto"
-    names: tuple[str, ...] = ()
-    pair: tuple[int, str] = (1, "x")
-    ring: Mapping[str, Secret] = field(default_factory=dict[str, Secret])
-    headers: dict[str, str] = field(default_factory=dict[str, str], repr=False)
-    password: Secret | None = None
-    auth: Auth | None = None
-    ca_file: Path | None = None
-    data: bytes = b""
-    anything: Any = None
-    context: ssl.SSLContext | None = None
-    hook: Any = field(default=None, metadata={"code_only": True})
+# --- building ---------------------------------------------------------------------------
 
 
 def made(**values: Any) -> Options:
@@ -412,7 +265,7 @@ def test_a_class_that_tells_its_secret_is_redacted() -> None:
     assert CANARY not in told(caught.value)
 
 
-# --- splitting -------------------------------------------------------------------------
+# --- splitting --------------------------------------------------------------------------
 
 
 def test_values_are_split_between_bus_and_backend() -> None:
@@ -471,88 +324,3 @@ def test_bus_options_from_a_file() -> None:
 def test_bus_options_have_bounds(values: dict[str, Any]) -> None:
     with pytest.raises(BadOption, match="expected"):
         build(BusOptions, values)
-
-
-# --- help and schema -------------------------------------------------------------------
-
-
-def test_help_comes_from_the_fields() -> None:
-    rows = {row.name: row for row in field_help(Options)}
-    assert [*rows][:2] == ["keepalive", "ratio"]
-    assert rows["keepalive"] == (
-        "keepalive",
-        "a whole number",
-        "60",
-        "seconds between pings",
-        False,
-        False,
-    )
-    assert rows["clean"].default == "true"
-    assert rows["mode"].type == "one of fast, safe"
-    assert rows["password"].secret
-    assert rows["ring"].secret
-    assert {row.name: row.required for row in field_help(Auth)} == {"user": True, "password": False}
-
-
-def test_every_bus_option_has_help() -> None:
-    assert [row.name for row in field_help(BusOptions) if not row.help] == []
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    proxy: str = ""
-    cert: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OnThatWay(Way):
-    name: str = ""
-    cert: str = field(default="", metadata={"help": "here it is something else"})
-
-
-def test_what_options_inherit_is_told_last() -> None:
-    rows = field_help(OnThatWay)
-    assert [row.name for row in rows] == ["name", "proxy", "cert"]
-    assert rows[-1].help == "here it is something else"
-
-
-@pytest.mark.parametrize(
-    ("wanted", "text"),
-    [
-        (Annotated[float, Meta(gt=0)], "a number above 0"),
-        (
-            Annotated[str, Meta(min_length=1, max_length=9)],
-            "text of at least 1 characters of at most 9 characters",
-        ),
-        (Literal["x"], "'x'"),
-        (dict[str, int], "a table, each value a whole number"),
-        (Secret | None, 'text or a reference such as {env = "NAME"}'),
-    ],
-)
-def test_types_in_words(wanted: Any, text: str) -> None:
-    assert describe_type(wanted) == text
-
-
-def test_schema() -> None:
-    schema = json_schema(Options)
-    properties = schema["properties"]
-    assert schema["additionalProperties"] is False
-    assert properties["keepalive"] == {
-        "description": "seconds between pings",
-        "type": "integer",
-        "default": 60,
-    }
-    assert properties["level"] == {"type": "integer", "minimum": 0, "maximum": 2, "default": 1}
-    assert properties["mode"] == {"enum": ["fast", "safe"], "default": "safe"}
-    assert properties["kind"] == {"enum": ["a", "b"], "default": "a"}
-    assert properties["names"] == {
-        "type": "array",
-        "items": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/reference"}]},
-        "default": [],
-    }
-    assert properties["password"] == {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/reference"}]}
-    assert properties["auth"]["required"] == ["user"]
-    assert properties["auth"]["additionalProperties"] is False
-    assert "context" not in properties
-    assert "hook" not in properties
-    assert schema["$defs"]["reference"]["type"] == "object"
