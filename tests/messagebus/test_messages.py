@@ -8,8 +8,20 @@ from uuid import UUID
 
 import pytest
 
-from pubsub_messagebus.io import DataReader, DataWriter
-from pubsub_messagebus.messages import Message, MessageType, SubscriptionRequest
+from pubsub_messagebus.io import DataPacket, DataReader, DataWriter
+from pubsub_messagebus.messages import (
+    AuthorizationRequest,
+    AuthorizationResponse,
+    ForwardedMulticastData,
+    ForwardedSubscriptionRequest,
+    ForwardedUnicastData,
+    Message,
+    MessageType,
+    MulticastData,
+    NotificationRequest,
+    SubscriptionRequest,
+    UnicastData,
+)
 
 from .vectors import MESSAGES
 
@@ -46,6 +58,34 @@ async def test_what_is_read_is_written_again(vector: dict[str, Any]) -> None:
     assert sorted(kept.data) == sorted(wire)  # the order within a set is free
     stream.feed_data(kept.data)
     assert await Message.read(DataReader(stream)) == message
+
+
+IDENTIFIER = UUID("12345678-1234-5678-1234-567812345678")
+PACKETS = [DataPacket({1, 2}, b"first"), DataPacket(None, b"second")]
+EXAMPLES: list[Message] = [
+    MulticastData("F", "T", True, PACKETS),
+    UnicastData(IDENTIFIER, "F", "T", True, PACKETS),
+    ForwardedSubscriptionRequest("user", "host", IDENTIFIER, "F", "T", True),
+    NotificationRequest("F", True),
+    SubscriptionRequest("F", "T", True),
+    AuthorizationRequest(IDENTIFIER, "host", "user", "F", "T"),
+    AuthorizationResponse(IDENTIFIER, "F", "T", True, {1, 2, 3}),
+    ForwardedMulticastData("user", "host", "F", "T", True, PACKETS),
+    ForwardedUnicastData("user", "host", IDENTIFIER, "F", "T", True, PACKETS),
+]
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+async def test_a_message_equals_what_is_read_of_it(message: Message) -> None:
+    kept: Any = Stream()
+    await message.write(DataWriter(kept))
+    stream = asyncio.StreamReader()
+    stream.feed_data(kept.data)
+    again = await Message.read(DataReader(stream))
+    assert again == message
+    assert again is not message
+    for other in EXAMPLES:
+        assert (other == again) is (other is message)
 
 
 def test_arguments_and_text() -> None:

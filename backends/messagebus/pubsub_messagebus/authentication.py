@@ -45,15 +45,15 @@ class _Claims(Authenticator):
         self.forwarded_for = forwarded_for
         self.application = application
         self.handshake: HandshakeForm | None = handshake
-        self._wire()  # refuses now what could not be sent later
+        self._handshake()  # refuses now what could not be sent later
 
     @abc.abstractmethod
-    def _wire(self) -> bytes:
+    def _handshake(self) -> bytes:
         """Return the handshake."""
 
     async def authenticate(self, reader: DataReader, writer: DataWriter) -> None:
         """Send the handshake."""
-        writer.writer.write(self._wire())
+        writer.writer.write(self._handshake())
         await writer.drain()
 
 
@@ -81,12 +81,13 @@ class BasicAuthenticator(_Claims):
     ) -> None:
         self.username = username
         self.password = password
+        del password  # an error that passes here must not show it among the variables
         super().__init__(impersonating, forwarded_for, application, handshake)
 
-    def _wire(self) -> bytes:
+    def _handshake(self) -> bytes:
         return basic_handshake(
             self.username,
-            self.password,
+            Secret(self.password),
             self.impersonating,
             self.forwarded_for,
             self.application,
@@ -110,11 +111,12 @@ class TokenAuthenticator(_Claims):
         handshake: HandshakeForm | None = None,
     ) -> None:
         self.token = token
+        del token  # as above
         super().__init__(impersonating, forwarded_for, application, handshake)
 
-    def _wire(self) -> bytes:
+    def _handshake(self) -> bytes:
         return token_handshake(
-            self.token,
+            Secret(self.token),
             self.impersonating,
             self.forwarded_for,
             self.application,

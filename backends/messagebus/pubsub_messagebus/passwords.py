@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from pubsub_core.errors import PubSubError
+from pubsub_core.secrets import Secret
 
 from .server.authenticators import PasswordFile
 
@@ -37,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _failed(f"there is no user {chosen.user!r}")
             return 0
         if sys.stdin.isatty():
-            password = getpass.getpass()
-            if password != getpass.getpass("Again: "):
+            password = Secret(getpass.getpass())
+            if password.reveal() != getpass.getpass("Again: "):
                 return _failed("they differ")
         else:
-            password = sys.stdin.readline().rstrip("\r\n")
+            password = Secret(sys.stdin.readline().rstrip("\r\n"))
         if not password:
             return _failed("the password is empty")
         file.add(chosen.user, password)

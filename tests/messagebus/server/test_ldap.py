@@ -213,10 +213,13 @@ async def test_a_directory_that_is_not_there() -> None:
 async def test_a_bind_at_the_mock_server_of_ldap3() -> None:
     bound: list[str] = []
 
-    def connect(name: str, password: str) -> Any:
+    def connect(name: str, password: Secret) -> Any:
         bound.append(name)
         connection = ldap3.Connection(
-            ldap3.Server("mock"), user=name, password=password, client_strategy=ldap3.MOCK_SYNC
+            ldap3.Server("mock"),
+            user=name,
+            password=password.reveal(),
+            client_strategy=ldap3.MOCK_SYNC,
         )
         connection.strategy.add_entry(PEOPLE.format("tom"), {"userPassword": "right", "sn": "tom"})
         return connection

@@ -185,7 +185,7 @@ class MessageBusBackend(Backend):
         if self._options.keepalive:
             session.link.watch(self._options.keepalive)
         text = f"{self.context.address} confirms nothing: {_MISSING_RIGHT}"
-        if self._dialler.handshake:
+        if self._dialler.logs_in:
             text += "; or it refuses the credentials, which some servers do in silence"
         logger.warning("%s", text)
         session.sink.notice(Notice("unconfirmed", text))
@@ -195,7 +195,7 @@ class MessageBusBackend(Backend):
         # Under TLS 1.3 the server asks for our certificate after the client has begun, so a
         # missing one shows only here; asyncio's server closes before its alert is sent.
         wants = WANTS_CERTIFICATE if self._dialler.endpoint.tls else WANTS_TLS
-        handshake = self._dialler.handshake
+        logs_in = self._dialler.logs_in
         if isinstance(link.error, ssl.SSLError):
             return tls_error(link.error, address, backend=self._name)
         if isinstance(link.error, ProtocolError):
@@ -204,7 +204,7 @@ class MessageBusBackend(Backend):
                 hint="look at the port and the option dialect",
                 backend=self._name,
             )
-        if handshake and not (self._proven and isinstance(link.error, ConnectionResetError)):
+        if logs_in and not (self._proven and isinstance(link.error, ConnectionResetError)):
             # A server says nothing about credentials; it closes, before anything else. One
             # that took them before may also be going down, so it is asked a few times more:
             # a server that stops is soon gone, and one that refuses goes on refusing. A reset
@@ -219,7 +219,7 @@ class MessageBusBackend(Backend):
             )
         return ConnectError(
             f"{address} closed the connection",
-            hint=("" if handshake else "does the server want a user name?") + wants,
+            hint=("" if logs_in else "does the server want a user name?") + wants,
             backend=self._name,
         )
 

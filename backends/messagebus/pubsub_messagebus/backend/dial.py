@@ -10,6 +10,7 @@ from typing import Final, cast
 from pubsub_core.clock import Clock
 from pubsub_core.errors import BadOption, ConnectError, TLSProblem
 from pubsub_core.interfaces import Address, Endpoint
+from pubsub_core.secrets import Secret
 from pubsub_messagebus.options import MessageBusOptions
 from pubsub_messagebus.protocol import Decoder, basic_handshake, token_handshake
 
@@ -58,7 +59,7 @@ class Dialler:
 
     Attributes:
         endpoint: Where it connects to.
-        handshake: What is sent first; empty without credentials.
+        logs_in: Whether it sends credentials.
     """
 
     def __init__(
@@ -80,17 +81,19 @@ class Dialler:
             )
         self._port = _DEFAULT_PORT if address.port is None else address.port
         self.endpoint = Endpoint(address.host, self._port, address.scheme == "messagebus+tls")
-        self.handshake = self._make_handshake()
+        # Made here to refuse now what could not be sent later, and again for each connection:
+        # bytes that were kept would show the password wherever variables are printed.
+        self.logs_in = bool(self._handshake())
         self._warned = False
 
-    def _make_handshake(self) -> bytes:
+    def _handshake(self) -> bytes:
         options, address = self._options, self._address
         username = options.username if options.username is not None else address.username
         password = options.password if options.password is not None else address.password
         try:
             if options.token is not None:
                 return token_handshake(
-                    options.token.reveal(),
+                    options.token,
                     options.impersonating,
                     options.forwarded_for,
                     options.application,
@@ -100,14 +103,15 @@ class Dialler:
                 return b""
             return basic_handshake(
                 username,
-                password.reveal() if password is not None else "",
+                Secret("") if password is None else password,
                 options.impersonating,
                 options.forwarded_for,
                 options.application,
                 form=options.handshake,
             )
         except ValueError as error:
-            raise BadOption(str(error), option="handshake", backend=self._backend) from None
+            why = str(error)
+        raise BadOption(why, option="handshake", backend=self._backend)
 
     async def connect(self, receiver: Receiver) -> Link:
         """Connect and send the handshake.
@@ -140,8 +144,7 @@ class Dialler:
                 else "is the distributor running there?",
                 backend=self._backend,
             ) from error
-        if self.handshake:
-            link.write(self.handshake)
+        link.write(self._handshake())
         return link
 
     def _ssl_context(self) -> ssl.SSLContext:

@@ -82,7 +82,7 @@ class Link(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Write whole messages."""
-        if self.transport is not None:
+        if self.transport is not None and data:
             self.transport.write(data)
 
     def fail(self, error: BaseException) -> None:

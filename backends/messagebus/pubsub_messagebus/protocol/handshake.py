@@ -61,18 +61,45 @@ class Credentials:
     application: str = "unspecified"
 
 
-def _connection_string(pairs: list[tuple[str, str | None]]) -> bytes:
-    parts: list[str] = []
-    for key, value in pairs:
-        if value is None:
-            continue
-        if ";" in value:
+# What follows never has a password in a local variable of a frame that an error passes:
+# pytest and crash reporters print them. So secrets are revealed within an expression, and an
+# error from deeper down is made anew here, without the frames that held the text.
+
+
+def _connection_string(pairs: list[tuple[str, Secret | None]]) -> bytes:
+    present = [(key, value) for key, value in pairs if value is not None]
+    for key, value in present:
+        if ";" in value.reveal():
             raise ValueError(
                 f"{key} has a ';', which a connection string cannot carry; "
                 "use handshake='strings' where the server speaks it"
             )
-        parts.append(f"{key}={value}")
-    return encode_string(";".join(parts))
+    return _encoded(
+        Secret(";".join([f"{key}={value.reveal()}" for key, value in present])),
+        "the connection string",
+    )
+
+
+def _encoded(value: Secret | None, name: str) -> bytes:
+    if value is None:
+        return encode_string(None)
+    try:
+        return encode_string(value.reveal())
+    except ValueError as error:
+        why = str(error) if not isinstance(error, UnicodeError) else "it is not Unicode text"
+    raise ValueError(f"{name} cannot be sent: {why}")
+
+
+def _hidden(value: object, name: str) -> Secret | TypeError:
+    if isinstance(value, Secret):
+        return value
+    if not isinstance(value, str):
+        return TypeError(f"{name} is a str, not {type(value).__name__}")
+    return Secret(value)
+
+
+def _optional(value: str | None) -> Secret | None:
+    return Secret(value) if value else None
 
 
 def _form(form: HandshakeForm | None, application: str | None) -> HandshakeForm:
@@ -85,14 +112,9 @@ def _form(form: HandshakeForm | None, application: str | None) -> HandshakeForm:
     return form
 
 
-def _check(text: object, what: str) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"{what} is a str, not {type(text).__name__}")
-
-
 def basic_handshake(
     username: str,
-    password: str,
+    password: Secret | str,
     impersonating: str | None = None,
     forwarded_for: str | None = None,
     application: str | None = None,
@@ -106,24 +128,13 @@ def basic_handshake(
     Raises:
         ValueError: A value cannot be carried in that form.
     """
-    _check(username, "username")
-    _check(password, "password")
-    if _form(form, application) == "strings":
-        fields = (username, password, impersonating, forwarded_for)
-        return b"".join(encode_string(field) for field in fields)
-    return _connection_string(
-        [
-            ("Username", username),
-            ("Password", password),
-            ("Impersonating", impersonating or None),
-            ("ForwardedFor", forwarded_for or None),
-            ("Application", application or None),
-        ]
-    )
+    who = [("Username", _hidden(username, "username")), ("Password", _hidden(password, "password"))]
+    del password
+    return _handshake(who, impersonating, forwarded_for, application, form)
 
 
 def token_handshake(
-    token: str,
+    token: Secret | str,
     impersonating: str | None = None,
     forwarded_for: str | None = None,
     application: str | None = None,
@@ -131,17 +142,30 @@ def token_handshake(
     form: HandshakeForm | None = None,
 ) -> bytes:
     """Return what a client with a token sends; see `basic_handshake`."""
-    _check(token, "token")
+    who = [("Token", _hidden(token, "token"))]
+    del token
+    return _handshake(who, impersonating, forwarded_for, application, form)
+
+
+def _handshake(
+    who: list[tuple[str, Secret | TypeError]],
+    impersonating: str | None,
+    forwarded_for: str | None,
+    application: str | None,
+    form: HandshakeForm | None,
+) -> bytes:
+    fields: list[tuple[str, Secret | None]] = []
+    for key, value in who:
+        if isinstance(value, TypeError):
+            raise value
+        fields.append((key, value))
+    fields += [
+        ("Impersonating", _optional(impersonating)),
+        ("ForwardedFor", _optional(forwarded_for)),
+    ]
     if _form(form, application) == "strings":
-        return b"".join(encode_string(field) for field in (token, impersonating, forwarded_for))
-    return _connection_string(
-        [
-            ("Token", token),
-            ("Impersonating", impersonating or None),
-            ("ForwardedFor", forwarded_for or None),
-            ("Application", application or None),
-        ]
-    )
+        return b"".join([_encoded(value, key) for key, value in fields])
+    return _connection_string([*fields, ("Application", _optional(application))])
 
 
 def parse_connection_string(text: str) -> dict[str, str]:
@@ -224,15 +248,17 @@ class HandshakeDecoder:
             ProtocolError: It is no handshake, or not this server's kind. Every later call
                 raises again. The text holds nothing of what was sent.
         """
+        found: Credentials | None = None
+        if self._error is None:
+            try:
+                found = self._null() if self._method == "null" else self._read()
+            except ProtocolError as error:
+                self._error = error.again()
+            else:
+                if found is None and self._eof:
+                    self._error = Truncated("the stream ended inside the handshake")
         if self._error is not None:
-            raise self._error.again()
-        try:
-            found = self._null() if self._method == "null" else self._read()
-        except ProtocolError as error:
-            self._error = error.again()
-            raise
-        if found is None and self._eof:
-            self._error = Truncated("the stream ended inside the handshake")
+            # Not the one that was raised: its frames hold what was sent.
             raise self._error.again()
         if found is not None:
             self.rest = bytes(self._buffer)

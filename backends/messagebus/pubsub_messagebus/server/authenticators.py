@@ -96,13 +96,23 @@ class NullServerAuthenticator(ServerAuthenticator):
         return User("nobody", "NULL")
 
 
-def _original_hash(password: str, salt: bytes) -> bytes:
+# Passwords stay in a `Secret` down to the frame that needs the text, so that no traceback that
+# is printed with its variables, by pytest or a crash reporter, shows one.
+
+
+def _original_hash(password: Secret, salt: bytes) -> bytes:
     # The original's choice. It is checked, never written: adding a user uses scrypt.
-    return hashlib.sha1(password.encode() + salt).digest()  # noqa: S324
+    return hashlib.sha1(password.reveal().encode() + salt).digest()  # noqa: S324
 
 
-def _scrypt(password: str, salt: bytes, n: int, r: int, p: int) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, n=n, r=r, p=p, dklen=32, maxmem=256 * n * r)
+def _scrypt(password: Secret, salt: bytes, n: int, r: int, p: int) -> bytes:
+    return hashlib.scrypt(
+        password.reveal().encode(), salt=salt, n=n, r=r, p=p, dklen=32, maxmem=256 * n * r
+    )
+
+
+def _secret(text: Secret | str) -> Secret:
+    return text if isinstance(text, Secret) else Secret(text)
 
 
 class PasswordFile:
@@ -113,12 +123,13 @@ class PasswordFile:
         self._stamp: tuple[int, int] | None = None
         self._entries: dict[str, dict[str, Any]] = {}
 
-    def verify(self, username: str, password: str) -> bool:
+    def verify(self, username: str, password: Secret | str) -> bool:
         """Whether that is the user's password; takes as long for a user that is not there.
 
         Raises:
             BadOption: The file cannot be read.
         """
+        password = _secret(password)
         entry = self._load().get(username)
         if entry is None:
             _scrypt(password, b"nobody", _SCRYPT_N, _SCRYPT_R, _SCRYPT_P)
@@ -145,8 +156,9 @@ class PasswordFile:
         entry = self._load().get(username)
         return entry is not None and "Scheme" not in entry
 
-    def add(self, username: str, password: str) -> None:
+    def add(self, username: str, password: Secret | str) -> None:
         """Add a user, or change a password; the file is replaced in one step, mode 0600."""
+        password = _secret(password)
         if not username or ";" in username:
             raise ValueError("a user name is not empty, and has no ';'")
         entries = dict(self._load()) if self.path.exists() else {}
@@ -213,7 +225,7 @@ class PasswordFileAuthenticator(ServerAuthenticator):
 
     async def authenticate(self, credentials: Credentials) -> User:
         """Hash and compare; a slow hash in a thread."""
-        username, password = credentials.username, credentials.password.reveal()
+        username, password = credentials.username, credentials.password
         if self.file.quick(username):
             good = self.file.verify(username, password)
         else:
@@ -260,8 +272,8 @@ class JwtServerAuthenticator(ServerAuthenticator):
         algorithms: Iterable[str] = ("HS256",),
         leeway: float = 300.0,
     ) -> None:
+        self._key = key = _secret(key)
         self._jwt = load_extra("jwt", "token authentication")
-        self._key = Secret(key) if isinstance(key, str) else key
         self._algorithms = list(algorithms)
         self._leeway = leeway
         known = {f"{kind}{bits}" for kind in ("HS", "RS", "PS", "ES") for bits in (256, 384, 512)}
@@ -287,6 +299,8 @@ class JwtServerAuthenticator(ServerAuthenticator):
 
     async def authenticate(self, credentials: Credentials) -> User:
         """Check signature and expiry."""
+        claims: dict[str, Any] = {}
+        fault = ""
         try:
             claims = self._jwt.decode(
                 credentials.token.reveal(),
@@ -296,7 +310,10 @@ class JwtServerAuthenticator(ServerAuthenticator):
                 options={"require": ["exp", "sub"], "verify_aud": False, "verify_iss": False},
             )
         except self._jwt.InvalidTokenError as error:
-            raise Refused(f"the token is not valid: {type(error).__name__}") from None
+            fault = type(error).__name__
+        if fault:
+            # Outside, so that it does not carry the frames of the library, with token and key.
+            raise Refused(f"the token is not valid: {fault}")
         subject = claims["sub"]
         if not isinstance(subject, str) or not subject:
             raise Refused("the token names no user")
@@ -324,7 +341,7 @@ class LdapServerAuthenticator(ServerAuthenticator):
         dn: str = "{}",
         ca_file: str = "",
         timeout: float = 5.0,
-        connect: Callable[[str, str], Any] | None = None,
+        connect: Callable[[str, Secret], Any] | None = None,
     ) -> None:
         self._ldap = load_extra("ldap3", "LDAP authentication")
         self._url = url
@@ -335,7 +352,7 @@ class LdapServerAuthenticator(ServerAuthenticator):
 
     async def authenticate(self, credentials: Credentials) -> User:
         """Bind, in a thread."""
-        username, password = credentials.username, credentials.password.reveal()
+        username, password = credentials.username, credentials.password
         if not username or not password:
             # An empty password is an anonymous bind (RFC 4513, 5.1.2), which succeeds.
             raise Refused("no user name or no password")
@@ -343,22 +360,30 @@ class LdapServerAuthenticator(ServerAuthenticator):
             raise Refused("wrong user name or password")
         return User(username, "LDAP")
 
-    def _connection(self, name: str, password: str) -> Any:
+    def _connection(self, name: str, password: Secret) -> Any:
         # ldap3 verifies nothing unless it is told to.
         tls = self._ldap.Tls(validate=ssl.CERT_REQUIRED, ca_certs_file=self._ca_file or None)
         server = self._ldap.Server(self._url, tls=tls, connect_timeout=self._timeout)
         # ldap3 hands this to setsockopt, which takes whole seconds.
         seconds = max(1, math.ceil(self._timeout))
-        return self._ldap.Connection(server, user=name, password=password, receive_timeout=seconds)
+        return self._ldap.Connection(
+            server, user=name, password=password.reveal(), receive_timeout=seconds
+        )
 
-    def _bind(self, username: str, password: str) -> bool:
+    def _bind(self, username: str, password: Secret) -> bool:
         escape = load_extra("ldap3.utils.dn", "LDAP authentication").escape_rdn
         name = self._dn.replace("{}", escape(username)) if self._dn != "{}" else username
+        try:
+            return self._bound(name, password)
+        except (self._ldap.core.exceptions.LDAPException, OSError) as error:
+            fault = type(error).__name__
+        # Outside, and in another frame than the connection, whose text shows the password.
+        raise Refused(f"the directory did not answer: {fault}")
+
+    def _bound(self, name: str, password: Secret) -> bool:
         connection = self._connect(name, password)
         try:
             return bool(connection.bind())
-        except (self._ldap.core.exceptions.LDAPException, OSError) as error:
-            raise Refused(f"the directory did not answer: {type(error).__name__}") from None
         finally:
             connection.unbind()
             # Of an attempt that failed, ldap3 leaves the socket open.

@@ -231,23 +231,23 @@ def _plugin(told: Table) -> dict[str, Any]:
             f"known are {', '.join(_PLUGIN_ARGUMENTS)} of the original, or write method instead",
         )
     where = told.where("args")
-    arguments = told.texts("args", ()) if "args" in told else []
+    arguments = told.secrets("args")
     least, most = _PLUGIN_ARGUMENTS[name]
     if not least <= len(arguments) <= most:
         raise bad_value(where, f"a list of {len(arguments)}; {name} has {least} to {most}")
     if name == "NullAuthenticator":
         return {"method": "null"}
     if name == "PasswordFileAuthenticator":
-        files = [told.resolve(path, where) for path in arguments]
+        files = [told.resolve(path.reveal(), where) for path in arguments]
         return {
             "method": "password",
             "file": files[0],
             "roles_file": files[1] if len(files) > 1 else "",
         }
     if name == "JwtAuthenticator":
-        key = Secret(expand(arguments[0], where))
+        key = Secret(expand(arguments[0].reveal(), where))
         return {"method": "jwt", "key": key, "algorithms": _HMAC, "leeway": 300.0}
-    host, port = (expand(argument, where) for argument in arguments)
+    host, port = [expand(argument.reveal(), where) for argument in arguments]
     if not port.isdecimal():
         raise bad_value(where, "without a port in its second place")
     return {

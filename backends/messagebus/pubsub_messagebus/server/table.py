@@ -24,6 +24,7 @@ from typing import Any, cast
 
 from pubsub_core.config.options import unknown_option
 from pubsub_core.errors import BadOption
+from pubsub_core.secrets import Secret
 
 __all__ = ["Table", "bad_value", "entries", "expand", "load_file"]
 
@@ -134,6 +135,13 @@ class Table:
             raise bad_value(self.where(name), "no list of texts")
         return found
 
+    def secrets(self, name: str) -> list[Secret]:
+        """Return the texts of a list that `load_file` has hidden; an absent one is empty."""
+        value: Any = self.value(name) if name in self else []
+        if not isinstance(value, list) or not all(isinstance(each, Secret) for each in value):  # pyright: ignore[reportUnknownVariableType]
+            raise bad_value(self.where(name), "no list of texts")
+        return cast("list[Secret]", value)
+
     def path(self, name: str, default: str | None = "") -> str:
         """Return a path, or nothing; see `resolve`."""
         text = self.text(name, default)
@@ -190,22 +198,37 @@ def load_file(path: str | Path) -> dict[str, Any]:
         BadOption: It is not there, is not what its name says, or has a key twice.
     """
     file = Path(path)
+    found: object = None
+    fault = "holds no table"
     try:
-        text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".toml":
-            return tomllib.loads(text)
-        values: Any = json.loads(text, object_pairs_hook=_once)
+            found = _hide(tomllib.loads(file.read_text(encoding="utf-8-sig")))
+        else:
+            found = _hide(json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once))
     except OSError as error:
-        raise BadOption(
-            f"{file} cannot be read: {error.strerror}", option="config", backend=BACKEND
-        ) from error
+        fault = f"cannot be read: {error.strerror}"
     except ValueError as error:
-        raise BadOption(
-            f"{file} is not valid: {error}", option="config", backend=BACKEND
-        ) from error
+        fault = f"is not valid: {error}"
+    if not isinstance(found, dict):
+        # Outside of the handlers: the parser's frames hold the text, which may hold a key.
+        raise BadOption(f"{file} {fault}", option="config", backend=BACKEND)
+    return cast("dict[str, Any]", found)
+
+
+def _hide(values: object) -> object:
+    """Return what was read, with the arguments of authenticators as secrets.
+
+    The original's take keys of tokens there; hidden, they show in no traceback that is
+    printed with its variables.
+    """
     if not isinstance(values, dict):
-        raise BadOption(f"{file} holds no table", option="config", backend=BACKEND)
-    found: dict[str, Any] = values  # pyright: ignore[reportUnknownVariableType]
+        return values
+    found: dict[str, object] = {}
+    for key, value in cast("dict[str, object]", values).items():
+        if _normal(key) == "args" and isinstance(value, list):
+            found[key] = [Secret(each) if isinstance(each, str) else each for each in value]  # pyright: ignore[reportUnknownVariableType]
+        else:
+            found[key] = _hide(value)
     return found
 
 
