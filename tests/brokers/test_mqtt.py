@@ -98,9 +98,6 @@ class TestRabbitMQ(suite("mqtt")):  # type: ignore[misc]  # the base is made at 
                 "RabbitMQ turns / into the dot of its own routing keys, so what is published "
                 "to a.b arrives as a/b"
             ),
-            "publish_confirmed_by_as_declared": (
-                "RabbitMQ 3.10 answers a PUBLISH of QoS 2 with PUBACK, against [MQTT-4.3.3]"
-            ),
         },
     )
 

@@ -391,13 +391,36 @@ def test_an_acknowledgement_of_the_wrong_phase_is_ignored_under_311(
     assert not out.done
 
 
-@pytest.mark.parametrize("ack", ["50 02 0001", "70 02 0001"])
+def test_a_puback_completes_qos_2_under_311(lines: type[Line]) -> None:
+    # RabbitMQ 3.10 lowers the quality of service, and says no more than this.
+    line = lines()
+    line.open()
+    # More than the window of QoS 2 holds, and one of QoS 1 behind them.
+    outs = [line.publish(qos=2) for _ in range(25)] + [line.publish(qos=1)]
+    for number in range(1, 27):
+        line.say(b"\x40\x02" + number.to_bytes(2, "big"))
+    assert line.done == outs
+    assert [out.error for out in outs] == [None] * 26
+
+
+def test_a_puback_after_pubrec_completes_nothing(lines: type[Line]) -> None:
+    line = lines()
+    line.open()
+    out = line.publish(qos=2)
+    line.say(unhex("50 02 0001 40 02 0001"))
+    assert not out.done
+    assert line.connection.stats.wrong_phase_acks == 1
+    line.say(unhex("70 02 0001"))
+    assert line.done == [out]
+
+
+@pytest.mark.parametrize(("qos", "ack"), [(1, "50 02 0001"), (1, "70 02 0001"), (2, "40 02 0001")])
 def test_an_acknowledgement_of_the_wrong_phase_ends_a_session_of_5(
-    lines: type[Line], ack: str
+    lines: type[Line], qos: int, ack: str
 ) -> None:
     line = lines(versions=(5,))
     line.open()
-    line.publish(qos=1)
+    line.publish(qos=qos)
     line.sent()
     line.say(unhex(ack))
     assert isinstance(line.lost[0], ProtocolError)
