@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from pubsub_core import (
-    EVERYTHING,
     App,
     AuthorizationRequest,
     Authorizer,
@@ -29,7 +28,6 @@ from pubsub_core import (
     sync,
 )
 from pubsub_core._runtime import questions
-from pubsub_core._runtime.questions import entitlements_of
 from pubsub_core.events import Notice
 from pubsub_core.testing import FaultProxy
 from pubsub_core.testing.servers import ServerThread
@@ -148,21 +146,6 @@ async def test_rights_change_while_the_subscription_goes_on(server: MessageBusSe
             await warden.entitle(asked[0], "12")  # type: ignore[arg-type]  # what is under test
         with pytest.raises(ValueError, match="entitlement"):
             await warden.entitle(asked[0], {2**40})
-
-
-@pytest.mark.parametrize(
-    "given", [True, 1, "12", b"\x01", {1: "x"}, {True}, {"1"}, [1.0], [[1]], object()]
-)
-def test_nothing_else_counts_as_entitlements(given: object) -> None:
-    with pytest.raises(TypeError):
-        entitlements_of(given)
-
-
-def test_entitlements_are_any_collection_of_numbers_or_none() -> None:
-    assert entitlements_of(None) is None
-    assert entitlements_of(EVERYTHING) is EVERYTHING
-    assert entitlements_of(()) == frozenset()
-    assert entitlements_of(iter([1, 2, 1])) == frozenset({1, 2})
 
 
 async def raises(request: AuthorizationRequest) -> set[int]:
