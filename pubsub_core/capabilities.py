@@ -1,8 +1,8 @@
-"""What a broker can do, how sure that is, and what it promises: plain data.
+"""Capabilities, guarantees and limits of a broker, as plain data.
 
 A backend declares `Support` per `Cap`, one `Guarantees` and one `Limits` in its
 `BackendInfo`. The declaration is a ceiling: after connecting, a backend's ``probe()`` may
-lower it for the server or the credentials at hand, never raise it. The conformance suite
+lower it for a certain server or credentials, never raise it. The conformance suite
 proves each claim, and the tables in the documentation are made from this data.
 """
 
@@ -63,7 +63,7 @@ class Cap(StrEnum):
     FLOW_CONTROL = "flow_control"
     """A slow subscriber can hold the broker back without losing messages."""
     ECHO_CONTROL = "echo_control"
-    """A client can choose not to receive what it publishes itself."""
+    """A client can choose not to receive its own messages."""
     REFUSAL_VISIBLE = "refusal_visible"
     """A publish or subscribe that the broker refuses is reported to the caller."""
     AUTH = "auth"
@@ -94,7 +94,7 @@ class Level(StrEnum):
     NONE = "none"
     """Not there; the operation raises `NotSupported`."""
     UNKNOWN = "unknown"
-    """Depends on the server at hand; the operation is tried."""
+    """Depends on the server; the operation is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Support:
     Attributes:
         level: See `Level`.
         why: One clause that a user can read: how it is done, or why it is missing.
-        remedy: What to do where it is missing or unknown; may be empty.
+        remedy: Advice where it is missing or unknown; may be empty.
     """
 
     level: Level
@@ -139,7 +139,7 @@ _RANK = {Level.NONE: 0, Level.UNKNOWN: 1, Level.EMULATED: 2, Level.NATIVE: 3}
 
 
 def effective(declared: Mapping[Cap, Support], probed: Mapping[Cap, Support]) -> dict[Cap, Support]:
-    """Combine a declaration with what a probe found; a probe can only lower it.
+    """Combine a declaration with the result of a probe, which can only lower it.
 
     UNKNOWN may be resolved by a probe in either direction: it was never a claim.
     """
@@ -179,7 +179,7 @@ class Redelivery(StrEnum):
 
 
 class Order(StrEnum):
-    """Within what the order of first arrivals is kept."""
+    """The scope within which the order of first arrivals is kept."""
 
     NONE = "none"
     PER_PUBLISHER_AND_TOPIC = "per_publisher_and_topic"
@@ -196,7 +196,7 @@ class Duplicates(StrEnum):
 
 
 class Durability(StrEnum):
-    """What survives a restart of the broker."""
+    """The data that survives a restart of the broker."""
 
     NOTHING = "nothing"
     DEPENDS_ON_BROKER = "depends_on_broker"
@@ -205,12 +205,12 @@ class Durability(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Guarantees:
-    """What a backend promises with its default settings; each field is proved by the suite.
+    """The promises of a backend with its default settings; each field is proved by the suite.
 
     Attributes:
         confirmed_by: Who confirms a publish.
         delivery: To subscribers that stay connected and keep up.
-        note: What a reader must know beside the enumerations, in one or two sentences.
+        note: Facts beyond the enumerations, in one or two sentences.
     """
 
     confirmed_by: ConfirmedBy

@@ -2,7 +2,7 @@
 
 Nothing is guessed. ``bytes`` travel as they are, ``str`` travels as UTF-8, and every other
 value goes through one codec: the one named in the call, else the first rule that matches
-the topic, else the bus's default. Received bytes become what the subscription asked for,
+the topic, else the bus's default. Received bytes become the type that the subscription asked for,
 or `DecodeFailed`; neither their content nor the content type that the publisher declared
 changes which codec reads them. No codec here can run code that it receives.
 
@@ -68,10 +68,10 @@ class CodecRule:
 
 
 class Codec(Protocol):
-    """What a codec must have; a plugin announces instances of such a class.
+    """The interface of a codec; a plugin announces instances of such a class.
 
     Attributes:
-        name: What ``codec=`` and ``pubsub.toml`` call it; lower case.
+        name: Its name in ``codec=`` and ``pubsub.toml``; lower case.
         content_type: Media type declared with a payload it encoded, or None.
     """
 
@@ -102,7 +102,7 @@ class TypedCodec(Protocol):
         """Return a function that decodes to *type*.
 
         Raises:
-            TypeError: It cannot produce that type; the text says what it can.
+            TypeError: It cannot produce that type; the text names those it can.
         """
         ...
 
@@ -256,8 +256,8 @@ class CodecSet:
     ) -> tuple[bytes, str | None]:
         """Return *value* as a payload, and the content type it has.
 
-        Bytes are returned as they are, whatever the codec, and without a content type:
-        nobody said what is in them.
+        Bytes are returned as they are, whatever the codec, and without a content type: their
+        content is unknown.
 
         Raises:
             EncodeFailed: The codec cannot encode the value.
@@ -410,7 +410,7 @@ def _untyped_decode(codec: Codec, type: Any, data: bytes) -> Any:
 
 
 def _plain(type: Any) -> Any:
-    # "object" says of a value what "Any" does, and msgspec knows only the latter.
+    # "object" and "Any" say the same of a value, and msgspec knows only the latter.
     return Any if type is object else type
 
 
@@ -420,7 +420,7 @@ def _type_name(type: Any) -> str:
     return cast("str", type.__qualname__)
 
 
-# --- what errors may say ----------------------------------------------------------------
+# --- texts of errors ---------------------------------------------------------------------
 
 # msgspec's messages that cannot hold any of the payload: they are made of the type, byte
 # offsets and paths (in which it writes "[...]" for a key). Source: msgspec, _core.c.
@@ -471,7 +471,7 @@ def _encode_reason(exc: Exception) -> str:
 
 
 def _check_type(type: Any) -> None:
-    """Refuse what msgspec would only notice when the first message arrives.
+    """Refuse a type that msgspec would only refuse when the first message arrives.
 
     Raises:
         TypeError: *type*, or something inside it, cannot be decoded to.

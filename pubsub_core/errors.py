@@ -11,7 +11,7 @@
     │  ├─ TLSProblem                 certificate, host name or protocol version
     │  ├─ AuthenticationFailed
     │  ├─ ServerRefused              the broker answered, and said no
-    │  └─ TakenOver                  somebody else keeps connecting with our client id
+    │  └─ TakenOver                  another client keeps connecting with our client id
     ├─ NotConnected                  the session is down and the offline policy is "raise"
     ├─ BusClosed                     used after close()
     ├─ OperationTimeout              any other request that was not answered in time
@@ -30,7 +30,7 @@
     ├─ SubscriptionOverflow          a subscription with overflow="error" fell behind
     ├─ NotSupported                  capability, why, alternatives
     ├─ EncodeFailed, DecodeFailed    DecodeFailed keeps the raw bytes
-    └─ HandlerFailed                 a handler raised; the cause is what it raised
+    └─ HandlerFailed                 a handler raised; the cause is its exception
 
 A backend raises these at its edge, ``from`` the native error. Cancellation is never
 wrapped. Texts name the thing that is wrong and what to do about it; they hold no payload,
@@ -82,7 +82,7 @@ __all__ = [
 
 
 class Outcome(StrEnum):
-    """What became of a message whose publish failed."""
+    """The fate of a message whose publish failed."""
 
     REJECTED = "rejected"
     """The broker saw it and refused it. Publishing it again will not help."""
@@ -97,10 +97,10 @@ class PubSubError(Exception):
 
     Attributes:
         code: A stable string for programs and documentation, one per class.
-        hint: What to do about it; part of ``str()``.
+        hint: The remedy; part of ``str()``.
         backend: Name of the backend concerned, or ``""``.
         topic: Topic or filter concerned, or ``""``. Never holds a key.
-        retryable: Whether the same call can succeed later; None when nobody knows.
+        retryable: Whether the same call can succeed later; None when that is unknown.
     """
 
     code: ClassVar[str] = "error"
@@ -257,7 +257,7 @@ class BusClosed(PubSubError):
 
 
 class OperationTimeout(PubSubError, TimeoutError):
-    """The broker did not answer a request in time; what it did with it is unknown."""
+    """The broker did not answer a request in time; it may have carried it out."""
 
     code = "timeout"
     retryable = True
@@ -322,7 +322,7 @@ class PublishFailed(PubSubError):
     """A publish did not succeed.
 
     Attributes:
-        outcome: What is known about the message; see `Outcome`.
+        outcome: The fate of the message; see `Outcome`.
         reason: The broker's own code, or None.
     """
 
@@ -366,7 +366,7 @@ class PublishNotAuthorized(PublishFailed, NotAuthorized):
 
 
 class PayloadTooLarge(PublishFailed):
-    """The payload exceeds what the broker, or our limit for it, accepts. Nothing was sent.
+    """The payload exceeds the limit of the broker, or ours for it. Nothing was sent.
 
     Attributes:
         size: Size of the encoded payload in bytes.
@@ -557,7 +557,7 @@ class DecodeFailed(PubSubError):
 
 
 class HandlerFailed(PubSubError):
-    """A handler raised; ``__cause__`` is what it raised.
+    """A handler raised; ``__cause__`` is its exception.
 
     Attributes:
         filter: Filter of the subscription whose handler raised.

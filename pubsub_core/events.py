@@ -70,8 +70,9 @@ class Gap(msgspec.Struct, frozen=True):
 
     Attributes:
         reason: See `GapReason`.
-        lost: How many messages are missing, or None when nobody knows.
-        recovered: Whether what follows fills the hole (from the broker's session or history).
+        lost: How many messages are missing, or None when that is unknown.
+        recovered: Whether the messages that follow fill the hole (from the broker's session or
+            history).
         since: Unix seconds when the hole began.
         until: Unix seconds when it ended.
         filter: Filter of the subscription; ``""`` in an event of the whole bus.

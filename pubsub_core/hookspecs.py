@@ -1,4 +1,4 @@
-"""What a plugin can add. Registration only: nothing here runs per message.
+"""The hooks of a plugin. Registration only: nothing here runs per message.
 
 A plugin is a module named by an entry point of the group ``pubsub_core``; it implements
 any of these hooks with `hookimpl`.

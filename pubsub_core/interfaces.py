@@ -99,7 +99,7 @@ class BackendInfo:
         options: A dataclass whose fields are the backend's options. It validates the URL's
             query and TOML alike and feeds help and schema; ``metadata["help"]`` of a field
             is its one-line help.
-        install: Command that installs what the factory needs.
+        install: Command that installs the factory's dependencies.
         dev_server: ``module:Class`` of an embedded `DevServer`, or ``""``.
         api: Version of the contract it was written for.
         about: One line for people.
@@ -252,7 +252,7 @@ class AuthorizationRequest(msgspec.Struct, frozen=True):
 
 
 class Sink(Protocol):
-    """Takes what arrives from a backend. One per session; a dead session's sink is deaf.
+    """Takes everything that arrives from a backend. One per session; a dead session's sink is deaf.
 
     Every method may be called from any thread and returns at once.
     """
@@ -374,7 +374,7 @@ class Backend(abc.ABC):
         return
 
     async def probe(self) -> Mapping[Cap, Support]:
-        """Return what this server and these credentials really allow; see `effective`."""
+        """Return the real support of this server and these credentials; see `effective`."""
         return {}
 
     @property

@@ -1,7 +1,7 @@
-"""What travels: messages, headers, receipts, members, and the frames below them.
+"""Messages, headers, receipts, members, and the frames below them.
 
-A `Message` is what a subscriber holds. Below it, an `InFrame` is what a backend hands to
-the core and an `OutFrame` what the core hands to a backend; both speak core topics, never
+A subscriber holds a `Message`. Below it, a backend hands an `InFrame` to the core, and the
+core an `OutFrame` to a backend; both speak core topics, never
 the broker's. All of them are immutable msgspec structs, which are made several
 times faster than dataclasses: one is made per message. Frames and receipts are left out of
 cyclic garbage collection (``gc=False``), since nothing they hold refers back to them.
@@ -100,7 +100,7 @@ class Headers(Mapping[str, str]):
 
 
 NO_HEADERS = Headers()
-"""What a message without headers has."""
+"""The headers of a message without any."""
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -123,7 +123,7 @@ class Part(msgspec.Struct, frozen=True):
 
     Attributes:
         data: The value on publishing, bytes when received.
-        entitlements: What a subscriber must hold to receive this part; empty for everyone.
+        entitlements: A subscriber must hold them to receive this part; empty for everyone.
     """
 
     data: Any
@@ -131,7 +131,7 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Receipt(msgspec.Struct, frozen=True, gc=False):
-    """What is known about a publish that did not fail.
+    """The facts of a publish that did not fail.
 
     Attributes:
         topic: As published.
@@ -148,7 +148,7 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
 
 
 class Verdict(StrEnum):
-    """What a subscriber decided about a message that waits for acknowledgement."""
+    """A subscriber's decision about a message that waits for acknowledgement."""
 
     ACK = "ack"
     """Done; the broker may forget it."""
@@ -237,8 +237,8 @@ class Message(msgspec.Struct, Generic[T_co], frozen=True):
     Attributes:
         topic: The real topic it was published to, never the filter.
         payload: Decoded to the type the subscription asked for, or bytes.
-        params: What the filter's captures matched, by name.
-        frame: What the backend delivered; the other attributes are read from it.
+        params: The texts that the filter's captures matched, by name.
+        frame: The backend's delivery; the other attributes are read from it.
     """
 
     topic: str

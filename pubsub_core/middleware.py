@@ -1,4 +1,4 @@
-"""What runs around every publish and every delivery: one onion for both directions.
+"""Code that runs around every publish and every delivery: one onion for both directions.
 
 A middleware is an async callable ``(context, call_next)``. It may change the context, call
 *call_next* once, several times or not at all, and return its result or another. On
@@ -86,7 +86,7 @@ class Context:
     def received(self) -> Message[Any]:
         """Return the message with the topic, payload and headers that middleware assigned.
 
-        Its `Message.raw` stays what arrived.
+        Its `Message.raw` stays as it arrived.
 
         Raises:
             ValueError: The context is of a publish.
@@ -148,7 +148,7 @@ def builtin_middleware() -> Mapping[str, Callable[..., Middleware]]:
 def dead_letter_headers(
     topic: str, error: BaseException, *, attempts: int = 1, headers: Mapping[str, str] = NO_HEADERS
 ) -> Headers:
-    """Return *headers* and what is told of a message that nobody could handle.
+    """Return *headers* and those that describe a message that no handler could take.
 
     The error is named by its class alone: its text may quote the payload.
     """
@@ -162,7 +162,7 @@ def dead_letter_headers(
 
 
 class Retry:
-    """Try again what failed, after a growing and random delay.
+    """Retry failures, after a growing and random delay.
 
     Receiving: the handler runs again, in its place in the order, so later messages of the
     subscription wait. After the last attempt the payload as it arrived is published to
@@ -176,9 +176,9 @@ class Retry:
     Args:
         attempts: Calls in all, the first included.
         backoff: Bound of the first delay, in seconds.
-        factor: What the bound grows by each time.
+        factor: Growth of the bound, each time.
         jitter: Wait a random time below the bound (full jitter) and not exactly that long.
-        maximum: What the bound grows to, in seconds. A broker that says when to come back
+        maximum: Limit of the bound, in seconds. A broker that says when to come back
             (`RateLimited`) is waited for longer.
         retry_on: Error classes of the handler that are tried again.
         dead_letter: Topic for messages that were not handled, or None.
@@ -265,7 +265,7 @@ class Retry:
     async def _bury(self, context: Context, kept: _Kept, error: Exception, attempts: int) -> bool:
         """Publish the message to the dead-letter topic; return whether that was done."""
         message, bus = kept.message, context.bus
-        # A dead letter that fails in its own handler would come back for ever.
+        # A dead letter that fails in its own handler would come back without end.
         if (
             self.dead_letter is None
             or message is None
@@ -296,7 +296,7 @@ class Retry:
 
 
 class _Kept:
-    """A context as it was, so that what inner middleware did is not done twice."""
+    """A context as it was, so that inner middleware does nothing twice."""
 
     __slots__ = ("headers", "message", "options", "payload", "topic")
 
@@ -472,7 +472,7 @@ def _manual(subscription: Any) -> bool:
 
 
 def _raised(error: BaseException) -> BaseException:
-    """Return what the handler itself raised."""
+    """Return the handler's own exception."""
     if isinstance(error, HandlerFailed) and error.__cause__ is not None:
         return error.__cause__
     return error

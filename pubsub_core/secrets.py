@@ -3,7 +3,7 @@
 A `Secret` masks itself in every textual form. A `Reference` says where a secret is kept
 (an environment variable, a file, the output of a command, or a kind that a plugin knows) and
 is resolved when a bus is built, not when a file is read. `mask_url` and `redact` clean text
-that somebody else wrote.
+that another program wrote.
 
 No error raised here holds a secret: not in its text, not in its cause or context.
 """
@@ -85,7 +85,7 @@ class Secret:
 # --- masking ---------------------------------------------------------------------------
 
 # Everything between "://" and the last "@" that can belong to the same URL. A "/" in a
-# password that was not percent-encoded must not save what stands before the "@", so this
+# password that was not percent-encoded must not save the text before the "@", so this
 # rather masks too much. A failover list is cut where the next URL begins.
 _CREDENTIALS = re.compile(
     r"""([A-Za-z][A-Za-z0-9+.-]*://)            # scheme
@@ -145,7 +145,7 @@ class Reference:
 
     Attributes:
         kind: ``env``, ``file``, ``command``, or a kind that a plugin resolves.
-        ref: Name, path, or what the plugin expects; for ``command`` the argument list.
+        ref: Name, path, or the plugin's own form; for ``command`` the argument list.
         timeout: Seconds that a command may run.
     """
 
@@ -195,7 +195,7 @@ def parse_reference(value: Mapping[str, Any], *, place: str) -> Reference:
         )
     if kind == "env" and not _ENV_NAME.fullmatch(ref):
         raise BadOption(
-            f"{place}: what env gives is no name of an environment variable",
+            f"{place}: env needs the name of an environment variable",
             option=place,
             hint="give the variable's name, not its value",
         )
@@ -230,11 +230,11 @@ def resolve_reference(
     """Fetch the secret. Blocks: a command may take its whole timeout.
 
     Args:
-        reference: What to fetch.
+        reference: The secret to fetch.
         place: Where the reference stands, for errors.
         environ: The environment, also that of a command.
-        folder: What a relative file name is relative to; the current directory by default.
-        others: Asked for kinds other than env, file and command; None means nobody knows.
+        folder: Where a relative file name starts; the current directory by default.
+        others: Asked for kinds other than env, file and command; None means that none knows it.
 
     Raises:
         ConfigError: It is not there; the text names the place and the remedy, never output.
@@ -296,7 +296,7 @@ def _from_command(
     problem = ""
     text = ""
     try:
-        # No shell. What it writes to its error stream is dropped: it may repeat the secret.
+        # No shell. Its error stream is dropped: it may repeat the secret.
         done = subprocess.run(  # noqa: S603 - the user's own configuration names the program
             arguments,
             stdin=subprocess.DEVNULL,

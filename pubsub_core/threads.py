@@ -106,7 +106,7 @@ class HandlerThread:
         return future
 
     def stop(self) -> None:
-        """End the thread after the call at hand; wait for it only if it is idle."""
+        """End the thread after the current call; wait for it only if it is idle."""
         if self._thread is not None:
             self._calls.put(None)
             if not self._busy:

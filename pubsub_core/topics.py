@@ -7,8 +7,8 @@ which the message gives the text they matched. A wildcard never matches a first 
 begins with ``$``. Levels are compared character by character: no case folding, no Unicode
 normalisation, and an empty level is a level like any other (``/a`` is not ``a``).
 
-Every function is linear in the length of its input. What is kept from earlier calls is
-bounded in number and in size, so a peer that invents topics cannot fill the memory.
+Every function is linear in the length of its input. Results kept from earlier calls
+are bounded in number and in size, so a peer that invents topics cannot fill the memory.
 
 Source: MQTT 3.1.1, sections 1.5.3 and 4.7; MQTT 5.0, section 4.8.2 for ``$share``.
 """
@@ -41,7 +41,7 @@ MAX_TOPIC_BYTES: Final = 65535
 
 _KEPT_TOPICS = 8192
 _KEPT_FILTERS = 1024
-# Longer texts are checked each time, so that what is kept stays within a few megabytes.
+# Longer texts are checked each time, so that kept results stay within a few megabytes.
 _KEPT_LENGTH = 512
 
 _SHARE = "$share/"
@@ -196,7 +196,7 @@ class TopicFilter:
 
     Attributes:
         text: As given, with its captures.
-        filter: The same with ``+`` and ``#`` in place of captures: what brokers and tries
+        filter: The same with ``+`` and ``#`` in place of captures, as brokers and tries
             are given.
         captures: Names of the captures, from left to right.
 
@@ -240,7 +240,7 @@ class TopicFilter:
         return all(levels[index] == literal for index, literal in self._literals)
 
     def params(self, topic: str) -> dict[str, str]:
-        """Return what each capture matched in *topic*.
+        """Return the text that each capture matched in *topic*.
 
         ``{name:path}`` gives all levels below its parent joined by ``/``, and ``""`` for the
         parent itself. The topic must be one that matches: that is not checked again.
@@ -505,7 +505,7 @@ def _empty_level(topic: str) -> int | None:
 
 
 def _check_text(text: str, error: type[InvalidTopic]) -> None:
-    """Check what topics and filters have in common: characters and length."""
+    """Check the characters and the length of a topic or filter."""
     kind = "filter" if error is InvalidFilter else "topic"
     _require_str(text, kind)
     if not text:

@@ -193,8 +193,8 @@ class HandlerTrie(Generic[V]):
         A value comes once for each of its filters that match; ``dict.fromkeys(…)`` keeps
         the first of each. The topic is not validated.
         """
-        # The cache is taken hold of before anything is looked at. A change replaces it
-        # when it is done, so what is found meanwhile lands in a cache that nobody reads.
+        # Read before anything else. A change replaces the cache when it is complete, so a
+        # result found meanwhile lands in a dictionary that is no longer read.
         cache = self._cache
         kept = cache.get(topic)
         if kept is not None:
@@ -343,7 +343,7 @@ class HandlerTrie(Generic[V]):
     def _put(self, path: list[str], open_end: bool, entry: _Entry[V] | None) -> None:
         """Put *entry* where *path* leads, or None for nothing there any more.
 
-        Nodes on the way are made anew from the bottom up, until one holds the new one in
+        Nodes on the way are replaced from the bottom up, until one holds the new one in
         a dictionary. Those that hold nothing any more are left out.
         """
         nodes: list[_Node[V]] = [self._root]
@@ -400,7 +400,7 @@ class _Many(Generic[V]):
         self.pairs = pairs
 
 
-# What a filter holds: a place in the order and a value. One value is by far the most
+# An entry of a filter: a place in the order and a value. One value is by far the most
 # frequent number, so it does without a dictionary.
 _Entry: TypeAlias = "tuple[int, V] | _Many[V]"
 
@@ -458,7 +458,7 @@ class _SameObject:
 
 
 def _name(value: Hashable) -> Hashable:
-    """Return what tells *value* from others."""
+    """Return the identity of *value* as a key."""
     try:
         hash(value)
     except TypeError:
@@ -468,7 +468,7 @@ def _name(value: Hashable) -> Hashable:
 
 # Filters of one program have few different levels. Nodes share the text of theirs: less
 # memory, and comparing two of the same object reads less of it. sys.intern would keep a
-# peer's words for ever on some versions of Python.
+# peer's words until the process ends, on some versions of Python.
 _words: Final = BoundedCache[str, str](32768)
 _WORD_LENGTH = 64
 

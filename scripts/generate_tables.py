@@ -183,6 +183,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "guarantees": guarantee_table,
         "exit_codes": exit_code_table,
     },
+    ROOT / "docs" / "command-line.md": {"exit_codes": exit_code_table},
     ROOT / "docs" / "configuration.md": {"options": bus_option_table},
     **{
         ROOT / "backends" / name / "README.md": {"options": partial(backend_option_table, name)}

@@ -12,8 +12,8 @@
     if __name__ == "__main__":
         sys.exit(app.run())
 
-What a handler's parameters get is decided when the application starts, not per message, and
-a parameter that nothing fits is an error then:
+The parameters of a handler are matched when the application starts, not per message; a
+parameter that nothing fits is an error then:
 
 =========================================  ================================================
 parameter                                  gets
@@ -22,7 +22,7 @@ annotated ``Message`` or ``Message[T]``    the message, its payload decoded to `
 annotated ``Bus`` or ``SyncBus``           the handler's bus if it is called ``bus``, else
                                            the bus of that name; async handlers take
                                            ``Bus``, plain ones ``SyncBus``
-named as a capture of the filter           what it captured, converted to the annotation
+named as a capture of the filter           the captured text, converted to the annotation
 named ``message`` or ``msg``               the message
 named ``payload``                          the payload, decoded to the annotation
 named ``bus``                              the handler's bus

@@ -1,4 +1,4 @@
-"""The application itself: what its decorators declare, and how it is run."""
+"""The application itself: its decorators, and how it runs."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class App:
         Args:
             filter: Topic filter, with captures.
             bus: Name of the bus to subscribe on.
-            type: What payloads are decoded to; by default what the parameter's annotation
-                says: ``T`` of ``Message[T]``, or that of ``payload``; else bytes.
+            type: Type that payloads are decoded to; by default that of the parameter's
+                annotation: ``T`` of ``Message[T]``, or that of ``payload``; else bytes.
             options: Those of `Bus.subscribe` but ``handler``; see `HandlerOptions`. With
                 ``gaps`` the handler is also called with each `Gap`, in the message's place;
                 it may then take nothing else but buses.
@@ -82,7 +82,7 @@ class App:
     def authorizer(
         self, filter: str, *, bus: str = MAIN, timeout: float | None = None
     ) -> Callable[[F], F]:
-        """Declare what answers who may see the topics that match *filter*.
+        """Declare a function that answers who may see the topics that match *filter*.
 
         The function, async or plain, takes the request, captures of the filter and buses. It
         returns the entitlements that the client holds (a set of int), `EVERYTHING` for all
@@ -125,7 +125,7 @@ class App:
         return function
 
     def on_start(self, function: F) -> F:
-        """Declare what runs when the buses are open, before any handler is called.
+        """Declare a hook that runs when the buses are open, before any handler is called.
 
         Takes nothing, or buses in the ways that handlers do. When it raises, the
         application does not start.
@@ -134,9 +134,9 @@ class App:
         return function
 
     def on_stop(self, function: F) -> F:
-        """Declare what runs when the handlers have finished, while the buses are open.
+        """Declare a hook that runs when the handlers have finished, while the buses are open.
 
-        These run last declared first; what they raise is logged.
+        The last declared runs first; errors are logged.
         """
         self._declared.on_stop.append(function)
         return function
@@ -176,7 +176,8 @@ class App:
     ) -> int:
         """Run until SIGTERM or SIGINT, then stop taking messages, finish, and return.
 
-        The first signal lets handlers finish what has arrived, for at most *drain* seconds;
+        After the first signal handlers finish the messages that have arrived, for at most
+        *drain* seconds;
         a second one stops at once.
 
         Args:
@@ -223,7 +224,7 @@ class App:
         config: Config | None = None,
         drain: float | None = None,
     ) -> int:
-        """Do what `run` does inside a running event loop, without signal handlers.
+        """Run inside a running event loop, without signal handlers.
 
         Ends after `stop`, or when cancelled, which drains before it passes on; a second
         cancellation stops at once.

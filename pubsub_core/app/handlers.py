@@ -22,7 +22,7 @@ __all__ = ["DeclaredAuthorizer", "DeclaredHandler", "Planned"]
 
 
 class Planned(abc.ABC):
-    """A declared function, and what its parameters get."""
+    """A declared function, and the sources of its parameters."""
 
     role: ClassVar[str]
 
@@ -36,7 +36,7 @@ class Planned(abc.ABC):
     def _plan(self, namespace: Mapping[str, Any] | None) -> tuple[Filler, ...]: ...
 
     def plan(self, namespace: Mapping[str, Any] | None) -> None:
-        """Decide what each parameter gets, once; an unknown name may wait for the start.
+        """Match the parameters, once; an unknown name may wait for the start.
 
         Args:
             namespace: Names beside the module's; None for the last attempt.

@@ -1,7 +1,7 @@
-"""What the parameters of handlers, authorizers and hooks get.
+"""Filling the parameters of handlers, authorizers and hooks.
 
-It is decided once, when a function is declared or the application starts; a call fills a list
-and a dictionary. A parameter that nothing fits is an error then.
+Parameters are matched once, when a function is declared or the application starts; a call
+fills a list and a dictionary. A parameter that nothing fits is an error at the match.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pubsub_core.topics import TopicFilter
 __all__ = ["MAIN", "Arguments", "Filler", "OpenBuses", "fillers_of", "name_of"]
 
 MAIN: Final = "main"
-"""Name of the bus of what names none."""
+"""Name of the bus where none is named."""
 
 _Kind = Literal["message", "payload", "capture", "bus", "request"]
 
@@ -53,7 +53,7 @@ class OpenBuses(dict[str, Bus]):
 
 @dataclass(frozen=True, slots=True)
 class Filler:
-    """What one parameter gets.
+    """The source of one parameter.
 
     Attributes:
         keyword: Whether it can only be passed by name.
@@ -70,7 +70,7 @@ class Filler:
 
 
 class Arguments:
-    """Fills parameters; everything but the message is at hand before the first one."""
+    """Fills parameters; all but the message are known before the first call."""
 
     def __init__(self, fillers: tuple[Filler, ...], buses: OpenBuses, own: str) -> None:
         made = [(each, _value(each, buses, own)) for each in fillers]
@@ -133,7 +133,7 @@ def fillers_of(
     given_type: Any = None,
     role: str = "handler",
 ) -> tuple[tuple[Filler, ...], Any]:
-    """Return what *function*'s parameters get, and the payload type they ask for.
+    """Return a source for each parameter of *function*, and the payload type they ask for.
 
     A *filter* of None is that of a hook, which can take buses only; an authorizer takes a
     request, and neither message nor payload.
@@ -154,7 +154,7 @@ def fillers_of(
             if has_default:
                 continue
             raise _unfillable(function, name, filter, role)
-        # What comes after a parameter that keeps its default can only be passed by name.
+        # A parameter after one that keeps its default can only be passed by name.
         keyword = parameter.kind is parameter.KEYWORD_ONLY or place != len(found)
         if keyword and parameter.kind is parameter.POSITIONAL_ONLY:
             continue
@@ -285,7 +285,7 @@ def _unfillable(
 
 
 def name_of(function: Any) -> str:
-    """Return what a function is called in errors."""
+    """Return the name of a function for errors."""
     while isinstance(function, functools.partial):
         function = cast("Any", function).func
     name: str = getattr(function, "__qualname__", type(function).__qualname__)

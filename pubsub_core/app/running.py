@@ -38,7 +38,7 @@ Buses: TypeAlias = Mapping[str, str] | Iterable[str]
 
 @dataclass(slots=True)
 class Declared:
-    """What an application consists of, and its run at hand."""
+    """The parts of an application, and its current run."""
 
     handlers: list[DeclaredHandler] = field(default_factory=list["DeclaredHandler"])
     authorizers: list[DeclaredAuthorizer] = field(default_factory=list["DeclaredAuthorizer"])
@@ -96,7 +96,7 @@ class Running:
         self._finished = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    # --- what users call -----------------------------------------------------------------
+    # --- for programs --------------------------------------------------------------------
 
     def bus(self, name: str = MAIN) -> Bus:
         """Return an open bus.
@@ -129,7 +129,7 @@ class Running:
         else:
             self._at_once.set()
 
-    # --- what the application calls ------------------------------------------------------
+    # --- for the application -------------------------------------------------------------
 
     async def start(self) -> bool:
         """Open everything; return whether it runs, False when it was stopped meanwhile."""
@@ -179,7 +179,7 @@ class Running:
                 self._declared.running = None
 
     def check(self) -> None:
-        """Raise what ended the application, if anything did."""
+        """Raise the error that ended the application, if one did."""
         if self._failure is not None:
             raise self._failure
 
@@ -266,7 +266,7 @@ class Running:
 
     async def _cut_short(self, draining: asyncio.Task[None]) -> None:
         self.code = 1
-        _log.warning("stopping at once; what was not finished is abandoned")
+        _log.warning("stopping at once; unfinished messages are abandoned")
         draining.cancel()
         await asyncio.wait((draining,))
         # A close that had begun already keeps its own deadline; it is not waited for.
@@ -312,13 +312,13 @@ def _cancelling() -> bool:
 
 @contextlib.contextmanager
 def signals(act: Callable[[], None]) -> Generator[None, None, None]:
-    """Let SIGTERM and SIGINT call *act* on the running loop; then restore what was there."""
+    """Let SIGTERM and SIGINT call *act* on the running loop; then restore their handlers."""
     loop = asyncio.get_running_loop()
     before: dict[signal.Signals, Any] = {}
     try:
         for each in _SIGNALS:
             previous = signal.getsignal(each)
-            # Elsewhere than on the main thread signals stay whoever's they are.
+            # Off the main thread, signals keep their handlers.
             with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
                 loop.add_signal_handler(each, act)
                 before[each] = previous

@@ -2,7 +2,7 @@
 
 One session publishes to a topic of its own and receives it again, so the figures hold both
 ways and whatever the broker does in between. Each message carries its number and the
-moment it was published; what is missing, doubled or out of order is counted.
+moment it was published; missing, doubled and disordered ones are counted.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def bench(
 
 @dataclass(slots=True)
 class Figures:
-    """What was measured. Seconds, unless a name says otherwise."""
+    """The measurements. Seconds, unless a name says otherwise."""
 
     bus: str
     backend: str
@@ -241,7 +241,7 @@ class _Bench:
             now = time.perf_counter_ns()
             payload = message.raw
             if len(payload) != self._size:
-                continue  # somebody else's
+                continue  # another session's
             number, then = _HEAD.unpack_from(payload)
             if number >= self._messages:
                 continue

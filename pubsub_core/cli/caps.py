@@ -1,4 +1,4 @@
-"""``pubsub caps``: what backends declare, and what a broker can do."""
+"""``pubsub caps``: capabilities, as declared and as found."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def caps(
         str | None,
         typer.Argument(
             metavar="[BUS]",
-            help="Connect and ask this broker; without it, what the backends declare.",
+            help="Connect and ask this broker; without it, show the declarations.",
             autocompletion=complete_bus,
             show_default=False,
         ),
@@ -48,10 +48,10 @@ def caps(
     json: JsonOption = False,
     option: BusOption = None,
 ) -> None:
-    """Show which broker can do what.
+    """Show the capabilities of brokers.
 
-    Without BUS, a table of what the installed backends declare: the most they can do. With
-    BUS, what the broker at hand and the credentials in use really allow, with reasons,
+    Without BUS, a table of the declarations of the installed backends: the most they can
+    do. With BUS, the capabilities of that broker with these credentials, with reasons,
     guarantees and limits.
     """
     with Output(json=json) as output:
@@ -127,7 +127,7 @@ def _limit_values(limits: Limits) -> dict[str, Any]:
 def _reasons(title: str, found: Mapping[Cap, Support]) -> Any:
     from rich.markup import escape as plain  # noqa: PLC0415 - slow to import, rarely needed
 
-    drawn = table(title, ["capability", "level", "why", "what to do"])
+    drawn = table(title, ["capability", "level", "why", "remedy"])
     for cap, support in found.items():
         drawn.add_row(cap.value, level_mark(support), plain(support.why), plain(support.remedy))
     return drawn

@@ -1,4 +1,4 @@
-"""``pubsub config``: where each value comes from, what is wrong, and what there is."""
+"""``pubsub config``: sources of values, faults, and the schema."""
 
 from __future__ import annotations
 

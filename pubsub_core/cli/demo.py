@@ -2,7 +2,7 @@
 
 Each backend with an embedded server gets one on a free port of loopback; memory needs none.
 A second session plays the rest of the world: it sends readings, receives alarms, watches who
-comes and goes, and tries what only some brokers have. Everything shown did happen.
+comes and goes, and tries features that only some brokers have. Everything shown did happen.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from .serve import make_server
 __all__ = ["demo"]
 
 CELSIUS: Final = (20.5, 81.5, 95.0)
-"""What the oven's thermometer says, one after the other."""
+"""The readings of the oven's thermometer, in order."""
 _START: Final = 8.0
 """Seconds that a server may take to start."""
 _STORY: Final = 8.0
 """Seconds that the application may take on one broker."""
 _ALL: Final = 26.0
-"""Seconds for everything; what does not fit is shown as not run."""
+"""Seconds for everything; backends beyond it are shown as not run."""
 _SETTLE: Final = 2.0
 """Seconds to wait for the news that the application came or went."""
 
@@ -79,7 +79,7 @@ def _candidates() -> tuple[BackendInfo, ...]:
 
 @dataclass(slots=True)
 class _Tale:
-    """What happened on one backend."""
+    """The events on one backend."""
 
     info: BackendInfo
     started: bool = False
@@ -98,7 +98,7 @@ class _Tale:
 
 
 class _AppLog(logging.Handler):
-    """Shows what the application logs."""
+    """Shows the application's log."""
 
     def __init__(self, tell: Callable[..., None]) -> None:
         super().__init__(logging.INFO)
@@ -213,7 +213,7 @@ class _Demo:
             tale.found = {cap: world.supports(cap) for cap in Cap}
 
     async def _extras(self, world: Bus) -> None:
-        """Try what only some brokers have; each either does it or says why not."""
+        """Try features that only some brokers have; each either works or says why not."""
 
         async def retained() -> str:
             await world.publish("demo/setpoint", 75.0, retain=True)
@@ -396,7 +396,7 @@ def _summary(output: Output, tales: list[_Tale]) -> None:
     from rich.markup import escape as plain  # noqa: PLC0415 - slow to import, rarely needed
 
     told = [tale for tale in tales if tale.found]
-    drawn = table("", ["what the broker at hand can do", *(tale.info.name for tale in told)])
+    drawn = table("", ["capability", *(tale.info.name for tale in told)])
     for cap in Cap:
         drawn.add_row(cap.value, *(level_mark(tale.found[cap]) for tale in told))
     output.draw("\n[bold]── summary ──[/]", drawn)

@@ -24,14 +24,14 @@ app = App()
 
 @dataclass
 class Reading:
-    """What the oven's thermometer says."""
+    """A reading of the oven's thermometer."""
 
     celsius: float
 
 
 @dataclass
 class Alarm:
-    """What the application says when that is too much."""
+    """The application's answer to one that is too high."""
 
     device: str
     celsius: float

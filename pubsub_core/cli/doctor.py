@@ -57,8 +57,8 @@ class Step:
     """One step's result.
 
     Attributes:
-        detail: What was found, or why it was skipped.
-        remedy: What to do about a failure.
+        detail: The finding, or why it was skipped.
+        remedy: Advice after a failure.
         seconds: How long it took.
         code: Exit code that a failure asks for.
     """
@@ -340,7 +340,7 @@ class _Exam:
                 sent, start = time.time(), time.perf_counter()
                 receipt = await bus.publish(topic, payload)
                 message = await inbox.get()
-                while message.raw != payload:  # somebody else's
+                while message.raw != payload:  # another session's
                     message = await inbox.get()
                 took, received = time.perf_counter() - start, time.time()
         except NotAuthorized as exc:

@@ -1,6 +1,6 @@
 """Exit codes of the ``pubsub`` command: one table, read by the code, the help and the docs.
 
-130, 141 and 143 are what a shell reports for a program ended by SIGINT, SIGPIPE and
+A shell reports 130, 141 and 143 for a program ended by SIGINT, SIGPIPE and
 SIGTERM (128 plus the signal's number).
 """
 
@@ -23,7 +23,7 @@ __all__ = ["MEANINGS", "ExitCode", "exit_code", "first_error"]
 
 
 class ExitCode(IntEnum):
-    """What the process says when it ends."""
+    """Exit status of the process."""
 
     OK = 0
     FAILED = 1
@@ -44,7 +44,7 @@ MEANINGS: Final[dict[ExitCode, str]] = {
     ExitCode.NOT_SUPPORTED: "the broker cannot do this",
     ExitCode.TIMEOUT: "a deadline passed, e.g. --exit-after before --count was reached",
     ExitCode.INTERRUPTED: "Ctrl-C",
-    ExitCode.PIPE: "whoever read the output went away",
+    ExitCode.PIPE: "the reader of the output closed the pipe",
     ExitCode.TERMINATED: "SIGTERM (but 0 from `pubsub serve`, which is stopped that way)",
 }
 
@@ -78,6 +78,6 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def first_error(error: BaseException) -> BaseException:
-    """Return what to show for *error*: of a group, its first error of ours, else its first."""
+    """Return the error to show for *error*: of a group, its first one of ours, else its first."""
     leaves = list(_leaves(error))
     return next((leaf for leaf in leaves if isinstance(leaf, PubSubError)), leaves[0])

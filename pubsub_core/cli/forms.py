@@ -54,7 +54,7 @@ class Form:
         )
 
     def line(self, message: Message[Any]) -> bytes:
-        """Return what to print for *message*."""
+        """Return *message* as it is printed."""
         if self._raw:
             return message.raw + b"\n"
         value, failed = self._value(message)

@@ -1,4 +1,4 @@
-"""How ``pubsub presence`` and ``pubsub notifications`` tell who is subscribed to what."""
+"""How ``pubsub presence`` and ``pubsub notifications`` tell of subscriptions."""
 
 from __future__ import annotations
 

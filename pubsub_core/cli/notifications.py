@@ -1,4 +1,4 @@
-"""``pubsub notifications``: who subscribes to what, as it happens."""
+"""``pubsub notifications``: subscriptions, as they come and go."""
 
 from __future__ import annotations
 

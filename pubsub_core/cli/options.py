@@ -45,7 +45,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What stands before the command: which configuration file, which profile.
+    """Options before the command: the configuration file, the profile.
 
     Attributes:
         plugin_failures: Plugins whose sub-commands could not be added.
@@ -61,7 +61,7 @@ class Settings:
 
 
 def settings(context: typer.Context) -> Settings:
-    """Return what stood before the command."""
+    """Return the options before the command."""
     found = context.find_root().obj
     return found if isinstance(found, Settings) else Settings()
 

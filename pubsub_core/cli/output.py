@@ -1,4 +1,4 @@
-"""What the commands print: records for programs, lines for people, errors with a remedy.
+"""Output of the commands: records for programs, lines for people, errors with a remedy.
 
 Results go to standard output, everything else to standard error. With ``--json`` both
 carry one JSON object per line, each with a ``type``. rich is imported only where something
@@ -54,7 +54,7 @@ _ASSIGNED = re.compile(r"(?P<name>[A-Za-z_][\w-]*)=(?P<value>[^\s&'\",;)\]}]+)")
 def mask(text: str) -> str:
     """Hide credentials of URLs and values of options that are named like secrets.
 
-    The library's own errors hold no secret; this is for what the user typed, which an
+    The library's own errors hold no secret; this is for the user's own text, which an
     argument parser repeats.
     """
     return _ASSIGNED.sub(
@@ -126,7 +126,7 @@ def debugging() -> bool:
 
 
 def explain_error(error: BaseException) -> dict[str, Any]:
-    """Return what is known about *error*, with the keys that ``--json`` documents."""
+    """Return a record of *error*, with the keys that ``--json`` documents."""
     error = first_error(error)
     record: dict[str, Any] = {"type": "error", "code": "internal", "message": "", "hint": ""}
     match error:
@@ -192,7 +192,7 @@ class _LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if not record.name.startswith("pubsub") and not debugging():
-            return  # what a library beneath us mutters is no news for the user
+            return  # debug output of a library beneath us is not for the user
         try:
             text = record.getMessage()
             if record.exc_info and debugging():
@@ -321,7 +321,7 @@ def _ignore(_: float) -> None:
 class LineWriter:
     """Writes to standard output from a thread of its own.
 
-    Whoever reads the output may pause, e.g. a pager; a blocking write on the event loop
+    The reader of the output may pause, e.g. a pager; a blocking write on the event loop
     would then stop the keepalives as well. At most `LIMIT` lines wait; after that `write`
     waits, and the subscription's own bounded buffer takes over.
     """
@@ -416,7 +416,7 @@ async def writing() -> AsyncGenerator[LineWriter, None]:
     try:
         yield writer
     except BaseException:
-        # What arrived before a Ctrl-C is shown, unless nobody takes it.
+        # Messages that arrived before a Ctrl-C are shown, unless nobody reads them.
         with contextlib.suppress(TimeoutError, OSError, ValueError):
             async with asyncio.timeout(1):
                 await writer.flush()

@@ -1,4 +1,4 @@
-"""``pubsub plugins``: what is installed, and what failed to load."""
+"""``pubsub plugins``: installed plugins, and those that failed to load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plugins(
         bool, typer.Option("--strict", help="Exit with 1 if a plugin could not be loaded.")
     ] = False,
 ) -> None:
-    """List what is installed: backends with version, schemes, capabilities, and failures.
+    """List installed plugins: backends with version, schemes, capabilities, and failures.
 
     A plugin that fails harms only itself; here its cause is shown.
     """

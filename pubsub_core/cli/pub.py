@@ -168,7 +168,7 @@ def _value(payload: bytes, codec: str | None) -> Any:
 
 
 class _Publishing:
-    """One run of the command; counts what was sent."""
+    """One run of the command; counts messages sent."""
 
     def __init__(
         self, output: Output, topic: str, codec: str | None, rate: float | None, how: dict[str, Any]

@@ -35,15 +35,15 @@ from .output import explain_error, show_error, show_traceback
 
 __all__ = ["build", "main"]
 
-# What typer raises for wrong arguments: newer versions bring the class themselves, older
-# ones have it from click, so it is found by way of the one that typer always exports.
+# Typer's error for wrong arguments: newer versions bring the class themselves, older ones
+# have it from click, so it is found by way of the one that typer always exports.
 _UsageError: type[Exception] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
 
 
 class Root(TyperGroup):
-    """Runs a command and turns whatever it raises into a message and an exit code."""
+    """Runs a command and turns errors into a message and an exit code."""
 
     def main(
         self,
@@ -107,7 +107,7 @@ def _usage(error: Exception) -> dict[str, Any]:
     return record | {
         "code": "usage",
         "message": message[:1].lower() + message[1:],
-        "hint": f"`{command} --help` tells what it takes",
+        "hint": f"`{command} --help` lists its arguments",
         "exit_code": int(ExitCode.USAGE),
     }
 
@@ -156,7 +156,7 @@ def build() -> typer.Typer:
     cli.command("plugins")(plugins.plugins)
     cli.add_typer(config.config, name="config")
     cli.command("doctor")(doctor.doctor)
-    # What the command does not know belongs to the server of that backend.
+    # Options unknown to the command belong to the server of that backend.
     unknown = {"allow_extra_args": True, "ignore_unknown_options": True}
     cli.command("serve", context_settings=unknown)(serve.serve)
     cli.command("bench")(bench.bench)

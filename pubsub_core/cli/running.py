@@ -63,7 +63,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 async def open_bus(
     settings: Settings, where: str, overrides: list[str] | None = None, **options: Any
 ) -> AsyncGenerator[Bus, None]:
-    """Open *where* with the configuration at hand; ``-o`` wins over *options*."""
+    """Open *where* with the current configuration; ``-o`` wins over *options*."""
     given: dict[str, Any] = {**options, **pairs(overrides, option="--option")}
     async with Bus(where, config=settings.load(), options=given) as bus:
         yield bus

@@ -107,7 +107,7 @@ def _flags(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _coerce(factory: Any, options: Mapping[str, str], backend: str) -> dict[str, Any]:
-    """Turn texts into what the constructor's annotations say."""
+    """Convert texts to the types of the constructor's annotations."""
     parameters = {
         parameter.name: parameter
         for parameter in inspect.signature(factory).parameters.values()

@@ -52,7 +52,7 @@ def sub(
     quiet: QuietOption = False,
     option: BusOption = None,
 ) -> None:
-    """Subscribe to FILTER and print what arrives until Ctrl-C."""
+    """Subscribe to FILTER and print messages until Ctrl-C."""
     with Output(json=json, quiet=quiet) as output:
         form = Form(output, filter, raw=raw, text=text, codec=codec)
         how = {"group": group, "replay": replay, "qos": qos}

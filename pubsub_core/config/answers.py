@@ -1,4 +1,4 @@
-"""What configuration answers with: a bus's values, where each comes from, and what lint finds."""
+"""The answers of a configuration: the values of a bus, their sources, and findings of lint."""
 
 from __future__ import annotations
 

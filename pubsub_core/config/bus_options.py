@@ -61,7 +61,7 @@ class BusOptions:
         default=(), metadata=_help("rules {match, codec}; the first that matches wins")
     )
     offline: OfflinePolicy = field(
-        default="raise", metadata=_help("what publish does while there is no session")
+        default="raise", metadata=_help("how publish acts while there is no session")
     )
     offline_messages: _Count = field(
         default=10_000, metadata=_help("most messages queued while offline='buffer'")
@@ -73,14 +73,14 @@ class BusOptions:
         default=None, metadata=_help("discard messages queued longer than this")
     )
     offline_overflow: OfflineOverflow = field(
-        default="error", metadata=_help("what happens when the offline buffer is full")
+        default="error", metadata=_help("policy for a full offline buffer")
     )
     buffer: _Count = field(default=1024, metadata=_help("most messages a subscription keeps"))
     buffer_bytes: _Count = field(
         default=16 * 1024 * 1024, metadata=_help("most payload bytes a subscription keeps")
     )
     overflow: OverflowPolicy = field(
-        default="drop_oldest", metadata=_help("what happens when a subscription falls behind")
+        default="drop_oldest", metadata=_help("policy for a full buffer of a subscription")
     )
     reconnect: bool = field(default=True, metadata=_help("make a new session when one is lost"))
     reconnect_first: _Seconds = field(

@@ -18,7 +18,7 @@ __all__ = ["Config"]
 
 
 class Config:
-    """What is configured. Reads its file when something of it is first needed.
+    """The configured buses. Its file is read at first need.
 
     A URL can be given wherever a name can; it needs no file and reads none. A value of a bus
     comes from the nearest layer that has it; `pubsub_core.config` lists them.
@@ -36,7 +36,7 @@ class Config:
         """Make one from *data*, shaped like the file, instead of a file.
 
         Args:
-            data: What the file would hold; nothing by default.
+            data: The contents of the file; nothing by default.
             profile: Name of the profile to lay over it; by default ``PUBSUB_PROFILE``.
             environ: The environment; by default this process's, as it is now.
         """
@@ -105,8 +105,8 @@ class Config:
     def explain(self, where: str, overrides: Mapping[str, Any] | None = None) -> list[Explained]:
         """Tell each value of a bus and where it comes from; fetches no secret.
 
-        Values are not checked, that is what `lint` does; a key that nobody knows is told
-        with a note. A URL that is a reference is only followed into the environment.
+        Values are not checked; `lint` does that. An unknown key is told with a note. A URL
+        that is a reference is only followed into the environment.
 
         Raises:
             ConfigError: The bus is unknown, or its URL does not lead to a backend.
@@ -130,7 +130,7 @@ class Config:
         return list(dict.fromkeys(findings(layers)))
 
     def schema(self) -> dict[str, Any]:
-        """Return the JSON Schema (draft 2020-12) of ``pubsub.toml`` for what is installed."""
+        """Return the JSON Schema (draft 2020-12) of ``pubsub.toml`` for the installed backends."""
         # Imported here: the command needs it, and a program that connects does not.
         from .schema import file_schema  # noqa: PLC0415 - see above
 

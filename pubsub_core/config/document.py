@@ -40,7 +40,7 @@ _KEYS_IN_FILE = ("bus.", "bus ", "profile.", "profile ", "[")
 
 @dataclass(slots=True)
 class Document:
-    """A file that was read, or what came in its place."""
+    """A file that was read, or data in its place."""
 
     path: Path | None
     data: Mapping[str, Any] = field(repr=False)
@@ -93,7 +93,7 @@ def find(environ: Mapping[str, str]) -> tuple[Path | None, tuple[Path, ...]]:
     program = sys.argv[0] if sys.argv else ""
     if program not in ("", "-c", "-m"):
         folders.append(Path(program).absolute().parent)
-    with contextlib.suppress(FileNotFoundError):  # somebody removed it
+    with contextlib.suppress(FileNotFoundError):  # it was removed
         folders.append(Path.cwd())
     home = environ.get("HOME")
     settings = environ.get("XDG_CONFIG_HOME") or (f"{home}/.config" if home else "")
@@ -212,7 +212,7 @@ def scopes(name: str, profile: str | None) -> set[str]:
 
 
 def structure(document: Document) -> Iterator[tuple[str, BadOption]]:
-    """Yield what is wrong with the file's shape, and which part of it that spoils."""
+    """Yield each fault of the file's shape, and the part of the file that it spoils."""
     for key in document.data:
         if key not in _TOP:
             yield "", unknown_option(key, _TOP, place=f"[{key}]", what="table")

@@ -15,7 +15,7 @@ VARIABLES = ("PUBSUB_CONFIG", "PUBSUB_PLUGINS", "PUBSUB_PROFILE", "PUBSUB_STRICT
 
 @dataclass(slots=True)
 class Variables:
-    """What the variables ``PUBSUB_BUS_…`` say, by bus name.
+    """The variables ``PUBSUB_BUS_…``, by bus name.
 
     Attributes:
         tables: The inline table that a variable for the whole bus holds, as a text.

@@ -39,12 +39,12 @@ _GIVEN_URL = "the URL"
 
 @dataclass(slots=True)
 class Layer:
-    """What one place says of a bus."""
+    """The values that one place gives for a bus."""
 
     kind: SourceKind
     values: Mapping[str, Any] = field(repr=False)
     prefix: str = ""
-    """What stands before a key."""
+    """Prefix of its keys in errors."""
     file: str = ""
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
     """Places of single keys, where there is no common prefix."""
@@ -65,9 +65,9 @@ class Value:
     from_query: bool = False
     hidden: bool = True
     wanted: Any = None
-    """Whether it stays masked, and its type; settled for what is set aside."""
+    """Whether it stays masked, and its type; set for values that are set aside."""
     owner: str = ""
-    """The backend that it is for; settled for what is set aside."""
+    """The backend that it is for; set for values that are set aside."""
 
 
 @dataclass(slots=True)
@@ -231,7 +231,7 @@ class Layers:
         layers: list[Layer],
         urls: list[int],
     ) -> dict[str, Value]:
-        """Pick what is for a backend whose URL a nearer layer replaced.
+        """Pick the values for a backend whose URL a nearer layer replaced.
 
         A key beside or beyond the nearest URL is for the backend of the first URL from there
         on. Where that is another backend, its options are not carried over even if the new

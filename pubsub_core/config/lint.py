@@ -21,7 +21,7 @@ __all__ = ["finding", "findings"]
 
 
 def findings(layers: Layers) -> Iterator[Finding]:
-    """Yield what is wrong with a file, with the environment, and with each bus in each profile."""
+    """Yield the faults of a file, of the environment, and of each bus in each profile."""
     document = layers.document
     broken: set[str] = set()
     for scope, problem in structure(document):
@@ -44,7 +44,7 @@ def findings(layers: Layers) -> Iterator[Finding]:
 def finding(
     error: PubSubError, place: str, severity: Literal["error", "warning"] = "error"
 ) -> Finding:
-    """Return what an error says as a finding."""
+    """Return an error as a finding."""
     return Finding(severity, place, error.message, error.hint)
 
 

@@ -69,7 +69,7 @@ def file_schema(installed: Registry) -> dict[str, Any]:
         "properties": {
             "bus": {"description": "buses by name", **table},
             "profile": {
-                "description": "what to lay over the buses when PUBSUB_PROFILE names it",
+                "description": "laid over the buses when PUBSUB_PROFILE names it",
                 "type": "object",
                 "additionalProperties": {
                     "type": "object",

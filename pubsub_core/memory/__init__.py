@@ -1,6 +1,6 @@
 """The in-process backend: ``memory://`` and ``memory://NAME``.
 
-It is the reference for every other backend and what a program runs on in tests. Buses
+It is the reference for every other backend, and programs run on it in tests. Buses
 with the same name in one process share a `Space`; a bus without a name has one of its own.
 Nothing leaves the process and nothing survives it.
 

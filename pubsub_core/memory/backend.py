@@ -64,7 +64,7 @@ class MemoryBackend(Backend):
         self._unpaused = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tags = itertools.count(1)
-        # What waits for an acknowledgement: subscription, group, frame, deadline.
+        # Messages that wait for an acknowledgement: subscription, group, frame, deadline.
         self._unsettled: dict[int, tuple[LocalSub, Group | None, InFrame, float]] = {}
         self._returned: list[tuple[int, InFrame]] = []
         self._kept: deque[InFrame] = deque(maxlen=_MOST_KEPT)
@@ -88,7 +88,7 @@ class MemoryBackend(Backend):
         with self.space.lock:
             self.sink = sink
             while self._kept:
-                # What may be seen can have become less meanwhile.
+                # Rights may have gone meanwhile.
                 frame = self.space.shown(self, self._kept.popleft())
                 if frame is not None:
                     sink.deliver(frame)
@@ -97,7 +97,7 @@ class MemoryBackend(Backend):
         )
 
     async def restored(self) -> None:
-        """Deliver again what was not acknowledged before the session was lost."""
+        """Redeliver messages that were unacknowledged when the session was lost."""
         returned, self._returned = self._returned, []
         for identity, frame in returned:
             subscription = self.subscriptions.get(identity)
@@ -162,7 +162,7 @@ class MemoryBackend(Backend):
         self.space.unsubscribe(self, want, "unsubscribed")
 
     async def repeat_retained(self, want: WireSub) -> None:
-        """Deliver what is retained once more."""
+        """Deliver retained messages once more."""
         subscription = self.subscriptions.get(want.id)
         if subscription is not None:
             self.space.give_retained(subscription)
@@ -207,7 +207,7 @@ class MemoryBackend(Backend):
         return self.space.look(self, topic)
 
     async def watch_notifications(self, watch: Watch) -> None:
-        """Begin to report who wants what."""
+        """Begin to report subscriptions."""
         self.space.watch(self, watch)
 
     async def unwatch_notifications(self, watch: Watch) -> None:
@@ -236,7 +236,7 @@ class MemoryBackend(Backend):
     async def authorize(
         self, request: AuthorizationRequest, entitlements: Entitlements | None
     ) -> None:
-        """Answer; a set without any entitlement shows what needs none."""
+        """Answer; an empty set shows the parts that need no entitlement."""
         if self.sink is None:
             raise self._not_connected()
         self.space.authorize(self, request, entitlements)
@@ -250,17 +250,17 @@ class MemoryBackend(Backend):
         if subscription.want.id in self.subscriptions or group is not None:
             self.space.redeliver(subscription, group, frame)
 
-    # --- what the space calls ----------------------------------------------------------------
+    # --- for the space ----------------------------------------------------------------------
 
     def take(self, frame: InFrame, group: Group | None = None, *, manual: bool = False) -> None:
-        """Receive what this client may see of one message; a *manual* one waits for an ack."""
+        """Receive the visible part of one message; a *manual* one waits for an ack."""
         whole = frame
         shown = self.space.shown(self, whole, tell=True)
         if shown is None:
             return
         frame = shown
         if manual:
-            # Whoever gets it next may see something else of it.
+            # The next receiver may see other parts of it.
             frame = msgspec.structs.replace(frame, tag=self._await_settling(whole, group))
         sink = self.sink
         if sink is not None:

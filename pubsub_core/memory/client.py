@@ -1,7 +1,7 @@
-"""What a space knows of a client, and where the client's messages go.
+"""The interface between a space and its clients.
 
 The space calls its clients and they call it. Both read this module, and neither the other's:
-`Client` is what a space asks of one, and `MemoryBackend` is the one there is.
+`Client` is the interface, and `MemoryBackend` the one class that has it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Client(Protocol):
     paused: bool
 
     def take(self, frame: InFrame, group: Group | None = None, *, manual: bool = False) -> None:
-        """Receive what this client may see of one message; a *manual* one waits for an ack."""
+        """Receive the visible part of one message; a *manual* one waits for an ack."""
         ...
 
     def tell(self, event: InterestEvent) -> None:

@@ -41,7 +41,7 @@ class MemoryOptions:
         metadata=_help("keep subscriptions and messages while the session is lost"),
     )
     ack_timeout: float = field(
-        default=30.0, metadata=_help("redeliver what was not acknowledged for so long")
+        default=30.0, metadata=_help("redeliver messages that stay unacknowledged for so long")
     )
     history: int = field(
         default=10_000, metadata=_help("most messages the space stores; set by its first bus")

@@ -25,7 +25,7 @@ INFO = BackendInfo(
     name="memory",
     schemes=("memory",),
     factory="pubsub_core.memory.backend:MemoryBackend",
-    about="In this process: the reference, and what programs run on in tests.",
+    about="In this process: the reference, and the broker of tests.",
     capabilities={
         **{cap: Support.native() for cap in Cap if cap is not Cap.SOURCE_LOST},
         Cap.SOURCE_LOST: Support.none("publishers in one process do not vanish unnoticed"),

@@ -1,8 +1,8 @@
-"""Who may see what of the guarded topics of a space: questions, answers, what is left of a message.
+"""Rights to the guarded topics of a space: questions, answers, and the visible parts of messages.
 
 A right is of one client and one topic. A client that subscribes to a guarded topic is asked
 about, of everybody who authorizes there; so is one whose wildcards match it, once something is
-published. Whoever has no answer, or a no, is shown nothing, and nothing is kept for later.
+published. A client without an answer, or with a no, sees nothing, and nothing is kept for later.
 
 Everything here is called with the lock of the space.
 """
@@ -33,7 +33,7 @@ def is_exact(filter: str) -> bool:
 
 
 class _Question:
-    """What nobody has answered yet, and who was asked in their session."""
+    """An unanswered question, and who was asked in their session."""
 
     __slots__ = ("asked",)
 
@@ -42,7 +42,7 @@ class _Question:
 
 
 class Rights:
-    """What the clients of one space may see.
+    """The rights of the clients of one space.
 
     Args:
         may_authorize: Whether a client may answer for a topic.
@@ -79,7 +79,7 @@ class Rights:
         return found
 
     def held(self, client: Client, topic: str) -> Entitlements | None:
-        """Return what *client* holds for a guarded topic, or None for no right."""
+        """Return the entitlements of *client* for a guarded topic, or None for no right."""
         known = self._known.get(client, {}).get(topic)
         return None if isinstance(known, _Question) else known
 
@@ -88,7 +88,7 @@ class Rights:
         return not self.guards(topic) or self.held(client, topic) is not None
 
     def shown(self, client: Client, frame: InFrame, *, tell: bool = False) -> InFrame | None:
-        """Return what *client* may see of *frame*; None when that is nothing.
+        """Return the parts of *frame* that *client* may see; None for none.
 
         With *tell* a client that has a right, but to no part of it, is told.
         """
@@ -112,7 +112,7 @@ class Rights:
     # --- questions -----------------------------------------------------------------------
 
     def want(self, client: Client, topic: str) -> None:
-        """Ask what *client* may see of a guarded topic, unless that is known or asked."""
+        """Ask for the rights of *client* to a guarded topic, unless they are known or asked for."""
         known = self._known.setdefault(client, {})
         if topic in known:
             return
@@ -133,7 +133,7 @@ class Rights:
                 self._ask(authorizer, client, topic, question)
 
     def ask_again(self, client: Client, filter: TopicFilter) -> None:
-        """Forget what *client* was refused of that filter's topics."""
+        """Forget refusals of *client* for that filter's topics."""
         known = self._known.get(client, {})
         for topic in [topic for topic, held in known.items() if held is None]:
             if filter.matches(topic):
@@ -170,7 +170,7 @@ class Rights:
         return True
 
     def watch(self, authorizer: Client, filter: str) -> None:
-        """Ask *authorizer* about that filter's topics, and what waits for an answer at once."""
+        """Ask *authorizer* about that filter's topics, starting with open questions."""
         parsed = parse_filter(filter)
         self._authorizers.setdefault(authorizer, {})[filter] = parsed
         for client, topic, question in tuple(self._questions()):
@@ -178,7 +178,7 @@ class Rights:
                 self._ask(authorizer, client, topic, question)
 
     def unwatch(self, authorizer: Client, filter: str) -> None:
-        """Ask no more; what was not answered is asked again when it watches again."""
+        """Ask no more; open questions are asked again when it watches again."""
         filters = self._authorizers.get(authorizer, {})
         filters.pop(filter, None)
         for _, topic, question in self._questions():

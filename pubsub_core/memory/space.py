@@ -1,4 +1,4 @@
-"""What buses of one name share: subscriptions, stored messages, who is there."""
+"""The state that buses of one name share: subscriptions, stored messages, clients."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class Space:
                 rights.want(client, topic)
 
     def shown(self, client: Client, frame: InFrame, *, tell: bool = False) -> InFrame | None:
-        """Return what *client* may see of *frame*; see `Rights.shown`."""
+        """Return the parts of *frame* that *client* may see; see `Rights.shown`."""
         if not self._guarding:
             return frame
         with self.lock:
@@ -175,7 +175,8 @@ class Space:
     ) -> None:
         """Act on an answer; one about a client that is gone, or that nobody asked, is ignored.
 
-        The first right shows the client and what is retained; a refusal hides the client.
+        The first right shows the client to others, and retained messages to it; a refusal
+        hides the client.
         """
         topic = request.topic
         if not self._users.may_authorize(authorizer, topic):
@@ -466,7 +467,7 @@ class Space:
         return None
 
     def stored(self, client: Client, filter: str, query: HistoryQuery) -> list[InFrame]:
-        """Return what *client* may see of the stored messages, oldest first."""
+        """Return the stored messages that *client* may see, oldest first."""
         matches = parse_filter(filter).matches
         now = client.time()
         result: list[InFrame] = []
@@ -486,7 +487,7 @@ class Space:
         return result
 
     def last(self, client: Client, topic: str) -> InFrame | None:
-        """Return what *client* may see of the retained value of *topic*."""
+        """Return the retained value of *topic*, as far as *client* may see it."""
         now = client.time()
         with self.lock:
             kept = self._retained.get(topic)
@@ -534,7 +535,7 @@ class Space:
         return self._plans.keep(topic, (*routes, *rest))
 
     def give_retained(self, subscription: LocalSub, only: str | None = None) -> None:
-        """Deliver what is retained for a subscription, of all topics or of one."""
+        """Deliver retained messages to a subscription, of all topics or of one."""
         matches = parse_filter(subscription.filter if only is None else only).matches
         rights = self._rights
         now = subscription.client.clock.time()

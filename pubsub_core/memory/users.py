@@ -1,4 +1,4 @@
-"""Who may enter a space and what each may do there; everybody, until somebody is allowed."""
+"""Users of a space and their rights; without users, everybody may do everything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading one plugin, and judging what it announces before any of it counts."""
+"""Loading one plugin, and judging its announcements before any of them counts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """What errors call it."""
+        """Its name in errors."""
         origin = f"{self.distribution} {self.version}".strip()
         return f"plugin {self.name!r} ({origin})" if origin else f"plugin {self.name!r}"
 
@@ -180,7 +180,7 @@ def _checked(answer: Any, expected: type[Any], hook: str) -> Any:
 
 
 def problem_of(info: BackendInfo) -> str:
-    """Return what is wrong with an announcement, or ``""``."""
+    """Return the fault of an announcement, or ``""``."""
     if info.api[0] != API_VERSION[0]:
         wanted = ".".join(map(str, info.api))
         ours = ".".join(map(str, API_VERSION))

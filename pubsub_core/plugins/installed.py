@@ -1,4 +1,4 @@
-"""The plugins of this process: what they brought, what failed, and finding either by name."""
+"""The plugins of this process, with their backends and failures by name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class PluginRecord:
         name: Name of the entry point.
         distribution: Name of the package that brought it, or ``""``.
         version: Version of that package, or ``""``.
-        backends: What it announces and was accepted.
+        backends: Its announcements that were accepted.
         error: Why it, or the first refused part of it, is not there; else None.
     """
 
@@ -71,7 +71,7 @@ class PluginRecord:
 
 
 class Registry:
-    """What is installed. Made once by `registry`; tests make their own.
+    """The installed plugins. Made once by `registry`; tests make their own.
 
     Attributes:
         infos: Every accepted backend, those of this distribution first.
@@ -150,7 +150,7 @@ class Registry:
             place: Where the URL stands, for the error.
 
         Raises:
-            UnknownBackend: None does; the text lists what is installed and what failed.
+            UnknownBackend: None does; the text lists installed and failed ones.
             PluginError: The plugin that would, failed to load.
         """
         scheme = scheme.lower()
@@ -210,14 +210,14 @@ class Registry:
             if failure:
                 raise ConfigError(
                     f"plugin {name!r} was asked for a secret of kind {kind!r} and {failure}",
-                    hint="see that plugin's documentation for what it needs",
+                    hint="see that plugin's documentation for its requirements",
                 )
             if value is not None:
                 return cast("str", value)
         return None
 
     def add_commands(self, cli: Any) -> tuple[PluginError, ...]:
-        """Let each plugin add its sub-commands; return what failed, which harms no other."""
+        """Let each plugin add its sub-commands; return the failures, which harm no other plugin."""
         errors: list[PluginError] = []
         for record in self.plugins:
             manager = self._managers.get(record.name)
@@ -268,7 +268,7 @@ class Registry:
         return cast("type[DevServer]", server)
 
     def raise_failures(self) -> None:
-        """Raise what failed while loading, if anything did.
+        """Raise the failures of loading, if there are any.
 
         Raises:
             PluginError: The failure, or one that lists them all.
@@ -443,7 +443,7 @@ class Registry:
                 missing = f"{exc.name!r}" if exc.name else "a library"
                 raise MissingDependency(
                     f"backend {info.name!r} cannot import {missing}: {exc}",
-                    hint=info.install or f"install what {info.name!r} needs",
+                    hint=info.install or f"install the dependencies of {info.name!r}",
                     backend=info.name,
                 ) from exc
             raise self._broken(info, f"{target} failed to load: {_told(exc)}") from exc
@@ -493,7 +493,7 @@ _current: Registry | None = None
 
 
 def registry() -> Registry:
-    """Return what is installed; loaded at the first call, from any thread.
+    """Return the registry of this process; loaded at the first call, from any thread.
 
     Raises:
         PluginError: Something failed and ``PUBSUB_STRICT_PLUGINS`` is set.
@@ -506,7 +506,7 @@ def registry() -> Registry:
 
 
 def reset_registry() -> None:
-    """Forget what was loaded; the next `registry` looks again."""
+    """Forget the loaded plugins; the next `registry` looks again."""
     global _current
     with _lock:
         _current = None

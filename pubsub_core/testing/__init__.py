@@ -1,4 +1,4 @@
-"""What a backend's author tests with: the conformance suite, a fault proxy, a virtual clock.
+"""Tools for testing a backend: the conformance suite, a fault proxy, a virtual clock.
 
     from pubsub_core.testing import Harness, suite
 

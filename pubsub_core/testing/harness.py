@@ -1,4 +1,4 @@
-"""What a backend's tests say of its broker: where it is, how it is started, who may connect."""
+"""A backend's broker, as its tests describe it: URL, server, identities."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Harness", "NativeError", "is_missing"]
 
 @dataclass(frozen=True, slots=True)
 class NativeError:
-    """What a faulty server answers to the first bytes of a client, and what must come of it.
+    """A faulty server's answer to the first bytes of a client, and the error that must follow.
 
     Attributes:
         reply: Bytes that the server sends before it closes the connection.
         error: The error that connecting must raise.
-        retryable: What the error must say of itself.
+        retryable: The error's own `retryable`.
         options: Options that this reply needs, e.g. a protocol version.
     """
 
@@ -38,7 +38,7 @@ class NativeError:
 
 @dataclass(frozen=True, kw_only=True)
 class Harness:
-    """How the suite reaches one broker, and what it may expect of it.
+    """How the suite reaches one broker, and the expectations of it.
 
     Attributes:
         url: Where the broker is. ``{port}`` becomes the server's port, ``{unique}`` a word
@@ -62,7 +62,7 @@ class Harness:
         in_process: Whether the server runs in this process, so that the memory it takes
             cannot be told from the client's.
         client_modules: Top-level modules of the broker's client library.
-        native_type: What `Bus.native` gives, as ``module:Class``; None to skip nothing but
+        native_type: Class that `Bus.native` gives, as ``module:Class``; None to skip nothing but
             the positive half of that case.
         native_errors: Replies for the case that plays a faulty server.
         dollar: Whether clients may publish to topics that begin with ``$``.
@@ -70,7 +70,7 @@ class Harness:
             the reason. Cases that need one are skipped, and say so.
         exempt: Cases that do not hold on this server, by name, with the reason. They are
             listed in `not_applicable` of the test class.
-        link: Makes of a trial what interrupts sessions; a fault proxy where the URL has a port.
+        link: Makes the `Link` of a trial; a fault proxy by default, where the URL has a port.
         prepare: Called with each trial before it begins, to set the broker up for it.
         unique: Makes a broker's topic of a name. Brokers that know few topics replace it.
         slow: Factor on every deadline.
@@ -115,7 +115,7 @@ class Harness:
 
     @property
     def info(self) -> BackendInfo:
-        """What the backend announces."""
+        """The backend's announcement."""
         return registry().by_scheme(self.scheme)
 
     @property

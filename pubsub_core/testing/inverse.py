@@ -1,4 +1,4 @@
-"""What must be refused where a capability is missing.
+"""The inverse of a case: an operation must be refused where its capability is missing.
 
 No case of the suite is skipped because a backend cannot do something: it is turned round. The
 operation of the capability must raise `NotSupported` with the capability, the reason and a

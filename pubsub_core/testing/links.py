@@ -53,7 +53,7 @@ class Link(Protocol):
         ...
 
     async def thaw(self) -> None:
-        """Pass everything on again; what was frozen is lost, the old connections with it."""
+        """Pass everything on again; frozen bytes are lost, and the old connections with them."""
         ...
 
     async def close(self) -> None:
@@ -117,7 +117,7 @@ class _HasWord(Protocol):
 
 
 class MemoryLink:
-    """What a proxy would be for ``memory://``, as far as there is something to cut."""
+    """The counterpart of a proxy for ``memory://``, where only sessions can be cut."""
 
     def __init__(self, trial: _HasWord) -> None:
         self._space = Space.named(trial.word)
@@ -138,7 +138,7 @@ class MemoryLink:
         self._space.refuse(False)
 
     def attach(self, bus: Bus) -> None:
-        """Remember the bus: its session is what is cut."""
+        """Remember the bus, whose session is to be cut."""
         self._buses.append(bus)
 
     async def cut(self) -> None:

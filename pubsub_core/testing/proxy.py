@@ -6,7 +6,7 @@ connections alike. Bytes are counted on both sides, so that a test can wait for 
 has sent its PUBLISH" instead of sleeping.
 
 Each direction of a connection is a queue with a clock, and no task: nothing of the proxy can
-be left behind. What arrives is taken at once, up to `HELD` bytes while it cannot go on.
+be left behind. Bytes that arrive are taken at once, up to `HELD` bytes while it cannot go on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What goes over the wire between a bus and its backend."""
+"""The calls between a bus and its backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Recorder"]
 
 
 class Recorder:
-    """Stands between a bus and its backend, and notes what goes over the wire.
+    """Stands between a bus and its backend, and notes the calls.
 
     Attributes:
         subscribed: Every `WireSub` that was sent, in order.

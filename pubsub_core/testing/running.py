@@ -1,4 +1,4 @@
-"""Running trials, and finding what they leave behind.
+"""Running trials, and finding leftovers.
 
 Every run has an event loop of its own, made by `asyncio.Runner`; the server has another one,
 in a thread, so that it goes on whatever a test does. So the suite needs pytest alone.
@@ -50,7 +50,7 @@ async def _await(work: Callable[[], Awaitable[None]]) -> None:
 
 
 async def perform(trials: list[Trial], work: Callable[[Trial], Awaitable[None]]) -> None:
-    """Run *work* once per trial, all at the same time; fail for what is left behind."""
+    """Run *work* once per trial, all at the same time; fail for leftovers."""
     complaints: list[str] = []
 
     def complain(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

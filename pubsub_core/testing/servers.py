@@ -20,8 +20,8 @@ _DEADLINE = 200.0
 class ServerThread:
     """A development server on an event loop of its own, in a thread.
 
-    A test may block its loop, leave tasks or close it; the server does not notice, and what
-    it holds is not mistaken for something the test left behind.
+    A test may block its loop, leave tasks or close it; the server does not notice, and its
+    resources are not mistaken for something the test left behind.
     """
 
     def __init__(self, server: DevServer) -> None:

@@ -5,8 +5,8 @@
 
 The methods are plain functions that make their own event loop, so that nothing but pytest is
 needed and no setting of pytest-asyncio matters. ``PUBSUB_SUITE`` in the environment selects
-`Mode`; what does not belong to the mode is not collected. What the harness can not offer is
-not collected either, and stands in ``not_applicable`` with the reason.
+`Mode`; cases of other modes are not collected. Nor are cases that the harness cannot run;
+``not_applicable`` has them with the reason.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _run(cls: type[Suite], case: Case) -> None:
 
 
 async def _judged(t: Trial, case: Case) -> None:
-    """Run the case, or what must hold where a capability that it needs is missing."""
+    """Run the case, or its inverse where a capability that it needs is missing."""
     if not case.caps:
         await case.body(t)
         return

@@ -1,4 +1,4 @@
-"""What a case of the contract is called, what it needs, and when it runs."""
+"""The name, the needs and the modes of a case of the contract."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Mode(StrEnum):
 
 
 class Need(StrEnum):
-    """What a case needs of the harness; the value is the reason where it is missing."""
+    """A need of a case; the value is the reason where the harness lacks it."""
 
     CUT = "no way to interrupt the session"
     """The session can be cut: a fault proxy, or hooks of the backend."""

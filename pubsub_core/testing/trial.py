@@ -1,4 +1,4 @@
-"""What a test of the contract works with.
+"""The working context of a test of the contract.
 
 A `Trial` is one run of one case against a `Harness`: it opens buses and closes them, gives
 unique topics, puts a deadline on every wait, interrupts the session, and notes the errors it
@@ -46,7 +46,7 @@ E = TypeVar("E", bound=BaseException)
 
 @dataclass
 class Ledger:
-    """What a test class remembers from one case to the next."""
+    """Memory of a test class, from one case to the next."""
 
     errors: dict[str, PubSubError] = field(default_factory=dict[str, PubSubError])
     support: dict[tuple[Cap, ...], dict[Cap, Support]] = field(
@@ -81,7 +81,7 @@ class Trial:
 
     @property
     def info(self) -> BackendInfo:
-        """What the backend announces."""
+        """The backend's announcement."""
         return self.harness.info
 
     def topic(self, name: str = "topic") -> str:
@@ -143,8 +143,8 @@ class Trial:
         """Return a bus that was not opened yet; it is closed when the trial ends.
 
         Args:
-            identity: URL or options of somebody else.
-            link: What it goes through instead of straight to the server.
+            identity: URL or options of another user.
+            link: The way to the server, instead of straight.
             port: Another port than the server's.
             query: Appended to the URL.
             caps: Capabilities whose `Harness.options_for` this bus gets as well.
@@ -349,7 +349,7 @@ class Trial:
     # --- capabilities ------------------------------------------------------------------
 
     async def support(self) -> dict[Cap, Support]:
-        """Return what the open bus supports, asked once per set of options."""
+        """Return the support of the open bus, asked once per set of options."""
         key = self.case.caps
         if key not in self.ledger.support:
             bus = await self.connect(caps=key)

@@ -1,6 +1,6 @@
 """The dataclass of options from texts (URL, environment) and native values (TOML, Python).
 
-The conversion of single values is msgspec's, in its lax mode; what is added here are places,
+The conversion of single values is msgspec's, in its lax mode; this module adds places,
 suggestions, secrets, nested dataclasses with strict keys, and the words that people write
 for a boolean. No error holds a secret.
 """
@@ -84,7 +84,7 @@ def split(
 def unknown_option(
     key: str, legal: Iterable[str], *, place: str, backend: str = "", what: str = "option"
 ) -> BadOption:
-    """Make the error for a key that nobody knows; its value is not shown."""
+    """Make the error for an unknown key; its value is not shown."""
     names = list(legal)
     near = difflib.get_close_matches(key, names, 1, 0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -106,9 +106,9 @@ def build(
     places: Mapping[str, str] | None = None,
     resolve: Resolve | None = None,
 ) -> T:
-    """Make the dataclass *cls* from *values*; what is not given keeps its default.
+    """Make the dataclass *cls* from *values*; a field without one keeps its default.
 
-    Texts are converted to what a field wants: numbers, booleans (true, yes, on, 1 and their
+    Texts are converted to the type of their field: numbers, booleans (true, yes, on, 1 and their
     opposites), enumerations, paths, lists (``a,b`` or ``["a", "b"]``) and tables
     (``{name = "value"}``, both as in TOML). ``none`` stands for None where None is legal and
     text is not. Native values must fit. A field of
@@ -118,7 +118,7 @@ def build(
     Args:
         cls: A dataclass; nested dataclasses are built from tables, with strict keys too.
         values: By field name.
-        where: What stands before the key in errors, e.g. ``bus.main``.
+        where: Prefix of the key in errors, e.g. ``bus.main``.
         backend: Name of the backend, for errors.
         places: Where single keys stand, instead of ``where.key``.
         resolve: Resolves references; without it they are errors.

@@ -38,7 +38,7 @@ _WORDS: Mapping[Any, str] = {
 
 
 def describe_type(wanted: Any) -> str:
-    """Say what is expected, in words: ``a whole number from 0 to 2``."""
+    """Say in words what is expected: ``a whole number from 0 to 2``."""
     bare = bare_type(wanted)
     origin = get_origin(bare)
     arguments = get_args(bare)
@@ -117,7 +117,7 @@ class FieldHelp(NamedTuple):
 def field_help(cls: type[Any]) -> tuple[FieldHelp, ...]:
     """Describe each option of a dataclass; the help is ``metadata["help"]``.
 
-    In order, but what it inherits comes last.
+    In order, inherited ones last.
     """
     rows: list[FieldHelp] = []
     inherited = {

@@ -1,4 +1,4 @@
-"""What a dataclass of options declares: its fields, their types, and which of them are secret."""
+"""The fields of a dataclass of options, their types, and which of them are secret."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def is_secret(wanted: Any) -> bool:
 
 
 def inner_type(wanted: Any, key: str | None = None) -> tuple[Any, bool]:
-    """Return the type of what is under *key* in a table (of an item, for None).
+    """Return the type of the value under *key* in a table (of an item, for None).
 
     The second value says whether it stays hidden for its name or declaration. The type is
     None where it is not known.

@@ -18,13 +18,13 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ENCODE = (
-    "percent-encode what is special in a user name or password "
+    "percent-encode special characters in a user name or password "
     "(/ is %2F, @ is %40, # is %23, ? is %3F, % is %25)"
 )
 
 
 class _Fault(NamedTuple):
-    """What is wrong with a URL.
+    """A fault of a URL.
 
     It is returned, not raised: the frames and the context of an exception would lead to the
     URL with its password.

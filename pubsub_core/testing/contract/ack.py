@@ -33,7 +33,7 @@ _SURE = {ConfirmedBy.NOBODY: 0, ConfirmedBy.TRANSPORT: 1, ConfirmedBy.BROKER: 2}
 
 @case(72)
 async def publish_confirmed_by_as_declared(t: Trial) -> None:
-    """A receipt says what was declared, and never more than the quality of service gives."""
+    """A receipt says as declared, and no more than the quality of service gives."""
     bus = await t.connect()
     receipt = await t.within(bus.publish(t.topic(), b"x"))
     assert isinstance(receipt, Receipt)
@@ -74,7 +74,7 @@ async def publish_refused_raises_notauthorized(t: Trial) -> None:
 @case(74, outage=True)
 @needs(Need.WIRE)
 async def publish_outcome_unknown_on_cut(t: Trial) -> None:
-    """Cut between sending and confirmation, a publish says that nobody knows."""
+    """Cut between sending and confirmation, the outcome of a publish is unknown."""
     link = await t.link()
     bus = await t.connect(link=link, reconnect=False)
     if bus.guarantees.confirmed_by is not ConfirmedBy.BROKER:
@@ -115,7 +115,7 @@ async def subscribe_refused_raises_notauthorized(t: Trial) -> None:
 @case(76)
 @needs(Cap.ACK)
 async def ack_prevents_redelivery(t: Trial) -> None:
-    """What was acknowledged does not come again."""
+    """An acknowledged message does not come again."""
     bus, publisher = await t.connect(), await t.connect()
     subscription = await t.subscribed(bus, t.topic(), ack="manual")
     for number in range(10):
@@ -135,7 +135,7 @@ async def ack_prevents_redelivery(t: Trial) -> None:
 @case(77)
 @needs(Cap.NACK)
 async def nack_redelivers(t: Trial) -> None:
-    """What is given back comes again, marked."""
+    """A message given back comes again, marked."""
     bus = await t.connect()
     subscription = await t.subscribed(bus, t.topic(), ack="manual")
     await t.within(bus.publish(t.topic(), b"again"))
@@ -192,7 +192,7 @@ async def double_ack_harmless(t: Trial) -> None:
 @case(80, outage=True)
 @needs(Cap.ACK, Cap.REDELIVERY, Need.CUT)
 async def no_ack_then_reconnect_redelivers_flagged(t: Trial) -> None:
-    """What was not acknowledged comes again in the next session, marked."""
+    """An unacknowledged message comes again in the next session, marked."""
     link = await t.link()
     bus = await t.connect(link=link, caps=[Cap.REDELIVERY], reconnect_first=0.01)
     publisher = await t.connect()
@@ -273,7 +273,7 @@ async def resend_on_handler_error_by_policy(t: Trial) -> None:
 
 @case(83)
 async def dead_letter_receives_original(t: Trial) -> None:
-    """What nobody could handle arrives unchanged at the dead-letter topic."""
+    """A message that no handler could take arrives unchanged at the dead-letter topic."""
     bus = await t.connect()
     bus.use(Retry(2, backoff=0.0, dead_letter=t.topic("dead")))
     headers = {"name": "value"} if bus.supports(Cap.HEADERS) else None

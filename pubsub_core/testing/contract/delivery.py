@@ -236,7 +236,7 @@ async def topics_do_not_cross(t: Trial) -> None:
 
 @case(36)
 async def subscribe_returns_after_broker_confirms(t: Trial) -> None:
-    """What another client publishes right after subscribing is received."""
+    """A message that another client publishes right after subscribing is received."""
     bus, other = await t.connect(), await t.connect()
     for number in range(20):
         topic = t.topic(f"n{number}")
@@ -347,7 +347,7 @@ async def subscribe_inside_handler(t: Trial) -> None:
 
 @case(42)
 async def handler_exception_does_not_stop_subscription(t: Trial) -> None:
-    """What a handler raises is reported once, and the next message is handled."""
+    """A handler's error is reported once, and the next message is handled."""
     bus = await t.connect()
     handled: list[bytes] = []
     records: list[logging.LogRecord] = []
@@ -473,7 +473,7 @@ async def publish_to_topic_without_subscribers_succeeds(t: Trial) -> None:
 @case(47)
 @needs(Need.PAYLOAD_LIMIT)
 async def payload_over_limit_fails_before_sending(t: Trial) -> None:
-    """What the broker cannot take is refused here, with both numbers."""
+    """A payload too large for the broker is refused here, with both numbers."""
     bus = await t.connect()
     limit = bus.limits.max_payload
     assert limit is not None

@@ -23,7 +23,7 @@ __all__: list[str] = []
 
 @case(145)
 async def sync_facade_signature_parity(t: Trial) -> None:
-    """What a bus can do, its synchronous twin can do under the same name."""
+    """A bus and its synchronous twin have the same methods."""
     facade = inspect.signature(sync.connect)
     assert next(iter(facade.parameters)) == "where"
     twin = sync.SyncBus
@@ -63,7 +63,7 @@ async def sync_facade_roundtrip_and_threads(t: Trial) -> None:
 
 @case(147)
 async def sync_inside_loop_refused(t: Trial) -> None:
-    """The synchronous facade does not block somebody's event loop."""
+    """The synchronous facade does not block a running event loop."""
     with t.raises(WrongLoop) as caught, sync.connect(t.url(), **t.options()):
         pass
     assert "await" in str(caught[0]) or "async" in str(caught[0])
@@ -157,7 +157,7 @@ async def trace_context_crosses_when_headers_or_envelope(t: Trial) -> None:
 
 @case(150)
 async def metrics_match_counts(t: Trial) -> None:
-    """What the counters say is what happened."""
+    """The counters agree with the events."""
     bus = await t.connect()
     bus.use(Retry(2, backoff=0.0))
     calls = 0

@@ -34,7 +34,7 @@ async def _enter(t: Trial, view: Any) -> Any:
 @case(113)
 @needs(Cap.PRESENCE)
 async def presence_lists_subscribers(t: Trial) -> None:
-    """Whoever subscribed is listed, oneself too, under an id that stays."""
+    """Subscribers are listed, oneself too, under an id that stays."""
     bus, other = await t.connect(), await t.connect()
     assert list(await t.within(bus.members(t.topic()))) == []
     await t.subscribed(bus, t.topic())

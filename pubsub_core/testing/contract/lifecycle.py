@@ -108,7 +108,7 @@ async def use_after_close_raises_busclosed(t: Trial) -> None:
 
 @case(15)
 async def close_while_publishing(t: Trial) -> None:
-    """Every publish that was under way ends, and says what became of it."""
+    """Every publish under way ends, with an outcome."""
     bus = await t.connect()
     tasks = [asyncio.create_task(bus.publish(t.topic(), b"%d" % n)) for n in range(200)]
     await asyncio.sleep(0)

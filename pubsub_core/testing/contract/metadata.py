@@ -122,7 +122,7 @@ async def codec_never_guesses(t: Trial) -> None:
 @case(71)
 @needs(Cap.TTL)
 async def ttl_expires_stored_message(t: Trial) -> None:
-    """A stored message is gone after its time, and tells what is left before."""
+    """A stored message is gone after its time, and tells the rest of it before."""
     bus = await t.connect()
     if not (bus.supports(Cap.RETAINED) or bus.supports(Cap.HISTORY)):
         live = await t.subscribed(bus, t.topic())

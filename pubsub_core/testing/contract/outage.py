@@ -1,4 +1,4 @@
-"""Lost sessions and what comes after them: cases 100 to 112."""
+"""Lost sessions and reconnecting: cases 100 to 112."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ async def gap_event_after_disconnect(t: Trial) -> None:
 @case(106, outage=True)
 @needs(Cap.HISTORY, Need.CUT)
 async def gap_filled_from_history_without_duplicates(t: Trial) -> None:
-    """Where there is a history, what was missed is delivered, once and in order."""
+    """Where there is a history, missed messages are delivered, once and in order."""
     link = await t.link()
     bus = await t.connect(link=link, **SOON)
     publisher = await t.connect()
@@ -376,7 +376,7 @@ async def backoff_is_jittered_and_capped(t: Trial) -> None:
 @case(110, outage=True)
 @needs(Need.CUT)
 async def stale_frames_of_old_session_ignored(t: Trial) -> None:
-    """What a dead session still delivers does not mix with the new one."""
+    """Late deliveries of a dead session do not mix with the new one."""
     link = await t.link()
     bus = await t.connect(link=link, **SOON)
     recorder = Recorder(bus)

@@ -102,7 +102,7 @@ async def slow_handler_does_not_break_keepalive(t: Trial) -> None:
 
 @case(92, alone=True)
 async def buffer_bound_holds_in_bytes_and_count(t: Trial) -> None:
-    """A subscription that nobody reads keeps what it may, and there is no second queue."""
+    """An unread subscription fills its buffer, and there is no second queue."""
     bus, publisher = await t.connect(), await t.connect()
     by_count = await t.subscribed(bus, t.topic(), buffer=10)
     by_bytes = await t.subscribed(bus, t.topic(), buffer=100_000, buffer_bytes=250_000)
@@ -186,7 +186,7 @@ async def overflow_latest_per_topic(t: Trial) -> None:
 
 @case(96)
 async def overflow_error_ends_subscription(t: Trial) -> None:
-    """What was kept can be read; then the subscription ends with an error."""
+    """Buffered messages can be read; then the subscription ends with an error."""
     bus, subscription = await _flooded(t, "error", ["one"])
     assert [m.payload for m in await _rest(t, subscription)] == [b"0", b"1", b"2", b"3", b"4"]
     with t.raises(SubscriptionOverflow) as caught:

@@ -1,4 +1,4 @@
-"""What a backend announces, before any session: cases 1 to 10."""
+"""Announcements of a backend, before any session: cases 1 to 10."""
 
 from __future__ import annotations
 
@@ -369,7 +369,7 @@ async def guarantees_complete(t: Trial) -> None:
 
 @case(10)
 async def probe_only_lowers(t: Trial) -> None:
-    """What an open session offers is never more than was declared."""
+    """An open session offers no more than was declared."""
     bus = await t.connect()
     rank = [Level.NONE, Level.UNKNOWN, Level.EMULATED, Level.NATIVE]
     declared = effective(t.info.capabilities, {})

@@ -126,7 +126,7 @@ async def replayed_messages_marked(t: Trial) -> None:
 @case(131)
 @needs(Cap.REPLAY)
 async def new_subscriber_receives_old(t: Trial) -> None:
-    """Who comes later gets what was published before, when asked for."""
+    """A later subscriber gets earlier messages, when it asks for them."""
     publisher = await t.connect()
     await _stored(t, publisher, 5)
     late = await t.connect()

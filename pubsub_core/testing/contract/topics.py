@@ -107,7 +107,7 @@ _ILLEGAL_FILTERS: tuple[tuple[str, int | None], ...] = (
 
 @case(52)
 async def illegal_topics_refused_locally(t: Trial) -> None:
-    """What no broker could carry is refused here; the error names level and character."""
+    """An impossible topic is refused here; the error names level and character."""
     bus = await t.connect()
     table = _illegal_topics()
     assert len(table) + len(_ILLEGAL_FILTERS) >= 40
@@ -286,7 +286,7 @@ async def wildcard_plus_group(t: Trial) -> None:
 @case(62)
 @needs(Cap.WILDCARDS)
 async def matcher_against_reference(t: Trial) -> None:
-    """Random filters receive what a naive matcher says, and nothing else."""
+    """Random filters receive the same messages as a naive matcher, and no others."""
     bus = await t.connect()
     levels = ["a", "b", "c"]
 
