@@ -17,6 +17,8 @@ class BusStats:
         received: Messages that the backend delivered.
         unrouted: Of these, messages that no subscription wanted any more.
         offline: Messages waiting for a session now.
+        overflowed: Messages that arrived and were dropped by a subscription's overflow policy,
+            ended subscriptions included.
         dropped: Publishes dropped by the offline policy, or by its overflow policy.
         handler_failures: Messages whose handler or decoding raised.
         dead_letters: Messages published to a dead-letter topic.
@@ -29,6 +31,7 @@ class BusStats:
     received: int = 0
     unrouted: int = 0
     offline: int = 0
+    overflowed: int = 0
     dropped: int = 0
     handler_failures: int = 0
     dead_letters: int = 0

@@ -108,6 +108,11 @@ class SubscriptionStats:
     buffered: int = 0
     buffered_bytes: int = 0
 
+    @property
+    def overflowed(self) -> int:
+        """The same as *dropped*, by the name that `BusStats` has for it."""
+        return self.dropped
+
 
 class _Subscriber(Protocol):
     """The inner half, which the bus holds."""

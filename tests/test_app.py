@@ -21,7 +21,7 @@ from typing import Any, TypedDict
 import pytest
 
 from pubsub_core.app import App, Running
-from pubsub_core.bus import Bus
+from pubsub_core.bus import Bus, connect
 from pubsub_core.config import Config
 from pubsub_core.errors import (
     BadOption,
@@ -33,7 +33,8 @@ from pubsub_core.errors import (
     PubSubError,
     WrongLoop,
 )
-from pubsub_core.events import Gap, Status
+from pubsub_core.events import Gap, Notice, Status
+from pubsub_core.memory import Space
 from pubsub_core.message import Message
 from pubsub_core.middleware import CallNext, Context, Direction, Retry
 from pubsub_core.sync import SyncBus
@@ -952,6 +953,62 @@ async def test_a_second_cancellation_stops_at_once(url: str) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert bus.status is Status.CLOSED
+
+
+async def test_an_application_starts_offline_with_wait_false(url: str, tmp_path: Path) -> None:
+    app, got = App(), list[bytes]()
+    arrived = asyncio.Event()
+
+    @app.on("a")
+    async def take(payload: bytes) -> None:
+        got.append(payload)
+        arrived.set()
+
+    space = Space.named(url.removeprefix("memory://"))
+    space.refuse(True)
+    toml = tmp_path / "pubsub.toml"
+    toml.write_text(f'[bus.main]\nurl = "{url}"\nwait = false\nreconnect_max = 0.05\n')
+    config = Config.load(toml)
+    async with asyncio.timeout(WITHIN), app.running(config=config) as running:
+        assert running.bus().status is not Status.ONLINE
+        space.refuse(False)
+        async with connect(url) as other:
+            # The handler is subscribed some time after its bus is back.
+            while not arrived.is_set():
+                await other.publish("a", b"x")
+                await asyncio.sleep(0)
+    assert got
+    assert running.code == 0
+    Space.forget(url.removeprefix("memory://"))
+
+
+async def test_what_a_slow_handler_cannot_take_is_counted_logged_and_told(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, handled = App(), list[int]()
+    busy, go_on = asyncio.Event(), asyncio.Event()
+
+    @app.on("a")
+    async def slow(payload: int) -> None:
+        handled.append(payload)
+        busy.set()
+        await go_on.wait()
+
+    async with asyncio.timeout(WITHIN), app.running({"main": url}) as running:
+        bus = running.bus()
+        async with bus.events() as events:
+            await bus.publish("a", 0)
+            await busy.wait()
+            for number in range(1, 5000):
+                await bus.publish("a", number)
+            go_on.set()
+            told = await anext(each async for each in events if isinstance(each, Notice))
+    assert len(handled) + bus.stats.overflowed == 5000
+    assert bus.stats.overflowed == 5000 - 1 - bus.options.buffer
+    assert told.kind == "overflow"
+    assert str(bus.stats.overflowed) in told.text
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert [record.getMessage() for record in warnings] == [told.text]
 
 
 async def test_stopping_while_connecting_is_a_clean_end() -> None:

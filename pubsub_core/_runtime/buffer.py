@@ -19,6 +19,7 @@ from pubsub_core.errors import PubSubError, SubscriptionOverflow
 from pubsub_core.events import Gap, GapReason
 from pubsub_core.interfaces import HistoryQuery
 from pubsub_core.message import InFrame, Verdict
+from pubsub_core.stats import BusStats
 from pubsub_core.subscription import DecodePolicy, SubscribeOptions, check_names
 from pubsub_core.topics import validate_topic
 
@@ -29,6 +30,9 @@ T = TypeVar("T")
 
 _LATE = 10.0
 """Seconds during which a live copy of a message from the history may still arrive."""
+
+_EPISODE = 10.0
+"""Seconds after which an overflow is told although it goes on."""
 
 
 class Settlement:
@@ -57,13 +61,20 @@ Item = tuple[InFrame, Settlement | None]
 
 
 class _Entry:
-    """A waiting message that a newer one of its topic may replace."""
+    """A waiting message that a newer one of its topic may replace.
 
-    __slots__ = ("frame", "settlement")
+    Attributes:
+        replaced: How many it has replaced that nobody was told about.
+        since: Unix seconds of the first of these.
+    """
+
+    __slots__ = ("frame", "replaced", "settlement", "since")
 
     def __init__(self, frame: InFrame, settlement: Settlement | None) -> None:
         self.frame = frame
         self.settlement = settlement
+        self.replaced = 0
+        self.since = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +158,17 @@ class Buffer:
         dropped: Messages the overflow policy dropped.
         dropped_bytes: Payload bytes of these.
         bytes: Payload bytes waiting now.
+
+    Args:
+        name: The filter, for errors and gaps.
+        stats: The bus's counters; drops are counted there too, and stay when the buffer goes.
+        now: Returns Unix seconds.
+        pause: Called when ``overflow="block"`` needs the broker to wait.
+        unpause: Called when there is room again.
+        report: Called once for each episode in which messages were dropped, with their number
+            and the seconds that it lasted. An episode ends when half of the buffer is free or
+            the buffer ends; a longer one is told every ten seconds. Messages that
+            ``overflow="latest"`` replaced are no episode: the program asked for that.
     """
 
     def __init__(
@@ -154,17 +176,21 @@ class Buffer:
         name: str,
         settings: SubscriptionSettings,
         *,
+        stats: BusStats,
         now: Callable[[], float],
         pause: Callable[[], None],
         unpause: Callable[[], None],
+        report: Callable[[int, float], None],
     ) -> None:
         self._name = name
         self._settings = settings
         self._most = settings.buffer
         self._most_bytes = settings.buffer_bytes
+        self._stats = stats
         self._now = now
         self._pause = pause
         self._unpause = unpause
+        self._report = report
         self._items: deque[Item | _Entry | Gap] = deque()
         self._gaps = 0
         # With overflow="latest": the one waiting entry of each topic.
@@ -180,6 +206,11 @@ class Buffer:
         self._special = self._newest is not None
         self._paused = False
         self._on_full: Callable[[], object] | None = None
+        # Dropped in the present episode, and since when.
+        self._lost = 0
+        self._lost_since = 0.0
+        # Whether `pop` must look at any of these: one flag keeps it cheap.
+        self._was_full = False
         # Whether a message that comes too late is acknowledged. Unanswered ones would fill the
         # broker's window and so stop the other subscriptions of the bus.
         self._settles = True
@@ -281,6 +312,7 @@ class Buffer:
         """
         if not self._ended:
             self.finish()
+        self._tell_overflow()
         self._settles = verdict is not None
         waiting = [settlement for _, settlement in self._held or ()]
         self._held = None
@@ -307,6 +339,7 @@ class Buffer:
         if self.open:
             self._failure = error
             self._special = True
+            self._tell_overflow()
             self._wake_all()
 
     def _put_specially(self, frame: InFrame, settlement: Settlement | None) -> bool:
@@ -323,23 +356,37 @@ class Buffer:
             self._held.append((frame, settlement))
             if len(self._held) > self._most:
                 self.received += 1
-                self._drop(*self._held.pop(0))
+                self._lose(*self._held.pop(0))
             return False
         if self._newest is not None and (older := self._newest.get(frame.topic)) is not None:
             size = self.bytes - len(older.frame.payload) + len(frame.payload)
-            self._drop(older.frame, older.settlement)
-            if size > self._most_bytes:
-                self._items.remove(older)
-                del self._newest[frame.topic]
-                self.bytes -= len(older.frame.payload)
+            if size > self._most_bytes and len(self) > 1:
+                # It needs the room of others, which `put` makes as for a new topic.
+                self._remove(older)
                 return True
+            self._drop(older.frame, older.settlement)
             # The newer message takes the older one's place in the queue, so that a busy
             # topic cannot push a quiet one back again and again.
             self.received += 1
             self.bytes = size
             older.frame, older.settlement = frame, settlement
+            if not older.replaced:
+                older.since = self._now()
+            older.replaced += 1
             return False
         return True
+
+    def _remove(self, entry: _Entry) -> None:
+        """Drop a waiting entry that a larger message of its topic displaces."""
+        index = self._items.index(entry)
+        del self._items[index]
+        if self._newest is not None:
+            del self._newest[entry.frame.topic]
+        self.bytes -= len(entry.frame.payload)
+        self._drop(entry.frame, entry.settlement)
+        if self._settings.gaps:
+            self._items.insert(index, self._gap(entry.replaced + 1, entry.since or None))
+            self._gaps += 1
 
     def _is_known(self, topic: str, identity: str) -> bool:
         if self._now() > self._known_until:
@@ -359,12 +406,14 @@ class Buffer:
     def _make_room(self, frame: InFrame, settlement: Settlement | None, size: int) -> bool:
         if self._on_full is not None:
             self._on_full()
+        if not len(self):
+            return True  # one message always fits, however large: nothing else could free room
         policy = self._settings.overflow
         if policy == "block":
             # The backend stops reading. Frames that it had read already are kept, above the
             # bound, rather than lost.
             if not self._paused:
-                self._paused = True
+                self._paused = self._was_full = True
                 self._pause()
             return True
         if policy == "error":
@@ -379,25 +428,50 @@ class Buffer:
             )
             self._drop(frame, settlement)
             return False
-        if policy == "drop_newest" or size > self._most_bytes:
-            self._drop(frame, settlement)
+        if policy == "drop_newest":
+            self._lose(frame, settlement)
             self._gap_at_end()
             return False
-        while len(self) >= self._most or self.bytes + size > self._most_bytes:
+        while len(self) and (len(self) >= self._most or self.bytes + size > self._most_bytes):
             self._drop_oldest()
         return True
 
     def _drop(self, frame: InFrame, settlement: Settlement | None) -> None:
         self.dropped += 1
         self.dropped_bytes += len(frame.payload)
+        self._stats.overflowed += 1
         if settlement is not None:
             settlement.decide(Verdict.REJECT)
+
+    def _lose(self, frame: InFrame, settlement: Settlement | None) -> None:
+        """Drop a message that the program did not ask to lose."""
+        self._drop(frame, settlement)
+        if not self._lost:
+            self._lost_since = self._now()
+            self._was_full = True
+        self._lost += 1
+        # A clock is read a thousand times less often than messages may be dropped.
+        if self._lost & 0x3FF == 0 and self._now() - self._lost_since >= _EPISODE:
+            self._tell_overflow()
+
+    def _tell_overflow(self) -> None:
+        lost, self._lost = self._lost, 0
+        if lost:
+            self._report(lost, self._now() - self._lost_since)
+
+    def _relieved(self) -> None:
+        """Half of the buffer is free again."""
+        self._was_full = False
+        if self._paused:
+            self._paused = False
+            self._unpause()
+        self._tell_overflow()
 
     def _drop_oldest(self) -> None:
         before: list[Gap] = []
         while isinstance(item := self.pop(), Gap):
             before.append(item)
-        self._drop(*item)
+        self._lose(*item)
         if self._settings.gaps:
             if before and before[-1].reason is GapReason.OVERFLOW:
                 before[-1] = self._gap((before[-1].lost or 0) + 1, before[-1].since)
@@ -430,13 +504,18 @@ class Buffer:
             self._gaps -= 1
             return item
         if isinstance(item, _Entry):
+            if item.replaced and self._settings.gaps:
+                # The hole is where the newer message took the place of the older ones.
+                gap = self._gap(item.replaced, item.since)
+                item.replaced = 0
+                self._items.appendleft(item)
+                return gap
             if self._newest is not None:
                 del self._newest[item.frame.topic]
             item = (item.frame, item.settlement)
         self.bytes -= len(item[0].payload)
-        if self._paused and len(self) * 2 <= self._most and self.bytes * 2 <= self._most_bytes:
-            self._paused = False
-            self._unpause()
+        if self._was_full and len(self) * 2 <= self._most and self.bytes * 2 <= self._most_bytes:
+            self._relieved()
         return item
 
     def give_back(self, item: Item) -> None:
@@ -448,8 +527,10 @@ class Buffer:
         elif self._newest is None:
             self._items.appendleft(item)
             self.bytes += len(frame.payload)
-        elif frame.topic in self._newest:
-            self._drop(frame, settlement)  # a newer message of the topic waits already
+        elif (newer := self._newest.get(frame.topic)) is not None:
+            self._drop(frame, settlement)
+            newer.replaced += 1
+            newer.since = newer.since or self._now()
         else:
             self._newest[frame.topic] = entry = _Entry(frame, settlement)
             self._items.appendleft(entry)

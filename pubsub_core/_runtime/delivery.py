@@ -19,9 +19,10 @@ from typing import Any, Literal, Protocol
 
 from pubsub_core.clock import Clock
 from pubsub_core.errors import BusClosed, DecodeFailed, HandlerFailed, PubSubError
-from pubsub_core.events import Gap
+from pubsub_core.events import Gap, Notice
 from pubsub_core.message import InFrame, Message, Verdict
 from pubsub_core.middleware import CallNext, Context, Direction
+from pubsub_core.stats import BusStats
 from pubsub_core.subscription import Handler, Subscription, SubscriptionStats
 from pubsub_core.threads import HandlerThread, is_async
 from pubsub_core.topics import TopicFilter
@@ -50,6 +51,11 @@ class SubscriberHost(Protocol):
     @property
     def clock(self) -> Clock:
         """The clock that the bus goes by."""
+        ...
+
+    @property
+    def counters(self) -> BusStats:
+        """The counters of the bus."""
         ...
 
     @property
@@ -92,6 +98,10 @@ class SubscriberHost(Protocol):
 
     def handler_failed(self, error: HandlerFailed) -> None:
         """Count a failure, and tell the listeners."""
+        ...
+
+    def notice(self, notice: Notice) -> None:
+        """Tell the listeners."""
         ...
 
 
@@ -154,9 +164,11 @@ class Subscriber:
         self.buffer = Buffer(
             filter.text,
             settings,
+            stats=host.counters,
             now=host.clock.time,
             pause=lambda: host.pause(self),
             unpause=lambda: host.unpause(self),
+            report=self._overflowed,
         )
         self.put = self.buffer.put
         self._delivered = 0
@@ -389,6 +401,17 @@ class Subscriber:
         failed.__cause__ = error
         logger.error("%s (subscription %r)", failed, self.filter, exc_info=error)
         self._host.handler_failed(failed)
+
+    def _overflowed(self, lost: int, seconds: float) -> None:
+        settings = self.settings
+        text = (
+            f"the subscription to {self.filter!r} dropped {lost} messages within {seconds:.1f} s "
+            f"(overflow={settings.overflow!r}): its consumer is slower than they come; consume "
+            f"faster, raise buffer= ({settings.buffer} messages) or buffer_bytes= "
+            f"({settings.buffer_bytes}), or choose another overflow policy"
+        )
+        logger.warning("%s", text)
+        self._host.notice(Notice("overflow", text, topic=self.filter))
 
     def _context(self, message: Message[Any]) -> Context:
         return Context(

@@ -41,6 +41,7 @@ from pubsub_core.stats import BusStats
 from .broker_subscriptions import BrokerSubscriptions
 from .delivery import Subscriber
 from .hub import EventHub
+from .outage_log import OutageLog
 from .publisher import Publisher
 from .questions import Questions
 from .session import Session
@@ -79,6 +80,7 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._lost_at: float | None = None
+        self._outages = OutageLog(config.name, str(config.address), clock)
         self._stats = BusStats()
         self._middleware: list[Middleware] = []
         self.publish_chain: CallNext | None = None
@@ -121,6 +123,11 @@ class Engine:
                     hint=f"registered: {', '.join(sorted(known))}",
                 )
         return [known[name]() for name in names]
+
+    @property
+    def counters(self) -> BusStats:
+        """The counters that the parts keep."""
+        return self._stats
 
     @property
     def stats(self) -> BusStats:
@@ -374,6 +381,7 @@ class Engine:
         """Report an event to the event streams."""
         if isinstance(event, StatusChanged):
             logger.debug("bus %r: %s", self.name, event.status.value)
+        self._outages.note(event)
         self._hub.put(event)
 
     def status_changed(self, event: StatusChanged) -> None:

@@ -286,34 +286,40 @@ class Session:
             logger.exception("bus %r: closing the backend failed", self._name)
 
     async def _keep_up(self) -> None:
+        # An outage begins when the last session that lasted ten seconds ended. With a new outage
+        # for each session, a broker that ends every one soon after it began was tried again
+        # every second: the bound of the first ten seconds never gave way to the doubling.
+        outage_began: float | None = None
         while True:
-            lost_at = self._clock.monotonic()
             if self._sink is not None:
-                online_at = lost_at
+                online_at = self._clock.monotonic()
                 cause = await self._sink.ended
-                lost_at = self._clock.monotonic()
-                if lost_at - online_at >= _HEALTHY_AFTER:
+                ended_at = self._clock.monotonic()
+                if outage_began is None or ended_at - online_at >= _HEALTHY_AFTER:
                     self._backoff.reset()
+                    outage_began = ended_at
                 error = self._lost(cause)
                 if error.retryable is False or not self._options.reconnect:
                     self._fail(error)
                     return
-                delay = self._backoff.next()
+                delay = self._backoff.next(ended_at - outage_began)
                 self._set(Status.RECONNECTING, error, retry_in=delay)
                 await self._clock.sleep(delay)
-            if not await self._reconnect(lost_at):
+            elif outage_began is None:
+                outage_began = self._clock.monotonic()
+            if not await self._reconnect(outage_began):
                 return
 
-    async def _reconnect(self, lost_at: float) -> bool:
+    async def _reconnect(self, outage_began: float) -> bool:
         """Try until there is a session; return False when that is pointless."""
         while True:
             try:
-                await self._attempt(self._clock.monotonic() - lost_at)
+                await self._attempt(self._clock.monotonic() - outage_began)
             except PubSubError as error:
                 if error.retryable is False:
                     self._fail(error)
                     return False
-                delay = self._backoff.next(self._clock.monotonic() - lost_at)
+                delay = self._backoff.next(self._clock.monotonic() - outage_began)
                 status = Status.RECONNECTING if self.generation else Status.CONNECTING
                 self._set(status, error, retry_in=delay)
                 await self._clock.sleep(delay)

@@ -8,13 +8,13 @@ import inspect
 import logging
 import signal
 import types
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, cast
 
 from pubsub_core.bus import Bus, connect
 from pubsub_core.config import Config
-from pubsub_core.errors import ConfigError, HandlerFailed, PubSubError
+from pubsub_core.errors import BusClosed, ConfigError, HandlerFailed, PubSubError
 from pubsub_core.events import Status
 from pubsub_core.middleware import Middleware
 from pubsub_core.subscription import Subscription
@@ -199,19 +199,43 @@ class Running:
             self._watchers.append(
                 asyncio.create_task(self._watch(name, bus), name=f"pubsub app watch {name}")
             )
+        online = {name for name, bus in self._buses.items() if bus.status is Status.ONLINE}
+        await self._subscribe(online)
+        for name in self._buses.keys() - online:  # with wait=false
+            self._watchers.append(
+                asyncio.create_task(self._subscribe_late(name), name=f"pubsub app start {name}")
+            )
+        _log.info("running on %s", ", ".join(map(str, self._buses.values())))
+
+    async def _subscribe(self, names: Container[str]) -> None:
         # A handler's own subscription may need the answer of an authorizer here.
         for authorizer in self._declared.authorizers:
-            await authorizer.authorize(self._buses)
+            if authorizer.bus in names:
+                await authorizer.authorize(self._buses)
         with contextlib.ExitStack() as held:
             # Else what the first handler publishes, on a retained message say, would be sent
             # before the handler that it is for is subscribed.
-            for bus in self._buses.values():
-                held.enter_context(bus.hold_handlers())
+            for name, bus in self._buses.items():
+                if name in names:
+                    held.enter_context(bus.hold_handlers())
             for handler in self._declared.handlers:
-                subscription = handler.subscribe(self._buses)
-                self._subscriptions.append(subscription)
-                await subscription
-        _log.info("running on %s", ", ".join(map(str, self._buses.values())))
+                if handler.bus in names:
+                    subscription = handler.subscribe(self._buses)
+                    self._subscriptions.append(subscription)
+                    await subscription
+
+    async def _subscribe_late(self, name: str) -> None:
+        """Start the handlers of a bus that was opened offline, once it has a session."""
+        bus = self._buses[name]
+        try:
+            if await bus.wait_for(Status.ONLINE, Status.FAILED, Status.CLOSED) is Status.ONLINE:
+                await self._subscribe({name})
+        except BusClosed:
+            return  # `_watch` has seen it too
+        except PubSubError as error:
+            _log.error("the handlers of bus %r cannot start: %s", name, error)
+            self._failure = self._failure or error
+            self._stop()
 
     async def _open_buses(self) -> None:
         # All at once, and the first failure ends the others' attempts.

@@ -15,13 +15,16 @@ from pubsub_core.errors import SubscriptionOverflow
 from pubsub_core.events import Gap, GapReason
 from pubsub_core.interfaces import HistoryQuery
 from pubsub_core.message import InFrame, Verdict
+from pubsub_core.stats import BusStats
 
 
 @dataclass
 class Flow:
-    """Counts how often the buffer stops and releases the flow."""
+    """What the buffer told: that the flow must stop or go on, and episodes of dropping."""
 
     log: list[str] = field(default_factory=list)
+    told: list[tuple[int, float]] = field(default_factory=list)
+    now: float = 5.0
 
 
 def buffer_of(flow: Flow | None = None, **settings: Any) -> Buffer:
@@ -30,9 +33,11 @@ def buffer_of(flow: Flow | None = None, **settings: Any) -> Buffer:
     return Buffer(
         "a/#",
         SubscriptionSettings(**complete),
-        now=lambda: 5.0,
+        stats=BusStats(),
+        now=lambda: flow.now,
         pause=lambda: flow.log.append("pause"),
         unpause=lambda: flow.log.append("unpause"),
+        report=lambda lost, seconds: flow.told.append((lost, seconds)),
     )
 
 
@@ -123,12 +128,76 @@ def test_bytes_are_bounded_too() -> None:
     assert drain(buffer) == ["bbbb", "cccc"]
 
 
-def test_a_message_larger_than_the_bound_is_dropped_and_nothing_else() -> None:
-    buffer = buffer_of(buffer_bytes=10)
-    fill(buffer, "a")
+@pytest.mark.parametrize("overflow", ["drop_oldest", "drop_newest", "latest", "error", "block"])
+def test_one_message_always_fits_an_empty_buffer(overflow: str) -> None:
+    flow = Flow()
+    buffer = buffer_of(flow, buffer_bytes=10, overflow=overflow)
     buffer.put(frame("x" * 11), None)
-    assert drain(buffer) == ["a"]
-    assert buffer.dropped_bytes == 11
+    assert drain(buffer) == ["x" * 11]
+    assert (buffer.dropped, flow.log) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("overflow", "kept"),
+    [("drop_oldest", ["x" * 11]), ("latest", ["x" * 11]), ("drop_newest", ["a", "b"])],
+)
+def test_a_message_larger_than_the_bound_follows_the_policy(overflow: str, kept: list[str]) -> None:
+    buffer = buffer_of(buffer_bytes=10, overflow=overflow)
+    for payload, topic in (("a", "s"), ("b", "t"), ("x" * 11, "s")):
+        buffer.put(frame(payload, topic), None)
+    assert drain(buffer) == kept
+
+
+def test_latest_marks_each_hole_where_the_newer_message_stands() -> None:
+    buffer = buffer_of(overflow="latest", gaps=True)
+    for payload, topic in (("1", "x"), ("2", "y"), ("3", "x"), ("4", "x")):
+        buffer.put(frame(payload, topic), None)
+    assert drain(buffer) == ["gap 2", "4", "2"]
+    assert len(buffer) == 0
+    fill(buffer, "5", "x")
+    assert drain(buffer) == ["5"]
+
+
+def test_latest_counts_what_a_dropped_message_had_replaced() -> None:
+    buffer = buffer_of(overflow="latest", gaps=True)
+    for topic in "vvwxyz":
+        buffer.put(frame(topic, topic), None)
+    assert drain(buffer) == ["gap 3", "x", "y", "z"]  # v twice, and w
+
+
+def test_dropping_is_told_once_when_there_is_room_again() -> None:
+    flow = Flow()
+    buffer = buffer_of(flow, buffer=4)
+    fill(buffer, "abcdefg")
+    flow.now = 7.0
+    buffer.pop()
+    assert flow.told == []
+    buffer.pop()
+    assert flow.told == [(3, 2.0)]
+    fill(buffer, "hij")
+    buffer.end(None)
+    assert flow.told == [(3, 2.0), (1, 0.0)]
+
+
+def test_dropping_that_goes_on_is_told_all_the_same() -> None:
+    flow = Flow()
+    buffer = buffer_of(flow, overflow="drop_newest")
+    for second in range(100):
+        flow.now = float(second)
+        fill(buffer, "a" * 100)
+    told = [lost for lost, _ in flow.told]
+    assert sum(told) > 9000
+    assert 5 <= len(told) <= 10
+    buffer.end(None)
+    assert sum(lost for lost, _ in flow.told) == buffer.dropped == 9997
+
+
+def test_what_latest_replaces_is_counted_and_no_episode() -> None:
+    flow = Flow()
+    buffer = buffer_of(flow, overflow="latest")
+    fill(buffer, "abc")
+    buffer.end(None)
+    assert (buffer.dropped, flow.told) == (2, [])
 
 
 def test_a_gap_stands_where_messages_were_dropped() -> None:
