@@ -11,7 +11,7 @@ from pubsub_core.testing import Harness, suite
 from pubsub_messagebus.server.roles import FeedPolicy, Policy, Role, RoleChange
 
 EXEMPT = {
-    "presence_denied_is_notauthorized": "the distributor ignores what is not allowed, in silence",
+    "presence_denied_is_notauthorized": "the distributor silently ignores unauthorized requests",
     "source_identity_present_when_declared": (
         "a message tells user and host of its publisher, not which of their connections; "
         "tests/messagebus/backend/test_backend.py has two users"

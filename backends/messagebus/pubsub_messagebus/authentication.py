@@ -1,4 +1,4 @@
-"""What a client says of itself when it connects, as ``jetblack_messagebus.authentication``.
+"""The logins of a client, as ``jetblack_messagebus.authentication``.
 
 Servers up to 3.0 read the handshake ``strings``, those from 4.0 to 5.1.1, which are current,
 ``connection-string``. Nothing tells a client which it is: the wrong one ends in silence.
@@ -17,7 +17,7 @@ __all__ = ["Authenticator", "BasicAuthenticator", "NullAuthenticator", "TokenAut
 
 
 class Authenticator(abc.ABC):
-    """Says who the client is. Write your own with these two streams."""
+    """Logs a client in. Write your own with these two streams."""
 
     @abc.abstractmethod
     async def authenticate(self, reader: DataReader, writer: DataWriter) -> None:
@@ -32,7 +32,7 @@ class NullAuthenticator(Authenticator):
 
 
 class _Claims(Authenticator):
-    """What user and token have in common: on whose behalf, and which handshake carries it."""
+    """The common part of user and token: on whose behalf, and which handshake carries it."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class _Claims(Authenticator):
         self.forwarded_for = forwarded_for
         self.application = application
         self.handshake: HandshakeForm | None = handshake
-        self._handshake()  # refuses now what could not be sent later
+        self._handshake()  # refuses now a value that cannot be sent
 
     @abc.abstractmethod
     def _handshake(self) -> bytes:

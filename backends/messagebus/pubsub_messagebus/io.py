@@ -208,6 +208,6 @@ class DataWriter:
         await self.writer.drain()
 
     async def close(self) -> None:
-        """Close the stream, after what was written."""
+        """Close the stream after its buffer is sent."""
         self.writer.close()
         await self.writer.wait_closed()

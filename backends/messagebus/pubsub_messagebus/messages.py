@@ -65,7 +65,7 @@ class Message(abc.ABC):
 
     @classmethod
     async def read_body(cls, reader: DataReader) -> Self:
-        """Read what follows the type byte."""
+        """Read the fields after the type byte."""
         return cls(
             *[
                 await getattr(reader, f"read_{_PRIMITIVES.get(name, 'string')}")()
@@ -74,7 +74,7 @@ class Message(abc.ABC):
         )
 
     def write_body(self, writer: DataWriter) -> None:
-        """Write what follows the type byte."""
+        """Write the fields after the type byte."""
         for name in self.fields:
             write = getattr(writer, f"write_{_PRIMITIVES.get(name, 'string')}")
             write(getattr(self, name))
@@ -122,7 +122,7 @@ class ForwardedSubscriptionRequest(Message):
 
 
 class NotificationRequest(Message):
-    """Begin or cease to be told of subscriptions."""
+    """Start or stop being told of subscriptions."""
 
     message_type = MessageType.NOTIFICATION_REQUEST
     fields = ("feed", "is_add")
@@ -136,14 +136,14 @@ class SubscriptionRequest(Message):
 
 
 class AuthorizationRequest(Message):
-    """What may this client see?"""
+    """Asks an authorizer what this client may see."""
 
     message_type = MessageType.AUTHORIZATION_REQUEST
     fields = ("client_id", "host", "user", "feed", "topic")
 
 
 class AuthorizationResponse(Message):
-    """That client may see this."""
+    """Answers what a client may see."""
 
     message_type = MessageType.AUTHORIZATION_RESPONSE
     fields = ("client_id", "feed", "topic", "is_authorization_required", "entitlements")

@@ -21,7 +21,7 @@ def _help(text: str, **more: object) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageBusOptions:
-    """What can be said about a connection to a distributor.
+    """Options of a connection to a distributor.
 
     `username` and `password` here win over those in the URL.
     """
@@ -60,7 +60,7 @@ class MessageBusOptions:
     everyone: int | None = field(
         default=None,
         metadata=_help(
-            "entitlement that stands for everybody; without it, parts without entitlements "
+            "entitlement that stands for everybody; without it, parts with no entitlements "
             "reach nobody on feeds that need authorization"
         ),
     )

@@ -51,7 +51,7 @@ INFO = BackendInfo(
         Cap.REDELIVERY: Support.none("messages are sent once"),
         Cap.FLOW_CONTROL: Support.none("the distributor queues for a slow client, or drops it"),
         Cap.ECHO_CONTROL: Support.none("a subscribed publisher gets its own messages"),
-        Cap.REFUSAL_VISIBLE: Support.none("what is not allowed is ignored in silence"),
+        Cap.REFUSAL_VISIBLE: Support.none("unauthorized requests are silently ignored"),
         Cap.AUTH: Support.native(),
         Cap.PERSISTENT_SESSION: Support.none(_NOTHING_STORED),
         Cap.WILL: Support.none(
@@ -71,7 +71,7 @@ INFO = BackendInfo(
         duplicates=Duplicates.NEVER,
         durability=Durability.NOTHING,
         note="Nothing is acknowledged: a receipt says that the operating system took the "
-        "message. What a role does not allow is ignored in silence.",
+        "message. Unauthorized requests are silently ignored.",
     ),
     limits=Limits(
         max_payload=MAX_PAYLOAD,

@@ -1,4 +1,4 @@
-"""What a bus uses for ``messagebus://``."""
+"""The backend that a bus uses for ``messagebus://``."""
 
 from __future__ import annotations
 

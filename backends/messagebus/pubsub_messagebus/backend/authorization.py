@@ -23,11 +23,11 @@ logger = logging.getLogger("pubsub_messagebus.backend")
 _MOST = 10_000
 
 Tag: TypeAlias = tuple[uuid.UUID, str, str]
-"""Client, feed and topic: what an answer is about."""
+"""Client, feed and topic of an answer."""
 
 
 class Questions:
-    """Passes questions on to those who answer; keeps them while nobody does.
+    """Passes questions on to handlers; keeps them while there is none.
 
     A new authorizer is asked at once about every client that waits, which may be before this
     program has set up its handlers.
@@ -51,7 +51,7 @@ class Questions:
                 self._ask(question)
 
     def unwatch(self, filter: str) -> None:
-        """Stop passing on; what comes now waits."""
+        """Stop passing on; later questions wait."""
         self._watched.pop(filter, None)
 
     def take(self, question: AuthorizationRequest) -> None:

@@ -3,8 +3,8 @@
 The first level of a core topic is the feed, the rest the topic; ``a`` alone is feed ``a`` with
 the topic without a name. Options name feeds of several levels, or one feed for everything.
 
-`Session` is one login and its fences, `Interest` who is subscribed, `Questions` what an
-authorizer is asked; each session has its own, and what an old one held is gone with it.
+`Session` is one login and its fences, `Interest` knows the subscribers, `Questions` passes on
+requests for authorization. Each session has its own three, so nothing of an old one survives.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _REFUSALS = 3
 
 
 class _Current(NamedTuple):
-    """What belongs to one session."""
+    """The parts of one session."""
 
     session: Session
     interest: Interest
@@ -111,7 +111,7 @@ class MessageBusBackend(Backend):
         self._time = context.clock.time
         self._dialler = Dialler(context.address, options, context.clock, backend=self._name)
         self._names = TopicNames(options.feed, options.feeds)
-        # Whether a server has shown that it acts on what we send, and whether it once did not.
+        # Whether a fence has come back from this server, and whether one has not.
         self._proven = False
         self._silent = False
         self._refusals = 0
@@ -145,7 +145,7 @@ class MessageBusBackend(Backend):
         return uuid.UUID(int=0) if self._current is None else self._current.session.client_id
 
     async def open(self, sink: Sink) -> SessionFacts:
-        """Connect, log in, and wait until the server shows that it acts on what we send."""
+        """Connect, log in, and wait until the first fence comes back."""
         if self._closed:
             raise ConnectError("the backend was closed", backend=self._name, retryable=False)
         self._forget()
@@ -254,7 +254,7 @@ class MessageBusBackend(Backend):
             await session.ended()
 
     async def close(self, *, drain: float) -> None:
-        """Close, after what the transport holds was written."""
+        """Close after the transport has sent its buffer."""
         self._closed = True
         session = self._forget()
         if session is not None:
@@ -262,7 +262,7 @@ class MessageBusBackend(Backend):
             await session.ended()
 
     async def probe(self) -> Mapping[Cap, Support]:
-        """Lower what the dialect does not have, or this server does not tell."""
+        """Lower the capabilities that this dialect or server lacks."""
         found: dict[Cap, Support] = {}
         if self._options.dialect == "is_image":
             found[Cap.CONTENT_TYPE] = Support.none(
@@ -306,7 +306,7 @@ class MessageBusBackend(Backend):
         return await self._publish(out, None)
 
     async def send_to(self, member: str, out: OutFrame) -> Receipt:
-        """Send to one subscriber of the topic; to anybody else nothing arrives."""
+        """Send to one subscriber of the topic; other clients receive nothing."""
         try:
             target = uuid.UUID(member)
         except ValueError:
@@ -368,7 +368,7 @@ class MessageBusBackend(Backend):
     # --- subscribing -----------------------------------------------------------------------
 
     async def subscribe(self, want: WireSub) -> int:
-        """Subscribe; return when the server has acted on it. It refuses in silence."""
+        """Subscribe; return when the server has acted on it. A refusal is silent."""
         session = self._session
         if want.id not in self._pairs:
             pair = self._names.pair(want.filter)
@@ -389,7 +389,7 @@ class MessageBusBackend(Backend):
         with contextlib.suppress(NotConnected):
             await session.confirm()
 
-    # --- what arrives ------------------------------------------------------------------------
+    # --- arrivals ----------------------------------------------------------------------------
 
     def take(self, link: Link, message: Message) -> None:
         """Act on one message of the server."""
@@ -410,7 +410,7 @@ class MessageBusBackend(Backend):
         pair = (message.feed, message.topic)
         topic = self._topics.get(pair)
         if topic is None:
-            return  # unsubscribed meanwhile, or forced upon us by an authorizer
+            return  # unsubscribed meanwhile, or a subscription that an authorizer forced
         sink = current.session.sink
         packets = message.data_packets
         if packets is None and message.feed != ADMIN_FEED:
@@ -464,7 +464,7 @@ class MessageBusBackend(Backend):
         return found
 
     async def _tell_apart(self, current: _Current, pair: tuple[str, str], topic: str) -> None:
-        """Find out what a server's notice means: its bytes are the same for both.
+        """Find out which of two things a server's notice means; its bytes are the same for both.
 
         After a denial or a revocation we are not subscribed; after the end of a publisher we
         are. The feed's listing tells, where we have the role Notify; elsewhere it is empty,
@@ -488,7 +488,7 @@ class MessageBusBackend(Backend):
     # --- interest ----------------------------------------------------------------------------
 
     async def watch_notifications(self, watch: Watch) -> None:
-        """Tell who is subscribed to what on a feed, then every change."""
+        """Tell the subscriptions to a feed, then every change."""
         current = self._get
         sink = current.session.sink
         for topic, member in await current.interest.watch(watch):
@@ -501,7 +501,7 @@ class MessageBusBackend(Backend):
             self._current.interest.unwatch(watch)
 
     async def watch_presence(self, watch: Watch) -> Sequence[Member]:
-        """Tell who comes and goes; return who is there."""
+        """Tell who joins and leaves; return the present members."""
         return [member for _, member in await self._get.interest.watch(watch)]
 
     async def unwatch_presence(self, watch: Watch) -> None:
@@ -510,7 +510,7 @@ class MessageBusBackend(Backend):
             self._current.interest.unwatch(watch)
 
     async def members(self, topic: str) -> Sequence[Member]:
-        """Return who is subscribed now."""
+        """Return the present subscribers."""
         return await self._get.interest.members(topic)
 
     # --- authorization -----------------------------------------------------------------------
@@ -520,7 +520,7 @@ class MessageBusBackend(Backend):
         self._get.questions.watch(filter)
 
     async def unwatch_authorizations(self, filter: str) -> None:
-        """Stop asking; what comes now waits for the next authorizer."""
+        """Stop asking; later requests wait for the next authorizer."""
         if self._current is not None:
             self._current.questions.unwatch(filter)
 
@@ -572,7 +572,7 @@ class MessageBusBackend(Backend):
         is_authorization_required: bool,
         entitlements: set[int] | None,
     ) -> None:
-        """Answer what a client may see; required without entitlements means nothing."""
+        """Answer what a client may see; required without entitlements is a denial."""
         self._session.send(
             encode_authorization_response(
                 client_id, feed, topic, is_authorization_required, entitlements

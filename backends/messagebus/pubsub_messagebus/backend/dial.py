@@ -39,7 +39,7 @@ _OTHER_REMEDY: Final = "check the host name, or name the right authority with ca
 
 
 def tls_error(error: ssl.SSLError, address: Address, *, backend: str) -> TLSProblem:
-    """Return the error for what went wrong below the protocol, with its remedy."""
+    """Return the error for a fault of TLS, with its remedy."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return TLSProblem(
             f"the certificate of {address} was refused: {error.verify_message}",
@@ -55,7 +55,7 @@ def tls_error(error: ssl.SSLError, address: Address, *, backend: str) -> TLSProb
 
 
 class Dialler:
-    """Knows where a distributor is and what to say first.
+    """Connects to one distributor and logs in.
 
     Attributes:
         endpoint: Where it connects to.
@@ -81,8 +81,8 @@ class Dialler:
             )
         self._port = _DEFAULT_PORT if address.port is None else address.port
         self.endpoint = Endpoint(address.host, self._port, address.scheme == "messagebus+tls")
-        # Made here to refuse now what could not be sent later, and again for each connection:
-        # bytes that were kept would show the password wherever variables are printed.
+        # Made now to refuse credentials that cannot be sent, and again for each connection:
+        # kept bytes would show the password wherever variables are printed.
         self.logs_in = bool(self._handshake())
         self._warned = False
 

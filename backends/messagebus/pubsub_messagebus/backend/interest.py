@@ -42,7 +42,7 @@ _Key: TypeAlias = tuple[str, uuid.UUID]
 
 
 class FeedView:
-    """Who is subscribed to what on one feed, as long as somebody looks.
+    """The subscriptions to one feed, kept as long as somebody looks.
 
     Attributes:
         known: Who is there.
@@ -88,7 +88,7 @@ class Interest:
         return self._tried > 1
 
     async def watch(self, watch: Watch) -> list[tuple[str, Member]]:
-        """Begin to tell of changes; return what is there, as core topics and members.
+        """Start telling changes; return the present subscriptions, as core topics and members.
 
         Raises:
             InvalidFilter: It spans all feeds.
@@ -195,7 +195,7 @@ class Interest:
 
     @contextlib.asynccontextmanager
     async def _settled(self, feed: str) -> AsyncGenerator[FeedView, None]:
-        """Look at a feed for a moment, after what was sent before has shown in it."""
+        """Look at a feed for a moment, after everything sent before has shown in it."""
         view = self._open(feed)
         try:
             await self._listed(view)
@@ -208,7 +208,7 @@ class Interest:
             self._close(view)
 
     async def _listed(self, view: FeedView) -> None:
-        """Return when what exists is known."""
+        """Return when the listing is complete."""
         if view.working is not None:
             await asyncio.wait([view.working])
         if self._session.over:
@@ -262,7 +262,7 @@ class Interest:
         session.send(encode_notification_request(feed, False))
 
     def _compare(self, view: FeedView) -> None:
-        """Tell how a listing differs from what was known."""
+        """Tell the differences between a listing and the known subscribers."""
         listed, view.listed = view.listed or {}, None
         view.gone.intersection_update(listed)
         for key in tuple(view.known):

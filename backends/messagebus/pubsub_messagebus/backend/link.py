@@ -17,7 +17,7 @@ _HIGH = 1024 * 1024
 
 
 class Receiver(Protocol):
-    """Who takes what arrives."""
+    """The backend, as a link sees it."""
 
     def take(self, link: Link, message: Message) -> None:
         """Act on one message."""
@@ -65,7 +65,7 @@ class Link(asyncio.Protocol):
             self.fail(error)
 
     def pause_writing(self) -> None:
-        """Let publishers wait."""
+        """Make publishers wait."""
         self.room.clear()
 
     def resume_writing(self) -> None:
@@ -111,7 +111,7 @@ class Link(asyncio.Protocol):
             sock.setsockopt(level, option, value)
 
     async def finish(self, within: float) -> None:
-        """Close after the transport has sent what it holds, but for so many seconds at most."""
+        """Close once the transport has sent its buffer, or after so many seconds."""
         if self.transport is None:
             return
         self.transport.close()

@@ -1,4 +1,4 @@
-"""One login at a distributor: what is sent, what is confirmed, what runs beside it.
+"""One login at a distributor: sending, confirming, the sign of life.
 
 Nothing is acknowledged; a `Fence` that comes back proves that everything sent before it was
 acted on. It shows that the login succeeded, confirms subscriptions, delimits listings, and is
@@ -96,7 +96,7 @@ class Session:
         self.link.write(self._fence.ask())
 
     def pass_fence(self, message: ForwardedSubscriptionRequest) -> bool:
-        """Whether the message is about a fence; those who waited for it go on."""
+        """Whether the message is about a fence; its waiters go on."""
         if not self._fence.owns(message):
             return False
         frames = self._fence.take(message)
@@ -140,8 +140,8 @@ class Session:
             if self.confirms:
                 self.spawn(self._ask(), "sign of life")
             await clock.sleep(seconds / 2)
-            # Whatever came is as good as the fence. Without fences the kernel watches the
-            # link, see `Link.watch`.
+            # Any bytes are a sign of life. Without fences the kernel watches the link, see
+            # `Link.watch`.
             if self.confirms and link.heard_at == heard_at:
                 link.fail(ConnectionError(f"no sign of life for {1.5 * seconds:g} s"))
                 return
@@ -158,7 +158,7 @@ class Session:
         return task
 
     def end(self) -> None:
-        """End it for everybody who waits; the link is left alone."""
+        """End it for all waiters; the link is left alone."""
         self.over = True
         self.online = False
         fences = list(self._fences)
@@ -179,12 +179,12 @@ class Session:
             await asyncio.wait(tasks, timeout=1)
 
     def not_connected(self) -> NotConnected:
-        """Make the error for what came too late."""
+        """Make the error for a call that came too late."""
         return not_connected(self._address, self._backend)
 
 
 def not_connected(address: Address, backend: str) -> NotConnected:
-    """Make the error for what needs a session."""
+    """Make the error for a call that needs a session."""
     return NotConnected(
         f"no session with {address}", hint="wait until the bus is online", backend=backend
     )

@@ -3,10 +3,10 @@
 `CallbackClient` takes handlers, `Client` is for subclasses. Unlike the package it ends when
 the connection does, closes its socket, loses nothing that was queued before `stop`, writes
 while a handler runs, and never writes part of a message. It can also reconnect, learn its own
-id (`Client.sync`) and drop what still comes after an unsubscribe.
+id (`Client.sync`) and drop data that still comes after an unsubscribe.
 
 Three tasks do the work: one decodes, one calls handlers, one after the other, and one writes
-what is queued. Handlers may call anything here.
+the queue. Handlers may call anything here.
 
 Sources: the package's public interface, 3.0.1 and 4.1.1; its faults were measured.
 """
@@ -98,8 +98,8 @@ class Client(abc.ABC):
         self._online = False
         self._stopping = asyncio.Event()
         self._error: BaseException | None = None
-        # What waits to be written; control messages are not repeated after a reconnect, since
-        # what they ask for is restored.
+        # Frames to write. Control frames are marked: a reconnect drops them, since it restores
+        # the subscriptions that they ask for.
         self._out: deque[tuple[bytes, bool]] = deque()
         self._out_bytes = 0
         self._more = asyncio.Event()
@@ -149,11 +149,11 @@ class Client(abc.ABC):
                 *is_image* of everything here is a content type.
             connect_timeout: Seconds; None waits as long as the system does.
             max_message_bytes: The longest message that is accepted.
-            filter_unsubscribed: Drop data of what was unsubscribed, which servers up to 6.0
-                go on sending.
+            filter_unsubscribed: Drop data of topics that were unsubscribed, which servers up to
+                6.0 go on sending.
             handler_errors: ``log`` goes on after an exception of a handler; ``raise`` ends
                 `start` with it.
-            stop_timeout: Seconds that `stop` may take to write what is queued.
+            stop_timeout: Seconds that `stop` may take to write the queue.
             read_ahead: Messages that may wait for handlers before reading pauses.
             on_heartbeat: Receives heartbeats instead of the data handlers.
             reconnect: Connect again when the connection is lost, and restore subscriptions
@@ -208,10 +208,10 @@ class Client(abc.ABC):
         return self._error
 
     async def start(self) -> None:
-        """Send what was queued, call handlers; return when the connection ends.
+        """Send the queue, call handlers; return when the connection ends.
 
         Raises:
-            Exception: What a handler raised, after everything was closed.
+            Exception: A handler raised it; everything is closed.
         """
         if self._started:
             raise RuntimeError("start() was called before; a client is for one use")
@@ -240,7 +240,7 @@ class Client(abc.ABC):
                 await self.on_closed(faulted)
 
     def stop(self) -> None:
-        """Let `start` write what is queued, close the connection and return."""
+        """Let `start` write the queue, close the connection and return."""
         self._stopping.set()
 
     async def aclose(self) -> None:
@@ -314,7 +314,7 @@ class Client(abc.ABC):
         is_authorization_required: bool,
         entitlements: set[int] | None,
     ) -> None:
-        """Answer what a client may see; required without entitlements means nothing."""
+        """Answer what a client may see; required without entitlements is a denial."""
         await self._send(
             encode_authorization_response(
                 client_id, feed, topic, is_authorization_required, entitlements
@@ -332,13 +332,13 @@ class Client(abc.ABC):
         await self._pressure()
 
     async def add_notification(self, feed: str) -> None:
-        """Begin to be told who subscribes to *feed*."""
+        """Start being told who subscribes to *feed*."""
         self._queue(encode_notification_request(feed, True), control=True)
         self._notifications[feed] = None
         await self._pressure()
 
     async def remove_notification(self, feed: str) -> None:
-        """Cease to be told."""
+        """Stop being told."""
         self._queue(encode_notification_request(feed, False), control=True)
         self._notifications.pop(feed, None)
         await self._pressure()
@@ -360,7 +360,7 @@ class Client(abc.ABC):
         self._taken.set()
         return await waiting
 
-    # --- what arrives, for subclasses -----------------------------------------------------------
+    # --- arrivals, for subclasses ---------------------------------------------------------------
 
     @abc.abstractmethod
     async def on_authorization(
@@ -418,7 +418,7 @@ class Client(abc.ABC):
         if by > 0:
             self._subscriptions[key] = self._subscriptions.get(key, 0) + 1
         elif self._subscriptions.get(key, 0) > 0:
-            # A zero stays: what still comes is then known to be unwanted.
+            # A zero stays, as the mark of data to drop.
             self._subscriptions[key] -= 1
 
     # --- the tasks -------------------------------------------------------------------------
@@ -458,7 +458,7 @@ class Client(abc.ABC):
             self._restore()
 
     def _restore(self) -> None:
-        """Queue everything that was asked for before what waits."""
+        """Queue all subscriptions, before the data that waits."""
         waiting = [entry for entry in self._out if not entry[1]]
         restored = [(encode_notification_request(feed, True), True) for feed in self._notifications]
         for (feed, topic), count in self._subscriptions.items():
@@ -486,10 +486,10 @@ class Client(abc.ABC):
             tasks += [reading, writing, handling]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if handling.done() and not stopping.done():
-                handling.result()  # what a handler raised
+                handling.result()  # raises a handler's exception
             lost: BaseException | None = None
             if not stopping.done():
-                # Lost; what had arrived still reaches its handlers.
+                # Lost; messages that had arrived still reach their handlers.
                 for task in (reading, writing):
                     if task.done() and lost is None:
                         lost = task.result()
@@ -573,7 +573,7 @@ class Client(abc.ABC):
 
     async def _dispatch(self, message: Message) -> None:
         if isinstance(message, (ForwardedMulticastData, ForwardedUnicastData)):
-            # Here and not on arrival: what waited meanwhile is unwanted as well.
+            # Here and not on arrival: messages that waited meanwhile are unwanted as well.
             if (
                 self._filter_unsubscribed
                 and self._subscriptions.get((message.feed, message.topic), 1) <= 0
@@ -609,7 +609,7 @@ class Client(abc.ABC):
             )
 
     async def _write(self) -> BaseException | None:
-        """Write what is queued, whole messages only; return why that is not possible."""
+        """Write the queue, whole messages only; return why that is not possible."""
         stream = self._writer.writer
         out = self._out
         try:
@@ -635,7 +635,7 @@ class Client(abc.ABC):
             return error
 
     async def _close_socket(self) -> None:
-        """Close after what the transport holds was written, within the time for stopping."""
+        """Close after the transport has sent its buffer, within the time for stopping."""
         stream = self._writer.writer
         stream.close()
         try:
@@ -647,7 +647,7 @@ class Client(abc.ABC):
             return
 
     def _fail_fences(self) -> None:
-        # The next connection has a fence of its own, and knows nothing of those of this one.
+        # The next connection has a fence of its own.
         fences, self._fences = self._fences, deque()
         self._fence = Fence()
         for waiting in fences:

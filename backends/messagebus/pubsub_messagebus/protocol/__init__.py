@@ -1,7 +1,7 @@
 """The messagebus wire protocol, with no sockets in it.
 
-`encoding` holds primitives, limits and encoders, `decoder` the receiving half, `handshake` what a
-client says first, `fence` how it learns that the server has caught up. The client, the server
+`encoding` has primitives, limits and encoders, `decoder` the receiving half, `handshake` the
+login of a client, `fence` its way to learn that the server has caught up. The client, the server
 and the tests all run the same code.
 """
 

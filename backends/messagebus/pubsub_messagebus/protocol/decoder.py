@@ -2,7 +2,7 @@
 
 `Decoder` keeps its place inside a message between calls, down to the packet, so a large
 message that arrives in small pieces costs linear time. It finds the end of a data message and
-its names without building the packets; `decode_packets` builds them for those who need them.
+its names without building the packets; `decode_packets` builds them when they are needed.
 A server forwards the body as it came.
 """
 
@@ -69,7 +69,7 @@ class MulticastData(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def data_packets(self) -> list[DataPacket] | None:
-        """The packets, built anew each time."""
+        """The packets, decoded at each access."""
         return decode_packets(self.body, self.at)
 
 
@@ -86,7 +86,7 @@ class UnicastData(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def data_packets(self) -> list[DataPacket] | None:
-        """The packets, built anew each time."""
+        """The packets, decoded at each access."""
         return decode_packets(self.body, self.at)
 
 
@@ -102,7 +102,7 @@ class ForwardedSubscriptionRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class NotificationRequest(msgspec.Struct, frozen=True, gc=False):
-    """Begin or cease to be told of subscriptions to *feed*."""
+    """Start or stop being told of subscriptions to *feed*."""
 
     feed: str
     is_add: bool
@@ -117,7 +117,7 @@ class SubscriptionRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class AuthorizationRequest(msgspec.Struct, frozen=True, gc=False):
-    """What may this client see?"""
+    """Asks an authorizer what this client may see."""
 
     client_id: UUID
     host: str
@@ -127,7 +127,7 @@ class AuthorizationRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class AuthorizationResponse(msgspec.Struct, frozen=True, gc=False):
-    """That client may see this; no entitlements where they are required means nothing."""
+    """Answers what a client may see; entitlements required and none given is a denial."""
 
     client_id: UUID
     feed: str
@@ -149,7 +149,7 @@ class ForwardedMulticastData(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def data_packets(self) -> list[DataPacket] | None:
-        """The packets, built anew each time."""
+        """The packets, decoded at each access."""
         return decode_packets(self.body, self.at)
 
 
@@ -167,7 +167,7 @@ class ForwardedUnicastData(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def data_packets(self) -> list[DataPacket] | None:
-        """The packets, built anew each time."""
+        """The packets, decoded at each access."""
         return decode_packets(self.body, self.at)
 
 
@@ -226,9 +226,15 @@ def codepoints_end(buffer: bytes | bytearray, at: int, count: int) -> tuple[int,
 class Decoder:
     """Decodes one direction of one connection, after the handshake.
 
+    There is no frame length, so it reads field by field after `_LAYOUTS`. It keeps its place
+    between calls: field, position, packets left. Every length is checked before it is waited
+    for, so a stream that lost its step ends soon and takes no memory.
+
+    One loop over a layout and no function per field: every message of a server passes here.
+
     Args:
-        side: Who we are. A client refuses what only a server may receive. A server returns
-            what only a client may receive, so that it can log and ignore it.
+        side: Who we are. A client refuses messages that only a server may receive. A server
+            returns those that only a client may receive, so that it can log and ignore them.
         string_length_unit: ``codepoints`` reads the streams of Python packages up to 6.0.0a1,
             which count characters; then nobody else can be read.
 
@@ -252,8 +258,9 @@ class Decoder:
         self._buffer: bytes | bytearray = b""
         self._eof = False
         self._error: ProtocolError | None = None
-        # Where the message at hand begins, how far it was read, and how many bytes the buffer
-        # must hold before reading on makes sense.
+        # The place of the current message: its start, how far it was read, and how long the
+        # buffer must be before reading on makes sense. A decoder that starts each message over
+        # is quadratic when a large one arrives in small pieces.
         self._start = 0
         self._at = 0
         self._need = 1
@@ -268,13 +275,13 @@ class Decoder:
 
     @property
     def inside(self) -> bool:
-        """Whether a message has begun that is not complete."""
+        """Whether the last message is incomplete."""
         return len(self._buffer) > self._start
 
     def feed(self, data: bytes) -> None:
-        """Take bytes; touches nothing else."""
+        """Store bytes."""
         if self._start >= len(self._buffer):
-            # Nothing is left over, which is the rule: take the new bytes without a copy.
+            # The usual case: nothing is left over, and the bytes need no copy.
             self._buffer = data
             self._start = self._at = 0
             self._need = 1
@@ -326,7 +333,10 @@ class Decoder:
             self._start = 0
 
     def _scan(self) -> Message | None:
-        """Read fields until the message is complete or the buffer is at its end."""
+        """Read fields until the message is complete or the buffer is at its end.
+
+        The place is kept in locals, and written back only when a message is incomplete.
+        """
         buffer = self._buffer
         end = len(buffer)
         kind = self._kind
@@ -397,6 +407,7 @@ class Decoder:
                     break
                 byte = buffer[at]
                 if byte > 1:
+                    # True for every reader, but a body that is forwarded has 0 or 1.
                     self._odd = True
                 values.append(byte != 0)
                 at += 1
@@ -433,7 +444,7 @@ class Decoder:
         return self._make(kind, values, buffer, start + 1, at)
 
     def _skip_packets(self, buffer: bytes | bytearray, at: int, end: int) -> tuple[int, int]:
-        """Go over the packets; return how far, and what is needed to go on."""
+        """Skip the packets; return the position, and the buffer length needed to go on."""
         limits = self._limits
         start = self._start
         left = self._left

@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 Dialect: TypeAlias = Literal["is_image", "content_type"]
-"""What the data messages carry beside their packets: a boolean, or a media type."""
+"""The field in which data messages differ: a boolean, or a media type."""
 
 Flag: TypeAlias = bool | str
 """The value of that field: a bool in one dialect, a str in the other."""
@@ -88,7 +88,7 @@ class MessageType(IntEnum):
 
 
 class ProtocolError(Exception):
-    """The peer sent what the protocol does not allow; the stream is lost."""
+    """The peer broke the protocol; the stream is lost."""
 
     def again(self) -> Self:
         """Return the same error without its traceback.
@@ -134,7 +134,7 @@ class DataPacket(msgspec.Struct, gc=False):
     """A part of a message that needs certain entitlements.
 
     Attributes:
-        entitlements: What a subscriber must hold to receive it; None and empty are the same
+        entitlements: Those that a subscriber must hold to receive it; None and empty are the same
             on the wire, and arrive as None.
         data: The bytes; None and empty are the same on the wire, and arrive as None.
     """
@@ -303,7 +303,7 @@ def _data_body(
     packets: Sequence[DataPacket] | None,
     dialect: Dialect,
 ) -> bytes:
-    """Return what all four data messages end with; a server forwards it as it came."""
+    """Return the common end of the four data messages; a server forwards it unchanged."""
     return (
         encode_string(feed)
         + encode_string(topic)
@@ -431,7 +431,7 @@ def encode_forwarded_unicast(
 
 
 def notice(feed: str, topic: str, dialect: Dialect = "is_image") -> bytes:
-    """Return what a server says of a topic without a publisher, or without entitlement."""
+    """Return the notice for a stale topic and for a missing entitlement, which look alike."""
     flag: Flag = True if dialect == "is_image" else ""
     return encode_forwarded_multicast("", "", feed, topic, flag, None, dialect)
 
@@ -444,4 +444,4 @@ HEARTBEAT: Final[dict[Dialect, bytes]] = {
         "admin", "localhost", ADMIN_FEED, HEARTBEAT_TOPIC, "", None, "content_type"
     ),
 }
-"""What a server publishes now and then to show that it is alive."""
+"""A server's heartbeat."""

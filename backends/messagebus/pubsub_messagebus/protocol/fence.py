@@ -37,7 +37,7 @@ class Fence:
         self._listening = False
 
     def ask(self) -> bytes:
-        """Return what to send for one fence."""
+        """Return the frames of one fence."""
         frames = encode_subscription_request(self.feed, _TOPIC, True)
         if not self._listening:
             self._listening = True
@@ -49,7 +49,7 @@ class Fence:
         return message.feed == self.feed
 
     def take(self, message: ForwardedSubscriptionRequest) -> bytes | None:
-        """Return what to send when the oldest fence has come back, None when none has."""
+        """Return the frames to send when the oldest fence has come back, or None."""
         if not message.is_add:
             return None
         self.client_id = message.client_id

@@ -1,4 +1,4 @@
-"""The handshake of the messagebus protocol: what a client says of itself, in both forms.
+"""The handshake of the messagebus protocol: a client's login, in both forms.
 
 It goes from the client to the server only; the server answers nothing, whether it accepts or
 refuses. Servers up to 3.0 read plain strings, those since 4.0 one connection string. A client
@@ -44,7 +44,7 @@ _KNOWN = ("Username", "Password", "Token", "Impersonating", "ForwardedFor", "App
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a client said. Its repr holds no secret.
+    """The credentials of a client. Their repr holds no secret.
 
     Attributes:
         impersonating: The user it wants to stand for, or ``""``; blank is absent.
@@ -61,9 +61,9 @@ class Credentials:
     application: str = "unspecified"
 
 
-# What follows never has a password in a local variable of a frame that an error passes:
-# pytest and crash reporters print them. So secrets are revealed within an expression, and an
-# error from deeper down is made anew here, without the frames that held the text.
+# pytest and crash reporters print the local variables of every frame that an error passes. So
+# the functions below reveal a secret only within an expression, and replace an error from
+# deeper down, whose frames hold the text, by a new one.
 
 
 def _connection_string(pairs: list[tuple[str, Secret | None]]) -> bytes:
@@ -121,7 +121,7 @@ def basic_handshake(
     *,
     form: HandshakeForm | None = None,
 ) -> bytes:
-    """Return what a client with a user name and a password sends.
+    """Return the handshake of a client with a user name and a password.
 
     *form* None is ``strings``, or ``connection-string`` when there is an application.
 
@@ -141,7 +141,7 @@ def token_handshake(
     *,
     form: HandshakeForm | None = None,
 ) -> bytes:
-    """Return what a client with a token sends; see `basic_handshake`."""
+    """Return the handshake of a client with a token; see `basic_handshake`."""
     who = [("Token", _hidden(token, "token"))]
     del token
     return _handshake(who, impersonating, forwarded_for, application, form)
@@ -196,7 +196,7 @@ class HandshakeDecoder:
     """Reads the handshake of one client.
 
     Args:
-        method: What the server expects. ``null`` expects nothing, and passes over the one
+        method: The kind that the server expects. ``null`` expects none, and skips the one
             empty string that some C# clients send.
         form: ``auto`` recognises both. A first string that is no connection string is a user
             name of 3.0, and three more strings are waited for; hence a server needs a
@@ -205,7 +205,7 @@ class HandshakeDecoder:
         string_length_unit: As for `Decoder`.
 
     Attributes:
-        rest: What followed the handshake; to be fed to a `Decoder`.
+        rest: The bytes after the handshake, for a `Decoder`.
     """
 
     def __init__(
@@ -242,11 +242,11 @@ class HandshakeDecoder:
         self._eof = True
 
     def next_credentials(self) -> Credentials | None:
-        """Return what the client said, once, or None until more data arrives.
+        """Return the credentials, once, or None until more data arrives.
 
         Raises:
             ProtocolError: It is no handshake, or not this server's kind. Every later call
-                raises again. The text holds nothing of what was sent.
+                raises again. The text holds nothing that the client sent.
         """
         found: Credentials | None = None
         if self._error is None:
@@ -258,7 +258,7 @@ class HandshakeDecoder:
                 if found is None and self._eof:
                     self._error = Truncated("the stream ended inside the handshake")
         if self._error is not None:
-            # Not the one that was raised: its frames hold what was sent.
+            # Not the one that was raised: its frames hold the credentials.
             raise self._error.again()
         if found is not None:
             self.rest = bytes(self._buffer)
@@ -308,8 +308,7 @@ class HandshakeDecoder:
         required = ("Username", "Password") if self._method == "basic" else ("Token",)
         if self._form != "strings":
             certain = self._form == "connection-string" or (
-                # Nobody is called so; what is wrong with it shall be known now, not after the
-                # deadline.
+                # No user is called so. A fault in it is reported now and not after the deadline.
                 text.startswith(tuple(f"{key}=" for key in ("Username", "Password", "Token")))
             )
             try:

@@ -1,7 +1,7 @@
 """How a distributor checks who connects: nobody, a password file, a token, anything else.
 
 A `ServerAuthenticator` names the kind of handshake it expects and turns credentials into a
-`User`, or raises `Refused`. What costs time (a slow hash, a directory) runs in a thread.
+`User`, or raises `Refused`. Slow work (a hash, a directory) runs in a thread.
 
 The password file is the original's: ``{"user": {"Salt": …, "Hash": …}}`` with
 ``Hash = base64(SHA1(password + salt))``. Passwords added here get a scrypt hash beside it,
@@ -60,10 +60,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Who somebody turned out to be.
+    """A client whose credentials were accepted.
 
     Attributes:
-        permissions: What is known of this user's rights, or None for the server's rules.
+        permissions: This user's own rights, or None for the server's rules alone.
     """
 
     name: str
@@ -75,7 +75,7 @@ class ServerAuthenticator(abc.ABC):
     """Checks credentials."""
 
     handshake: AuthenticationMethod
-    """What clients must send."""
+    """The kind of handshake that clients must send."""
 
     @abc.abstractmethod
     async def authenticate(self, credentials: Credentials) -> User:
@@ -87,7 +87,7 @@ class ServerAuthenticator(abc.ABC):
 
 
 class NullServerAuthenticator(ServerAuthenticator):
-    """Lets everybody in, as ``nobody``."""
+    """Accepts every client, as ``nobody``."""
 
     handshake = "null"
 

@@ -1,10 +1,10 @@
 """The distributor as a state machine: who gets which bytes. No socket, clock or loop.
 
-Feed it what happens (`Broker.connected`, `received`, `disconnected`, `heartbeat`) and it
-returns what is to be written to whom, in order. All state is here, so it can be driven by
-tests through any sequence. Dicts keep insertion order, and so does everything that is sent.
+Tell it each event (`Broker.connected`, `received`, `disconnected`, `heartbeat`), and it returns
+the frames to write and their connections, in order. It holds all state, so tests can drive it
+through any sequence. Dicts keep insertion order, and so does everything that is sent.
 
-Feeds and topics are matched by equality; nothing is stored for those who are not there.
+Feeds and topics match by equality. Nothing is stored for absent clients.
 
 Source: jetblack-messagebus 3.0.0 to 6.0 (``SubscriptionManager``, ``NotificationManager``,
 ``PublisherManager``, ``InteractorManager``), without its known defects: the README of this
@@ -47,13 +47,13 @@ __all__ = ["Broker", "Effects"]
 logger = logging.getLogger("pubsub_messagebus.server.broker")
 
 Effects: TypeAlias = list[tuple[Hashable, bytes]]
-"""What is to be written to which connection, in order."""
+"""Frames and the connections to write them to, in order."""
 
 MAX_PENDING = 10_000
-"""Requests that may wait for an authorizer, on the whole server."""
+"""Most requests that wait for an authorizer, on the whole server."""
 
 MAX_INTERESTS = 1_000_000
-"""Subscriptions, listenings and remembered rights of one connection."""
+"""Most subscriptions, listenings and remembered rights of one connection."""
 
 
 MAX_FENCES = 1000
@@ -74,6 +74,30 @@ class Broker:
     """Routes between connections, which are any hashable objects of the caller.
 
     A caller must write the effects of one call before those of the next.
+
+    A client is in one of four states on each feed and topic; an event moves it:
+
+    ========== ============================== =====================================
+    state      kept in                        left by
+    ========== ============================== =====================================
+    none       nowhere                        add: pending where an authorizer is
+                                              needed and has not granted yet, else
+                                              subscribed
+    pending    `Interactor.pending`, and here grant: subscribed; denial: denied;
+               for authorizers that come      as many removes as adds: none
+    subscribed `Interactor.subscriptions`,    as many removes as adds: none;
+               and here by feed and topic     revocation: denied
+    denied     `Interactor.denied`            grant: subscribed, with the adds that
+                                              were denied; add: pending; as many
+                                              removes as adds: none
+    ========== ============================== =====================================
+
+    Beside them `Interactor.granted` remembers rights for the life of a connection, so that a
+    client which unsubscribes and comes back is not asked about again. A denial is never
+    remembered as a right: the original remembers it as one with no entitlements, and the next
+    add then subscribes.
+
+    Fences are private: nobody is told of another client's, and nobody publishes there.
     """
 
     def __init__(
@@ -86,19 +110,19 @@ class Broker:
         self.policy = Policy() if policy is None else policy
         self.stats = BrokerStats()
         self.ended = Traffic()
-        """What went through connections that are gone."""
+        """The traffic of connections that are gone."""
         self._max_pending = max_pending
         self._max_interests = max_interests
         self._clients: dict[Hashable, Interactor] = {}
         self._by_id: dict[bytes, Interactor] = {}
-        # feed → topic → subscriber; empty ones are removed, so the order is that of the
-        # first subscription of those that are there.
+        # feed → topic → subscriber. Empty dicts are removed, so that a listing is in the order
+        # of first subscription, and hostile names leave nothing behind.
         self._feeds: dict[str, dict[str, dict[Interactor, Subscription]]] = {}
         self._listeners: dict[str, dict[Interactor, None]] = {}
         self._publishers: dict[Key, dict[Interactor, None]] = {}
         self._pending: dict[tuple[Interactor, str, str], None] = {}
 
-    # --- what happens ------------------------------------------------------------------
+    # --- events -----------------------------------------------------------------------
 
     def connected(
         self,
@@ -108,7 +132,7 @@ class Broker:
         dialect: Dialect = "is_image",
         client_id: uuid.UUID | None = None,
     ) -> Effects:
-        """Take a connection in; it may be asked at once for what waits for an authorizer."""
+        """Add a connection; an authorizer is asked at once about everything pending."""
         if conn in self._clients:
             raise ValueError("this connection is already there")
         client = Interactor(
@@ -150,7 +174,11 @@ class Broker:
         return []
 
     def disconnected(self, conn: Hashable) -> Effects:
-        """Take a connection out: stale notices first, then the removals."""
+        """Remove a connection: stale notices first, then the removals.
+
+        The order is the original's. Its own listenings go first, so that it is told nothing
+        of its own end.
+        """
         client = self._clients.pop(conn, None)
         if client is None:
             return []
@@ -170,6 +198,8 @@ class Broker:
                 continue
             del self._publishers[key]
             self._tell_stale(client, key, effects)
+        # All are removed before the first is told: a listener that answers a removal finds the
+        # state that it was told of.
         for feed, topic in client.subscriptions:
             self._remove(client, feed, topic)
         for feed, topic in client.subscriptions:
@@ -177,7 +207,7 @@ class Broker:
         return effects
 
     def heartbeat(self) -> Effects:
-        """Publish the sign of life to those who subscribed to it."""
+        """Publish the heartbeat to its subscribers."""
         subscribers = self._feeds.get(ADMIN_FEED, {}).get(HEARTBEAT_TOPIC, {})
         return [(client.conn, HEARTBEAT[client.dialect]) for client in subscribers]
 
@@ -194,12 +224,12 @@ class Broker:
         return host, user, client.identity.application
 
     def subscribers(self, feed: str, topic: str) -> dict[Hashable, int]:
-        """Return who is subscribed, and how often each added."""
+        """Return the subscribers, and how often each added."""
         found = self._feeds.get(feed, {}).get(topic, {})
         return {client.conn: subscription.count for client, subscription in found.items()}
 
     def interactors(self) -> Iterator[InteractorView]:
-        """Return everybody who is connected, and what they did."""
+        """Return every connection and its counters."""
         for client in self._clients.values():
             user, host = client.names()
             subscriptions: dict[str, int] = {}
@@ -221,7 +251,7 @@ class Broker:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing at all is kept."""
+        """Whether no state is left."""
         return not (
             self._clients
             or self._by_id
@@ -243,6 +273,7 @@ class Broker:
         subscribers = topics.get(topic) if topics is not None else None
         if not subscribers:
             return []
+        # Noted only now: without subscribers nobody would miss this publisher.
         self._note_publisher(client, (feed, topic))
         frames = Frames(8, client.head(feed), message)
         effects: Effects = []
@@ -275,7 +306,7 @@ class Broker:
         return [(target.conn, frame)]
 
     def _may_publish(self, client: Interactor, feed: str) -> bool:
-        reserved = feed == ADMIN_FEED or _is_fence(feed)
+        reserved = feed == ADMIN_FEED or feed.startswith(FENCE_FEEDS)
         if reserved or not client.roles(feed) & _PUBLISH:
             self._ignore(client, f"may not publish to {feed!r:.200}")
             return False
@@ -353,7 +384,7 @@ class Broker:
     ) -> None:
         feed, topic = key
         client.subscriptions[key] = subscription
-        # Recorded before anybody is told: an image sent in answer must find its target.
+        # Recorded before listeners are told: an image sent in answer must find its target.
         self._feeds.setdefault(feed, {}).setdefault(topic, {})[client] = subscription
         self.stats.subscriptions += 1
         self._notify(client, feed, topic, True, effects)
@@ -467,10 +498,12 @@ class Broker:
             self._ignore(authorizer, f"may not authorize on {feed!r:.200}")
             return []
         client = self._by_id.get(message.client_id.bytes_le)
+        # The original takes an answer from any client, about any other: a client could grant
+        # itself everything.
         if client is None or not (
             key in client.pending or key in client.granted or key in client.denied
         ):
-            self._ignore(authorizer, "authorized what nobody asked for")
+            self._ignore(authorizer, "answered a question that was not asked")
             return []
         self.stats.authorization_responses += 1
         authorizer.traffic.authorization_responses += 1
@@ -479,7 +512,8 @@ class Broker:
         if message.is_authorization_required and not message.entitlements:
             client.granted.pop(key, None)
             if subscription is not None:
-                # Revoked: the end of the subscription, which its listeners learn once.
+                # Revoked. The subscription ends, and listeners learn it once; the original
+                # tells the client and goes on delivering.
                 client.denied[key] = subscription.count
                 del client.subscriptions[key]
                 self._remove(client, feed, topic)

@@ -1,9 +1,9 @@
-"""What a distributor's configuration file may say, beside roles.
+"""A distributor's configuration file, except for roles.
 
 TOML or JSON, under the original's names (``heartbeatInterval``) or Python's
 (``heartbeat_interval``). Relative paths start at the file's folder. ``address`` and ``port``
-are not read: a file shall not open a server to the network, or choose another port than the
-command line does. Nor is ``useJsonLogger``.
+are not read: the command line alone opens a server to the network and chooses its port. Nor is
+``useJsonLogger``.
 
 Nothing else is passed over: an unknown key is an error wherever it stands, and so is an
 ``authentication``, ``sslConfig`` or ``sspi`` that cannot be honoured.
@@ -83,7 +83,7 @@ _KEYS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """What a file said. Texts are empty where it said nothing."""
+    """The values of a file. Texts are empty where it has none."""
 
     policy: Policy = field(default_factory=Policy)
     heartbeat_interval: float | None = None
@@ -118,7 +118,7 @@ class ServerConfig:
         )
 
     def authenticator(self) -> ServerAuthenticator | None:
-        """Make what checks credentials, or None where the file says nothing of it.
+        """Make the authenticator, or return None where the file has no authentication.
 
         Raises:
             BadOption: It lacks something, or a value does not fit.
@@ -149,7 +149,7 @@ def _whole(values: Mapping[str, Any], folder: Path) -> Table:
     table = Table(values, "", (*_KEYS, _SECTION, _LOGGING), folder)
     if _SECTION not in table:
         return table
-    # The original reads nothing else, so what stands beside it would count for nothing.
+    # The original reads nothing else, so roles beside the section would have no effect.
     table.only(_SECTION, _LOGGING)
     return table.table(_SECTION, _KEYS)
 
@@ -220,7 +220,7 @@ def _authentication(table: Table) -> dict[str, Any]:
 
 
 def _plugin(told: Table) -> dict[str, Any]:
-    """Return what stands for a plugin of the original, by its type; no assembly is loaded."""
+    """Translate an authenticator of the original by its type; no assembly is loaded."""
     kind = told.text("type_name")
     place = told.where("type_name")
     name = kind.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""What a distributor counts, and the snapshot of it that `metrics` shows.
+"""The counters of a distributor, and the snapshot of them that `metrics` shows.
 
 Clients choose the names of feeds. So feeds are counted one by one only up to a bound, and the
 rest together: otherwise a client could fill the server's memory with counters, which outlive it.
@@ -40,7 +40,7 @@ MAX_FAULTY: Final = 1000
 
 @dataclass(slots=True)
 class BrokerStats:
-    """What the broker did so far, and what is there now.
+    """Counters of the broker; the last four are sizes.
 
     Attributes:
         delivered: Data messages handed to a subscriber, without notices.
@@ -65,7 +65,7 @@ class BrokerStats:
 
 @dataclass(slots=True)
 class ServerStats:
-    """What the connections did; `BrokerStats` counts what was routed.
+    """Counters of the connections; `BrokerStats` counts the routing.
 
     Attributes:
         turned_away: Connections closed at once, because too many wait for their turn.

@@ -4,7 +4,7 @@ One server can have several listeners, each with its dialect, over one routing c
 listener takes both forms of the handshake. It listens on loopback and a free port unless told
 otherwise.
 
-What a peer can cost is bounded: a handshake has a deadline and a size, a message has limits
+The cost of a peer is bounded: a handshake has a deadline and a size, a message has limits
 that are checked on its header, a slow consumer is disconnected, and one connection's burst
 yields to the others. An error concerns one connection only.
 """
@@ -53,8 +53,8 @@ class MessageBusServer(ServerShell):
         port: 0 for a free one. It stays the same when the server is started again.
         dialect: Of this listener; `add_listener` makes more, with other dialects.
         handshake: Which form is taken; ``auto`` recognises both.
-        config: Path of a TOML or JSON file; see `pubsub_messagebus.server.config`. What is given
-            here wins.
+        config: Path of a TOML or JSON file; see `pubsub_messagebus.server.config`. Arguments
+            win over it.
         password_file: Users must log in; see `pubsub_messagebus.passwords`.
         authenticator: Anything else that checks credentials; wins over *password_file*.
         policy: Roles and where authorization is needed; wins over the file's.
@@ -64,7 +64,7 @@ class MessageBusServer(ServerShell):
         ssl_context: Instead of the three.
         resolve_hosts: Show the names of peers instead of their addresses.
         handshake_timeout: Seconds for a whole handshake.
-        slow_consumer: What happens to a connection that does not read what is queued for it.
+        slow_consumer: Whether a connection whose queue is full is disconnected.
         max_queued_bytes: How much may be queued for one connection.
         max_queued_frames: How many frames may be.
         metrics_port: Answer ``GET /metrics`` there, in Prometheus' text format; 0 for a free
@@ -277,7 +277,7 @@ class MessageBusServer(ServerShell):
             self._beating = loop.create_task(self._beat(), name="messagebus heartbeat")
 
     async def stop(self) -> None:
-        """Stop; connections get what was queued for them, within a short time."""
+        """Stop; connections have a short time to read their queues."""
         await self._stop(abort=False)
 
     async def kill(self) -> None:
@@ -319,7 +319,7 @@ class MessageBusServer(ServerShell):
         await self.kill()
         await self.start()
 
-    # --- what connections ask ------------------------------------------------------------
+    # --- for connections ------------------------------------------------------------------
 
     def opened(self, connection: Connection) -> bool:
         """Learn of a socket; return whether it may stay."""
@@ -360,8 +360,8 @@ class MessageBusServer(ServerShell):
     def deliver(self, effects: Effects) -> None:
         """QueueBounds frames; connections that hold too much are ended."""
         for connection, frame in effects:
-            # Whatever this server gives to its broker is a connection of its own; to ask each
-            # time would be paid for every delivery.
+            # This server gives its broker nothing but its own connections; a check would be
+            # paid for every delivery.
             if not connection.write(frame):  # type: ignore[attr-defined]
                 self._too_slow(connection)  # type: ignore[arg-type]
 

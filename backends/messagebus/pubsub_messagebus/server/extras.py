@@ -1,4 +1,4 @@
-"""What only some servers need, and how to get it."""
+"""Libraries that only some servers need, and how to install them."""
 
 from __future__ import annotations
 

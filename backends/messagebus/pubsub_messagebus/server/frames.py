@@ -54,7 +54,7 @@ class Frames:
         """Return the packets whose entitlements are all *held*, maybe none.
 
         A packet without entitlements does not pass: on a feed that needs authorization,
-        nothing is for everybody unless somebody says so.
+        nothing is for everybody by default.
         """
         if self._packets is None:
             self._packets = self._message.data_packets or []

@@ -1,4 +1,4 @@
-"""What the broker knows of one connection. The original calls it an interactor."""
+"""The broker's record of one connection, which the original calls an interactor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Identity:
         method: ``NULL``, ``BASIC``, ``JWT``, ``LDAP`` or an authenticator's own word.
         impersonating: Counts instead of *user* on feeds where that is allowed.
         forwarded_for: Counts instead of *host* on feeds where that is allowed.
-        permissions: What the authenticator knows of this user's rights, or None.
+        permissions: This user's rights as the authenticator knows them, or None.
     """
 
     user: str = "nobody"
@@ -123,7 +123,7 @@ class Interactor:
 
     @property
     def interests(self) -> int:
-        """How much is kept for it."""
+        """The number of entries that are kept for it."""
         return (
             len(self.subscriptions)
             + len(self.listening)
@@ -133,7 +133,7 @@ class Interactor:
         )
 
     def roles(self, feed: str) -> int:
-        """Return what it may do on *feed*, as a number of `Role`."""
+        """Return its roles on *feed*, as a number of `Role`."""
         return self._roles.get(feed, self._usual) if self._roles else self._usual
 
     def head(self, feed: str) -> bytes:

@@ -1,8 +1,8 @@
 """A distributor's counters as Prometheus text, over HTTP. Needs prometheus-client and h11.
 
 Names and labels are the original's, so its dashboards and alerts go on working. There a
-connection's series stay for ever; here they end with it, and what it counted is added to the
-series whose labels are empty, so that sums never fall.
+connection's series stay until the server ends; here they end with the connection, and their
+values are added to the series whose labels are empty, so that sums never fall.
 
 Sources: jetblack-messagebus 5.1.1 (names and labels); the Prometheus text format 0.0.4; RFC
 9112 by h11.
@@ -57,7 +57,7 @@ _MAX_CONNECTIONS: Final = 16
 
 
 class _Collector:
-    """Reads a server's counters when it is asked; nothing is kept."""
+    """Takes a snapshot for each scrape; keeps nothing."""
 
     def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
         self._snapshot = snapshot
@@ -135,7 +135,7 @@ class MetricsEndpoint:
         return f"http://{host}:{self.port}/metrics"
 
     def text(self) -> bytes:
-        """Return what is answered."""
+        """Return the body of the answer."""
         # The library appends _total to the names of counters in their headings; the
         # original's names have none, and a heading must name the samples below it.
         return re.sub(
@@ -190,12 +190,12 @@ class _Scrape(asyncio.Protocol):
             self._deadline.cancel()
 
     def abort(self) -> None:
-        """Close without another word."""
+        """Close without an answer."""
         if self._transport is not None:
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Answer as soon as the head of the request is there."""
+        """Answer once the head of the request is complete."""
         transport = self._transport
         if transport is None or transport.is_closing():
             return

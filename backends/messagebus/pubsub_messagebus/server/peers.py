@@ -28,7 +28,7 @@ class PeerNames:
         self._found = collections.OrderedDict[str, str]()
 
     def known(self, address: str) -> str:
-        """Return what can be said without asking."""
+        """Return the name that is known without asking."""
         try:
             local = ipaddress.ip_address(address.partition("%")[0]).is_loopback
         except ValueError:

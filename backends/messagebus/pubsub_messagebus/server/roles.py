@@ -45,11 +45,11 @@ POLICY_KEYS: Final = (
     "is_proxy_allowed",
     "feed_roles",
 )
-"""What a configuration file may say of roles, at its top; the original's are ``feedRoles`` etc."""
+"""The keys about roles at the top of a configuration file, e.g. the original's ``feedRoles``."""
 
 
 class Role(IntFlag):
-    """What a client may do on a feed."""
+    """A right of a client on a feed."""
 
     NONE = 0
     SUBSCRIBE = 1
@@ -72,12 +72,12 @@ class RoleChange:
 
 
 Permissions = Mapping[str, Mapping[str, RoleChange]]
-"""What an authenticator may say of one user: by feed and host pattern (``*``, ``?``)."""
+"""Rights of one user, by feed and host pattern (``*``, ``?``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeedPolicy:
-    """What is different on one feed.
+    """Rules of one feed that differ from the server's.
 
     Attributes:
         users: By host and user; the host ``*`` is the fallback.
@@ -93,7 +93,7 @@ class FeedPolicy:
 
     @classmethod
     def from_table(cls, table: Table) -> Self:
-        """Read what a file says of one feed.
+        """Read the table of one feed.
 
         Raises:
             BadOption: A value does not fit, or a key inside is unknown.
@@ -153,7 +153,7 @@ class Policy:
     def roles(
         self, feed: str, user: str, host: str, permissions: Permissions | None = None
     ) -> Role:
-        """Return what that user on that host may do on *feed*; each step overrides the last."""
+        """Return the roles of that user on that host; each step overrides the one before."""
         roles = self.change.apply(Role.NONE)
         listed = self.feeds.get(feed)
         if listed is not None:
@@ -179,7 +179,7 @@ class Policy:
 
     @classmethod
     def from_table(cls, table: Table) -> Self:
-        """Read what a table says of roles; its other keys are somebody else's.
+        """Read the keys about roles; the caller reads the others.
 
         Raises:
             BadOption: A value does not fit, or a key inside is unknown.
@@ -191,8 +191,8 @@ class Policy:
             for name, listed in table.named("feed_roles")
         }
         if feeds and "allow" not in table:
-            # For the original that is nothing, for a file of ours that says nothing it is
-            # everything. Whoever lists feeds must not get the other one of what they mean.
+            # The original allows nothing then, and a file without any roles allows everything
+            # here. A guess would open a server or close it, so neither is made.
             raise bad_value(
                 "allow",
                 f"missing beside {table.where('feed_roles')}",
@@ -208,7 +208,7 @@ class Policy:
 
 
 def load_permissions(path: str) -> dict[str, Permissions]:
-    """Read a file of the original's that says what each user may do, by feed and host.
+    """Read the original's file of roles: by user, feed and host.
 
     Raises:
         BadOption: It is not there, a key is unknown, or a value does not fit.

@@ -37,7 +37,7 @@ class Table:
     """One table. Names given to its methods are Python's, e.g. ``is_authorized``.
 
     Args:
-        values: What stands there; refused unless it is a table.
+        values: The parsed value; refused unless it is a table.
         place: Where it stands, for errors; empty for the file itself.
         legal: Names of all keys that may stand there.
         folder: Where relative paths start.
@@ -69,7 +69,7 @@ class Table:
         return name in self._found
 
     def value(self, name: str) -> Any:
-        """Return what stands there as it is, or None."""
+        """Return the value as it was parsed, or None."""
         return self._found[name][1] if name in self._found else None
 
     def where(self, name: str) -> str:
@@ -88,7 +88,7 @@ class Table:
         return found[0] if found else names[0]
 
     def only(self, name: str, *others: str) -> None:
-        """Refuse what stands beside *name*, except for *others*.
+        """Refuse every key but *name* and *others*.
 
         Raises:
             BadOption: Something does.
@@ -176,7 +176,7 @@ class Table:
 
 
 def entries(values: object, place: str) -> Iterator[tuple[str, Any]]:
-    """Return what a table has.
+    """Return the items of a table.
 
     Raises:
         BadOption: It is no table.
@@ -195,7 +195,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     bracket are not.
 
     Raises:
-        BadOption: It is not there, is not what its name says, or has a key twice.
+        BadOption: It is missing, does not parse, or has a key twice.
     """
     file = Path(path)
     found: object = None
@@ -216,7 +216,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
 
 
 def _hide(values: object) -> object:
-    """Return what was read, with the arguments of authenticators as secrets.
+    """Return the parsed values, with the arguments of authenticators as secrets.
 
     The original's take keys of tokens there; hidden, they show in no traceback that is
     printed with its variables.

@@ -34,9 +34,10 @@ class Taker(Protocol):
 class Turns:
     """Shares the event loop between connections.
 
-    Every connection acts on what it reads when it arrives. What is too much for one turn is a
-    burst, which waits here for the next turn; so a client that sends little never waits behind
-    all that send much. The ends of many connections wait here as well: each is told to others.
+    Every connection acts on messages when they arrive. Messages that take longer than a turn
+    are a burst, whose rest waits here for the next turn; so a client that sends little never
+    waits behind all that send much. Ends of connections wait here as well, because each has
+    to be told to others.
     """
 
     def __init__(self) -> None:
