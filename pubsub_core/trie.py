@@ -206,31 +206,41 @@ class HandlerTrie(Generic[V]):
         hits: list[_Entry[V]] = [] if entry is None else [entry]
         if self._wild:
             # Everything in one frame, and nodes as tuples, because unpacking one costs less
-            # than reading three attributes: together that halved the time.
+            # than reading three attributes: together that halved the time. A recursive walk,
+            # a stack of nodes, compressed chains and a table per pattern of wildcards were
+            # tried, and none was faster throughout; docs/trie.md has the figures.
+            #
+            # `below` is taken on the way down, for it matches the topic so far and all under
+            # it; `here` only where the topic ends.
             word, child, children, plus, below, here = self._root
             parts = topic.split("/")
             if self._is_emitter:
                 if not parts[-1]:
                     del parts[-1]
             elif (plus or below) and topic.startswith("$"):
-                # Only what begins with this very word; the root's wildcards stay out.
+                # Only filters that begin with this very word; the root's wildcards stay out.
                 plus = below = None
             levels = iter(parts)
-            # While only one node can match, no list of nodes is needed.
+            # While only one node can match, no list of nodes is needed: most topics never
+            # get further than this loop.
             for level in levels:
                 if below is not None:
                     hits.append(below)
+                # Without a dictionary `child` is the only one, or None with a word that no
+                # level equals; so a hit needs no assignment.
                 if children is not None:
                     child = children.get(level)
                 elif word != level:
                     child = None
                 if child is None:
                     if plus is None:
-                        break
+                        break  # nothing below matches, so the `else` of the loop is skipped
                     word, child, children, plus, below, here = plus
                 elif plus is None:
                     word, child, children, plus, below, here = child
                 else:
+                    # From here on two nodes or more may match: the same step for each, a
+                    # level at a time. Their number grows only where filters differ by ``+``.
                     nodes = [child, plus]
                     for level in levels:  # noqa: PLW2901  # the same iterator goes on
                         following: list[_Node[V]] = []
@@ -261,7 +271,7 @@ class HandlerTrie(Generic[V]):
                 if below is not None:
                     hits.append(below)
 
-        # One or two filters with one value each are the usual case.
+        # One or two filters with one value each are the usual case, and need no sorting.
         if not hits:
             found: tuple[V, ...] = ()
         elif (count := len(hits)) == 1 and type(one := hits[0]) is tuple:
