@@ -174,7 +174,7 @@ class MQTTOptions(TransportOptions):
     session_expiry: int | None = field(
         default=None,
         metadata=_help(
-            "seconds the broker keeps a lost session (MQTT 5); default: 0, or for ever "
+            "seconds the broker keeps a lost session (MQTT 5); default: 0, or without end "
             "with clean_start=false"
         ),
     )

@@ -62,7 +62,7 @@ _MOST_SHOWN = 60
 
 
 class PublishProperties(msgspec.Struct, frozen=True, gc=False):
-    """What travels beside the payload of a message (MQTT 5.0 section 3.3.2.3).
+    """The properties of a PUBLISH (MQTT 5.0 section 3.3.2.3).
 
     Attributes:
         expiry: Seconds left, or None.

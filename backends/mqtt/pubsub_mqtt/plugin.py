@@ -1,7 +1,7 @@
 """Answers to ``mqtt://``, ``mqtts://``, ``ws://``, ``wss://`` and ``mqtt+unix://``.
 
 Plain data: importing this imports neither paho-mqtt nor a broker. What is declared here is
-the most an MQTT 5 broker allows; `MQTTBackend.probe` lowers it for the broker at hand.
+the most an MQTT 5 broker allows; `MQTTBackend.probe` lowers it for the broker that answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a bus uses: `MQTTBackend`, and the base of every backend over MQTT."""
+"""For a bus: `MQTTBackend`, and the base of every backend over MQTT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every backend over MQTT does with its connection, whatever its topics mean.
+"""The base of every backend over MQTT: one connection, whatever its topics mean.
 
 `MQTTBackend` is one of them; backends of services that speak MQTT with rules of their own are
 others. Each adds how it publishes, subscribes and receives, and what it can do.
@@ -42,7 +42,7 @@ class ConnectionBackend(Backend):
         driver: Carries the session.
         connection: Window, outcomes and counters; outlives sessions.
         broker: Where the connection goes.
-        sink: Who gets what arrives; None when nobody shall get anything more.
+        sink: Gets all that arrives; None when nothing shall be delivered any more.
         turns: One at a time for each name.
     """
 
@@ -68,7 +68,7 @@ class ConnectionBackend(Backend):
         """Take a message, which comes in wire order. It must not raise."""
 
     def session_ended(self, error: ConnectError | None) -> ConnectError | None:
-        """Let go of what belonged to a session that is over, or to an attempt at one.
+        """Called when a session is over, or an attempt at one: drop what belonged to it.
 
         Args:
             error: Why it ended by itself; None when it was ended from here.
@@ -79,7 +79,7 @@ class ConnectionBackend(Backend):
         return error
 
     async def dial(self, sink: Sink) -> Session:
-        """Make one session; what arrives from now on goes to *sink*.
+        """Make one session; messages go to *sink* from now on.
 
         Raises:
             ConnectError: Nothing is left open.
@@ -94,7 +94,7 @@ class ConnectionBackend(Backend):
             raise
 
     def abort(self) -> None:
-        """End the session, or what has begun of one; nobody is told."""
+        """End the session, or the attempt at one; the core is not told."""
         self.sink = None
         self.driver.abort()
         self.session_ended(None)
@@ -132,7 +132,7 @@ class ConnectionBackend(Backend):
         )
 
     async def receipt(self, sent: Outgoing) -> Receipt:
-        """Return the receipt of what was submitted; above QoS 0 a lost session is outlasted.
+        """Wait for the outcome of a publish; above QoS 0 a lost session does not end the wait.
 
         Raises:
             PublishFailed: With its outcome.
@@ -220,11 +220,11 @@ class ConnectionBackend(Backend):
 
     @property
     def session(self) -> Session | None:
-        """What the broker's CONNACK said, or None without a session."""
+        """The broker's CONNACK, or None without a session."""
         return self.connection.session if self.connection.connected else None
 
     async def restored(self) -> None:
-        """Send what waited: first what the last session left unanswered, in its order."""
+        """Called after resubscription: release held publishes, those of the last session first."""
         self.connection.release()
 
     async def drop(self) -> None:
@@ -250,6 +250,6 @@ class ConnectionBackend(Backend):
             sink.lost(told)
 
     def notice(self, kind: str, text: str, topic: str) -> None:
-        """Tell the core what belongs to no call; see `Notice`."""
+        """Tell the core of something that belongs to no call; see `Notice`."""
         if self.sink is not None:
             self.sink.notice(Notice(kind, text, topic))

@@ -94,7 +94,7 @@ class MQTTBackend(ConnectionBackend):
         self._identifiers = False
         self._settles = True
         # The broker may still hold subscriptions of an earlier process, whose identifiers
-        # must not be taken for ours: those begin where nobody else's do.
+        # must not be taken for ours: ours begin at a random multiple of 1024.
         self._base = 0 if options.clean_start else (1 + secrets.randbelow(200_000)) * 1024
         self._highest = 0
         self._current: dict[int, WireSub] = {}
@@ -367,7 +367,7 @@ class MQTTBackend(ConnectionBackend):
 
         A message that waits occupies a place in the broker's window (20 at Mosquitto), so
         one handler that takes its time would stop every other subscription. That price is
-        paid where it buys something: where somebody acknowledges by hand, or where the
+        paid where it buys something: where a handler acknowledges by hand, or where the
         session survives, so that what was not acknowledged comes again.
         """
         self._settles = self._persistent or any(want.manual_ack for want in self._current.values())
@@ -470,7 +470,7 @@ class MQTTBackend(ConnectionBackend):
             subscribed = False
             await self.driver.unsubscribe(topic)
         except asyncio.CancelledError:
-            # Not waited for: whoever was cancelled must not wait, and must not leave it.
+            # Not waited for: a cancelled task must not wait, and must not leave it behind.
             with contextlib.suppress(NotConnected):
                 self.connection.unsubscribe([topic], lambda request: None)
             raise

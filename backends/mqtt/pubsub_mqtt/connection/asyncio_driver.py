@@ -37,10 +37,16 @@ __all__ = ["AsyncioDriver", "dial"]
 logger = logging.getLogger("pubsub_mqtt")
 
 _HIGH_WATER: Final = 262_144
+"""Bytes that may wait for the operating system before `AsyncioDriver.drain` waits."""
+
 _LINGER: Final = 0.5
+"""Seconds that the broker has to close after DISCONNECT."""
+
 # Not the executor of the loop, whose shutdown waits for a name server that never answers.
 _THREAD: Final = "pubsub-mqtt-dial"
 _AT_ONCE: Final = 32
+"""Publishes in a row that leave without a turn of the loop. Without a bound a program that
+publishes in a loop, and never has to wait, would read no message and no PINGRESP."""
 
 
 async def _ready(wait: Wait) -> list[int]:
@@ -177,6 +183,7 @@ class AsyncioDriver:
                 secure=broker.tls is not None,
             ) from exc
         if closes != self._closes:
+            # `close` while the dial was in a thread, where nothing could cancel it.
             sock.close()
             raise self._closed_meanwhile()
         loop = asyncio.get_running_loop()
@@ -192,6 +199,7 @@ class AsyncioDriver:
             raise
         self._watch()
         if sock.pending():
+            # The WebSocket handshake brought the first bytes along: no selector tells of them.
             loop.call_soon(self._readable)
         try:
             return await self._opening
@@ -207,7 +215,7 @@ class AsyncioDriver:
         """
         connection = self.connection
         loop = asyncio.get_running_loop()
-        async with self._closing:  # whoever comes second finds it done
+        async with self._closing:  # a second caller waits, and finds it done
             try:
                 if connection.connected:
                     deadline = loop.time() + drain
@@ -277,7 +285,7 @@ class AsyncioDriver:
 
     def _lost(self, error: ConnectError) -> None:
         if self._opening is not None:
-            # Also when CONNACK and the end came in one read: nobody has the session yet.
+            # Also when CONNACK and the end came in one read: `open` has not returned yet.
             if self._opening.done():
                 opened, self._opening = self._opening, None
                 if not opened.cancelled():
@@ -318,6 +326,8 @@ class AsyncioDriver:
         self._reading = wanted
 
     def _readable(self) -> None:
+        # One read per turn: reading until the socket is empty would keep the loop from
+        # everything else while a fast publisher is at work.
         connection = self.connection
         connection.feed()
         sock = connection.socket
@@ -331,6 +341,8 @@ class AsyncioDriver:
             _resolve_all(self._idle)
 
     def _wake(self) -> None:
+        # At the end of this turn, so that all packets of it leave in one call to the system.
+        # Not while the socket is full: then the selector says when.
         if self._loop is not None and self._descriptor >= 0 and not self._writing:
             self._loop.call_soon(self._flush)
 

@@ -39,7 +39,7 @@ _Done = TypeVar("_Done", Outgoing, Request)
 
 
 def _ignore(_: object) -> None:
-    """Take what happens while nobody listens."""
+    """The callback of a program that set none."""
 
 
 class _SharedConnection(Connection):
@@ -169,7 +169,7 @@ class BlockingDriver:
 
     @property
     def paho(self) -> PahoClient:
-        """Paho's client of the session at hand, for its loops."""
+        """Paho's client of this session, for its loops."""
         client = self.connection.paho
         if client is None:
             raise NotConnected("connect first", backend=self.connection.backend)

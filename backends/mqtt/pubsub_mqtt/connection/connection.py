@@ -75,7 +75,7 @@ _REFUSING: Final = frozenset({0x80, 0x81, 0x82, 0x83, 0x87, 0x90, 0x95, 0x99, 0x
 
 
 class Connection(ConnectionState):
-    """What outlives a session: identifier, window, unfinished messages; and the session.
+    """One client of a broker: its sessions, and all that outlives them.
 
     A driver calls `begin`, `feed`, `flush`, `tick`, `end`; users of the driver call the
     rest. Nothing here blocks, waits or knows about threads: calls must not overlap.
@@ -241,7 +241,7 @@ class Connection(ConnectionState):
         return self.inbound.reading
 
     def feed(self) -> None:
-        """Read once what the socket holds, and act on it."""
+        """Read once from the socket, and act on it."""
         sock = self.socket
         if sock is None:
             return
@@ -268,7 +268,7 @@ class Connection(ConnectionState):
             self.wake_up()  # a WebSocket ping wants its answer
 
     def flush(self) -> bool:
-        """Hand what waits to the operating system; return whether all of it went."""
+        """Hand unsent bytes to the operating system; return whether all of them went."""
         self._woken = False
         return self._hand_over(BufferedSocket.flush)
 
@@ -309,7 +309,7 @@ class Connection(ConnectionState):
         return None if self.connected or sock is None else sock.secure
 
     def _last_words(self, sock: BufferedSocket) -> None:
-        """Read what the peer said before it closed: most often the reason."""
+        """Read the last packets of a peer that closed: most often they have the reason."""
         before = -1
         while self.socket is sock and self.stats.bytes_in != before:
             before = self.stats.bytes_in
@@ -476,7 +476,7 @@ class Connection(ConnectionState):
         return over
 
     def _break(self, error: ProtocolError) -> None:
-        """End the session over what the peer sent; tell it why where MQTT 5 can."""
+        """End the session over a protocol error of the peer; MQTT 5 can tell it the reason."""
         as_ours(error, self.backend)
         sock = self.socket
         if sock is not None and self.connected and self.version == 5:

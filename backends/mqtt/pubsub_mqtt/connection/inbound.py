@@ -1,4 +1,4 @@
-"""Messages from the broker: decoded, delivered once, and acknowledged when somebody says so.
+"""Messages from the broker: decoded, delivered once, and acknowledged when they are settled.
 
 A message above QoS 0 is acknowledged when its consumer settles it, not when it arrives, so
 that the broker keeps what was not handled. paho-mqtt hands a QoS 2 message over only after PUBREL
@@ -84,7 +84,7 @@ class Inbound:
             self.unsettled.clear()
 
     def session_ended(self) -> None:
-        """Drop what was kept while deliveries were paused; nobody has seen it."""
+        """Drop the messages kept while deliveries were paused; no consumer has seen them."""
         self._deferred.clear()
         self._deferred_bytes = 0
         self._paused = False
@@ -112,7 +112,7 @@ class Inbound:
             except Exception:
                 logger.exception("the consumer of a message failed")
         if not was_reading:
-            self._state.last_in = self._state.clock()  # nobody listened meanwhile
+            self._state.last_in = self._state.clock()  # the silence was ours
 
     def settle(self, serial: int, *, refuse: bool = False) -> None:
         """Acknowledge the message with that serial number; unknown ones are ignored.

@@ -60,14 +60,14 @@ nobody (eclipse/mosquitto issue 2876 has more of that kind), so one place stays 
 
 
 class Outbound:
-    """What is published and has no outcome yet.
+    """Publishes without an outcome.
 
     Attributes:
         released: Whether publishes may go; see `release`.
         released_at: When they last began to.
         last_ack: When the broker last answered a publish.
         window: Most publishes above QoS 0 that may wait for the broker.
-        queue: What waits for the window, in the order of the calls.
+        queue: Those that wait for the window, in the order of the calls.
         unflushed: QoS 0 messages in the socket's buffer.
     """
 
@@ -101,13 +101,13 @@ class Outbound:
         if present:
             return
         for packet_id, out in list(self._resend.items()):
-            if out.abandoned:  # nobody waits and the broker forgot it
+            if out.abandoned:  # no caller waits, and the broker forgot it
                 del self._resend[packet_id]
             else:
                 out.phase = Phase.SENT  # the broker knows no PUBREC any more
 
     def session_ended(self, sock: BufferedSocket, why: PubSubError) -> None:
-        """Sort what is under way: what is known, what can be told now, what is kept."""
+        """Finish the publishes whose outcome is known now; keep the others for the next session."""
         self.released = False
         # QoS 0: what left is out of our hands, what did not can be told.
         gone: list[Outgoing] = []

@@ -149,7 +149,7 @@ class Reader:
                     self._other(head, kind, data[start:stop])
                 pos = stop
                 if state.socket is not sock:
-                    return  # what stands behind the end of a session belongs to nobody
+                    return  # bytes behind the end of a session belong to no session
         finally:
             state.stats.packets_in += packets
         if pos < end:

@@ -29,7 +29,7 @@ __all__ = ["Requests"]
 
 
 class Requests:
-    """What waits for SUBACK, UNSUBACK or PINGRESP; all of it ends with the session.
+    """Requests that wait for SUBACK, UNSUBACK or PINGRESP; all of them end with the session.
 
     Attributes:
         pings: Who waits for PINGRESP, in the order of the questions.
@@ -62,7 +62,7 @@ class Requests:
             waiter(lost)
 
     def pong(self) -> None:
-        """Take PINGRESP; one that nobody waits for is ignored."""
+        """Take PINGRESP; one without a question is ignored."""
         if self.pings:
             self.pings.popleft()(None)
 

@@ -161,5 +161,5 @@ def settings_of(address: Address, options: MQTTOptions) -> SessionSettings:
 
 
 def random_client_id() -> str:
-    """Return an identifier nobody else has: 19 characters, as short as old brokers want it."""
+    """Return a random identifier: 19 characters, as short as old brokers want it."""
     return f"pubsub-{secrets.token_hex(6)}"

@@ -1,4 +1,4 @@
-"""What the parts of a connection share: its socket and flags, its callbacks, what is under way.
+"""The state that the parts of a connection share: socket, flags, callbacks, packets under way.
 
 `Connection` is one of these with a life; `Outbound`, `Inbound`, `Requests` and `Reader` hold it as
 this and nothing more, so that none of them can begin or end a session.
@@ -29,7 +29,7 @@ __all__ = ["ConnectionState", "Outgoing", "Phase", "Request", "discard"]
 
 
 def discard(_: object) -> None:
-    """Take what happens while nobody listens."""
+    """The callback of an owner that set none."""
 
 
 class Phase(IntEnum):
@@ -45,13 +45,13 @@ class Phase(IntEnum):
 
 
 class Outgoing:
-    """One message on its way to the broker, and in the end what became of it.
+    """One message on its way to the broker, and in the end its outcome.
 
     Attributes:
         packet_id: 0 until it is sent; kept for every resend.
         error: Why it failed; None while it is under way or when it succeeded.
-        reason: The broker's code; 0x10 says that nobody was subscribed.
-        tag: Free for whoever published it.
+        reason: The broker's code; 0x10: there were no subscribers.
+        tag: Free for the publisher.
     """
 
     __slots__ = (
@@ -131,7 +131,7 @@ class Request:
 
 
 class ConnectionState:
-    """What outlives a session, and where the session stands.
+    """The facts that outlive a session, and those of the session.
 
     Attributes:
         settings: What CONNECT will say.
@@ -165,7 +165,7 @@ class ConnectionState:
         self.backend = backend
         self.client_id = random_client_id() if settings.client_id is None else settings.client_id
         self.stats = ConnectionStats()
-        self.generation = 0
+        self.generation: int = 0
         self.session: Session | None = None
         self.version: Version = settings.versions[0]
         self.socket: BufferedSocket | None = None

@@ -154,8 +154,8 @@ class BufferedSocket:
 
     `write` only stores; `flush` hands everything to the operating system at once; `fill`
     returns everything that arrived. `push` hands over as well, but asks the system (Linux) to
-    wait for the next `flush` before it makes packets of it: whoever publishes in a loop knows
-    that each message left this process, and the broker is not woken for every single one.
+    wait for the next `flush` before it makes packets of it: a program that publishes in a loop
+    knows that each message left this process, and the broker is not woken for each of them.
     What became of each byte written is known from `written`, `begun` and `done`, three
     counters that only grow.
 
@@ -202,7 +202,7 @@ class BufferedSocket:
     # --- reading -----------------------------------------------------------------------
 
     def fill(self) -> bytes:
-        """Return what arrived, or ``b""`` when nothing did.
+        """Return the bytes that arrived, or ``b""`` when none did.
 
         Raises:
             PeerClosed: The stream ended.
@@ -275,7 +275,7 @@ class BufferedSocket:
         return self.written == self.done and self._frame is None and not self._control
 
     def flush(self) -> bool:
-        """Hand over what waits; return whether all of it went.
+        """Hand over all that waits; return whether all of it went.
 
         Raises:
             OSError: The link broke.
@@ -290,7 +290,7 @@ class BufferedSocket:
         return empty
 
     def push(self) -> bool:
-        """Hand over what waits, as `flush`, which must follow in the same turn of the loop."""
+        """Hand over all that waits, as `flush`, which must follow in the same turn of the loop."""
         if not self._corks:
             return self.flush()
         self._corked = True
@@ -372,12 +372,12 @@ class BufferedSocket:
         """Do nothing: the socket never blocks. paho-mqtt calls this."""
 
     def finish(self) -> None:
-        """Say that nothing more will be written; what the peer still sends can be read."""
+        """End the stream to the peer; its own can still be read."""
         with contextlib.suppress(OSError):  # the link may be dead already
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
 
     def ended(self) -> bool:
-        """Throw away what arrived; return whether the peer is through as well."""
+        """Discard input; return whether the peer has ended its stream as well."""
         try:
             while self._sock.recv(_READ):
                 pass
@@ -388,5 +388,5 @@ class BufferedSocket:
         return True
 
     def close(self) -> None:
-        """Close at once; what waits is lost. Idempotent."""
+        """Close at once; unsent bytes are lost. Idempotent."""
         self._sock.close()

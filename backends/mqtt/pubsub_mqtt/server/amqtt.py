@@ -1,4 +1,4 @@
-"""amqtt's broker inside this process: what ``pip install`` alone can bring.
+"""amqtt's broker inside this process: ``pip install`` alone brings it.
 
 Sources: amqtt 0.12 ``broker.py``. Its own listeners never drop a client that does not say
 CONNECT, and on Python 3.12 its shutdown waits for such a client without end; therefore
@@ -39,11 +39,11 @@ AMQTT_LIMITS = (
     "retained messages reach clients that did not subscribe to them",
     "nothing is stored",
 )
-"""What to know about amqtt 0.12's broker before judging anything by it."""
+"""Limitations of amqtt 0.12's broker, to be read before judging anything by it."""
 
 
 class AmqttServer(ServerShell):
-    """amqtt's broker inside this process: what ``pip install`` alone can bring.
+    """amqtt's broker inside this process: ``pip install`` alone brings it.
 
     Clients need no credentials. It is slow and forgives much; see `AMQTT_LIMITS`, which are
     logged at the start. Use it to look around, not to judge delivery by.
@@ -66,7 +66,7 @@ class AmqttServer(ServerShell):
         return self._server is not None
 
     def describe(self) -> Mapping[str, object]:
-        """Return the server's name and what to know about it."""
+        """Return the server's name and its limitations."""
         return {"server": _amqtt_version(), "limits": list(AMQTT_LIMITS)}
 
     async def start(self) -> None:

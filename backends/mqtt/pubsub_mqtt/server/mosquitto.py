@@ -4,7 +4,7 @@ It listens on loopback and a free port unless told otherwise, and is gone after 
 the interpreter ends.
 
 Sources: mosquitto.conf(5) for 2.0. Mosquitto has no port 0, so a free port is chosen here and
-another one when somebody else was faster.
+another one when it is taken by then.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class MosquittoServer(ServerShell):
 
     @property
     def log(self) -> str:
-        """What Mosquitto wrote since it was started last."""
+        """Mosquitto's output since it was started last."""
         if self._directory is None:
             return ""
         with contextlib.suppress(OSError):
@@ -314,7 +314,7 @@ class MosquittoServer(ServerShell):
                     hint="see its log above",
                     backend=self.backend,
                 )
-            # Somebody else may listen on the port, so a connection alone proves nothing.
+            # Another program may listen on the port, so a connection alone proves nothing.
             if " running" in self.log and await _answers(self.host, self.port):
                 return
             await asyncio.sleep(0.005)
@@ -404,8 +404,8 @@ def _guard(pid: int, directory: Path) -> subprocess.Popen[bytes]:
     """Start a shell that ends Mosquitto when this process is gone, however it ended.
 
     Killed, or ended by SIGTERM, an interpreter runs no finalizer. What stays open until then is
-    the shell's standard input. The folder in the command line tells Mosquitto from whoever
-    may have its process id by then.
+    the shell's standard input. The folder in the command line tells Mosquitto from another
+    process that may have its id by then.
     """
     script = (
         "read -r _; "

@@ -19,7 +19,7 @@ __all__ = ["MQTTServer"]
 
 
 class MQTTServer(ServerShell):
-    """Mosquitto where it is installed, else amqtt: what ``pubsub serve mqtt`` starts."""
+    """Mosquitto where it is installed, else amqtt; ``pubsub serve mqtt`` starts one."""
 
     backend: ClassVar[str] = "mqtt"
     scheme: ClassVar[str] = "mqtt"
@@ -38,7 +38,7 @@ class MQTTServer(ServerShell):
         return self._server.running
 
     def describe(self) -> Mapping[str, object]:
-        """Return which server it is, and what to know about it."""
+        """Return which server it is, and its limitations."""
         return self._server.describe()
 
     async def start(self) -> None:

@@ -14,7 +14,7 @@ __all__ = ["ServerTLS"]
 
 @dataclass(frozen=True, slots=True)
 class ServerTLS:
-    """What a server needs for TLS; paths of PEM files.
+    """Certificate and key of a server; paths of PEM files.
 
     Attributes:
         cafile: Authority of client certificates.

@@ -4,7 +4,7 @@
 of it. The two stand in one file since each calls the other.
 
 Time comes in as a number, bytes come in through `Client.receive`, and leave through
-`Client.take`. Whoever owns the socket calls `Client.tick` when it says, and `Client.finish`
+`Client.take`. The owner of the socket calls `Client.tick` when it says, and `Client.finish`
 once the socket is gone.
 
 Sources: MQTT 3.1.1 sections 3.1 (CONNECT comes first and once), 3.1.2.10 (keepalive), 4.3
@@ -55,6 +55,9 @@ logger = logging.getLogger("pubsub_mqtt.server.endpoint")
 
 _PINGRESP: Final = b"\xd0\x00"
 _PIECE: Final = 262_144
+"""Bytes that `take` joins at a time: all of a long queue would be copied for a socket that takes
+a part of it."""
+
 _CROWDED: Final = 1_048_576
 # Answers that may wait for a client that sends and does not read. One piece of input, which is
 # acted on as a whole, asks for half as many at most.
@@ -185,7 +188,7 @@ class Client:
         ending: The same as a kind; None as long as it is open.
         clean: Whether the client said DISCONNECT.
         crowded: With more bytes than that waiting, `press` is called for each further message,
-            so that whoever publishes can be slowed down.
+            so that the publisher can be slowed down.
     """
 
     __slots__ = (
@@ -241,8 +244,12 @@ class Client:
         self.queued = 0
         self._decoder = Decoder(profile.max_early_packet, leniency=profile.leniency)
         self._out: deque[bytes] = deque()
-        self._answers = 0  # at most so many of what waits are answers
-        # Packets above QoS 0 in their order, and whether they may be acknowledged.
+        # At most so many of what waits are answers. Not exact: which of the parts are answers is
+        # not kept, so that a message costs no more than its bytes.
+        self._answers = 0
+        # Packets above QoS 0 in their order, and whether they may be acknowledged: section 4.6
+        # wants acknowledgements in the order of the messages, also where a later one was stored
+        # first.
         self._acks: deque[list[Any]] = deque()
         self._received: set[int] = set()
         self._made = now
@@ -273,6 +280,7 @@ class Client:
                 if packet is None:
                     break
                 self._last_in = now
+                # Before the `match`, which tries a dozen classes: nearly all packets are this.
                 if type(packet) is Publish and self.packet is not None:
                     self._publish(packet)
                 else:
@@ -425,7 +433,8 @@ class Client:
             self.dialect.publish(self, packet)
             return
         if packet.qos == 2:
-            if packet.packet_id in self._received:  # sent again: it is under way already
+            # The id, and not the DUP flag, tells a repetition (section 4.3.3).
+            if packet.packet_id in self._received:
                 if not any(found.packet_id == packet.packet_id for found, _ in self._acks):
                     self._reply(encode(PubRec(packet.packet_id)))
                 return

@@ -1,7 +1,7 @@
 """An SQLite file that a broker writes behind its back, without holding up its event loop.
 
 A broker answers from memory. What must survive it goes to a `Journal`, which writes from a
-thread of its own and flushes many changes at once; whoever must not lose something waits for
+thread of its own and flushes many changes at once; a caller that must not lose one waits for
 `Journal.settled` before saying that it is kept. After a crash, ``kill -9`` included, the file has
 everything that was settled.
 
@@ -188,8 +188,8 @@ class Journal:
 
     def _work(self, database: sqlite3.Connection) -> None:
         running = True
-        # An error stays until somebody was told of it: what failed may have stood in an
-        # earlier turn than whoever waits for it.
+        # An error stays until a waiter was told of it: the change that failed may have stood in
+        # an earlier turn than the waiter.
         error: BaseException | None = None
         while running:
             items = [self._queue.get()]

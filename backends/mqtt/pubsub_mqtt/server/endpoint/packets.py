@@ -209,7 +209,7 @@ Packet: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Leniency:
-    """What a service forgives that the standard does not.
+    """Deviations from the standard that a service forgives.
 
     Attributes:
         subscribe_flags: Any flags in the first byte of SUBSCRIBE and UNSUBSCRIBE.
@@ -277,7 +277,7 @@ class Decoder:
         size = len(data)
         if start >= size:
             return None
-        # What the first byte gives away need not wait for the rest.
+        # A first byte that no packet has is refused at once: the rest may never come.
         head = data[start]
         if head & 0xF0 != 0x30 and head not in self._heads:
             raise self._break(f"packet type {head >> 4} with flags {head & 15}")

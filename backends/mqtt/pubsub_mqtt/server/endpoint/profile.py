@@ -1,4 +1,4 @@
-"""Sizes, times and rules of a service, and what HTTP on its port looks like: plain data."""
+"""Sizes, times and rules of a service, and HTTP on its port: plain data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Profile:
         max_packet: Largest remaining length once CONNECT was accepted.
         max_early_packet: The same before that.
         handshake: Seconds from the connection to the end of CONNECT, TLS and WebSocket included.
-        idle: Seconds of silence that a client without keepalive may keep; None for ever.
+        idle: Seconds of silence that a client without keepalive may keep; None for no limit.
         max_queue: Bytes that may wait for a client that does not read.
         slow_reader: What happens beyond: the client is closed, or what does not fit is
             dropped. Both are counted.
@@ -70,7 +70,7 @@ class HttpRequest:
 
 @dataclass(frozen=True, slots=True)
 class HttpResponse:
-    """What is answered; the connection is closed afterwards."""
+    """An answer; the connection is closed after it."""
 
     status: int = 200
     body: bytes = b""

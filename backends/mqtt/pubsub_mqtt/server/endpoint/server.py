@@ -4,7 +4,7 @@
 what a turn of the loop produced for a client leaves in one write, so a message to a hundred
 clients costs a hundred system calls for all messages of that turn, not for each.
 
-Whoever publishes to a client that reads too slowly is not read for a moment, so that a fast
+A publisher is not read for a moment while one of its receivers is behind, so that a fast
 publisher does not cost a client of usual speed its connection. After `_GRACE` seconds without
 relief that ends, and the slow client loses its connection or its messages instead.
 """
@@ -32,10 +32,15 @@ __all__ = ["EndpointServer"]
 logger = logging.getLogger("pubsub_mqtt.server.endpoint")
 
 _HIGH_WATER = 65_536
+"""Bytes in asyncio's buffer of a client before the rest waits in ours, which has a bound."""
+
 _LINGER = 1.0
+"""Seconds that a peer has to read what was sent before its connection is dropped."""
+
 _STOP = 0.5
 _BACKLOG = 1024
 _GRACE = 1.0
+"""Seconds that a publisher waits for a receiver that is behind."""
 
 
 class EndpointServer(ServerShell):
@@ -224,6 +229,7 @@ class _Link(asyncio.Protocol):
         found = cast("asyncio.Transport", transport)
         self._transport = found
         server = self._server
+        # Also a connection that was accepted just before the server stopped.
         if not server.running or len(server.links) >= server.max_clients:
             server.stats.turned_away += 1
             found.abort()
@@ -244,7 +250,7 @@ class _Link(asyncio.Protocol):
             wake=self._wake,
             press=self._press,
         )
-        self._tick()
+        self._tick()  # the handshake's deadline runs from the first byte on
         if server.paused and server.context is None:
             self.pause()
         if server.context is not None:
@@ -284,6 +290,8 @@ class _Link(asyncio.Protocol):
         if client is None or self._closing:
             return
         if self._securing is not None:
+            # The last bytes of the handshake can bring the first of the stream, before
+            # `start_tls` has returned the transport that an answer would need.
             self._early.append(data)
             return
         if not self._begun:
@@ -299,6 +307,7 @@ class _Link(asyncio.Protocol):
             data = payload
         accepted = client.packet is not None
         if data:
+            # Filled while the dialect delivers: those receivers that this chunk overloaded.
             pressing = self._server.pressing
             self._receiving = True
             client.receive(data, self._loop.time())
@@ -354,9 +363,12 @@ class _Link(asyncio.Protocol):
             if not data:
                 break
             self._write(data if self._web is None else self._web.frame(data))
+        # At half, not at once: a publisher that is held and let go for each message would cost
+        # two calls to the selector each time.
         if self._crowded_at is not None and client.queued * 2 <= client.crowded:
             self._crowded_at = None
             self._release()
+        # A client that is to be closed gets what was queued, unless it does not read.
         if client.closed and (not client.queued or self._paused):
             self._close()
 
@@ -384,12 +396,12 @@ class _Link(asyncio.Protocol):
             self._crowded_at = now
             self._loop.call_later(_GRACE, self._release)
         elif now - self._crowded_at > _GRACE:
-            return
+            return  # it had its time; one that never reads must not stop its publishers
         self._server.pressing.add(self)
 
     def _hold(self, pressing: set[_Link]) -> None:
         """Read no more of this client until those that it pressed are relieved."""
-        pressing.discard(self)
+        pressing.discard(self)  # one that publishes to itself would wait for itself
         if not pressing or self._closing or self._transport is None:
             return
         if not self._held_by:
@@ -440,6 +452,7 @@ class _Link(asyncio.Protocol):
         self._closing = True
         if self._web is not None:
             self._write(self._web.farewell())
+        # Before the end of the handshake there is nothing to say goodbye with.
         if self._securing is not None:
             transport.abort()
         else:
@@ -464,6 +477,7 @@ class _Link(asyncio.Protocol):
         client = self._client
         if client is None or self._closing:
             return
+        # The silence of a client that is not read is ours, so its keepalive does not run.
         held = self._held_by or self._server.paused
         due = _GRACE if held else client.tick(self._loop.time())
         if due is not None:
