@@ -27,7 +27,7 @@ from pubsub_core.subscription import Handler, Subscription, SubscriptionStats
 from pubsub_core.threads import HandlerThread, is_async
 from pubsub_core.topics import TopicFilter
 
-from .buffer import Buffer, Item, Settlement, SubscriptionSettings
+from .buffer import Buffer, Settlement, SubscriptionSettings
 
 __all__ = ["Subscriber", "SubscriberHost"]
 
@@ -272,10 +272,15 @@ class Subscriber:
                 raise StopAsyncIteration
             if isinstance(item, Gap):
                 return item  # type: ignore[return-value]  # see `Subscription.__anext__`
-            made = self._message(item)
-            if made is None:
-                continue
-            message, settler = made
+            frame, settlement = item
+            if self._plain and settlement is None:  # as in `_serve`
+                settler = self._unusable
+                message = Message(frame.topic, frame.payload, _NO_PARAMS, frame, settler)
+            else:
+                made = self._message(frame, settlement)
+                if made is None:
+                    continue
+                message, settler = made
             if self._chain is not None:
                 try:
                     passed = await self._chain(self._context(message))
@@ -361,15 +366,10 @@ class Subscriber:
     def _give_back(self) -> Verdict:
         return Verdict.NACK if self._host.can_nack else Verdict.REJECT
 
-    def _message(self, item: Item) -> tuple[Message[Any], _Settler] | None:
-        frame, settlement = item
-        if self._plain and settlement is None:
-            # The common case by far. The message of a frame without settlement cannot be
-            # acknowledged, so all of them share one settler.
-            return (
-                Message(frame.topic, frame.payload, _NO_PARAMS, frame, self._unusable),
-                self._unusable,
-            )
+    def _message(
+        self, frame: InFrame, settlement: Settlement | None
+    ) -> tuple[Message[Any], _Settler] | None:
+        """Return a message and its settler; None when it could not be decoded."""
         settler = self._unusable if settlement is None else _Settler(self._host, settlement)
         payload: Any = frame.payload
         if self._decoder is not None:
@@ -455,10 +455,17 @@ class Subscriber:
             if isinstance(item, Gap):
                 await self._guarded(call, item)
                 continue
-            made = self._message(item)
-            if made is None:
-                continue
-            message, settler = made
+            frame, settlement = item
+            if self._plain and settlement is None:
+                # The common case by far, so without the call. The message of a frame without
+                # settlement cannot be acknowledged, and all of them share one settler.
+                settler = self._unusable
+                message = Message(frame.topic, frame.payload, _NO_PARAMS, frame, settler)
+            else:
+                made = self._message(frame, settlement)
+                if made is None:
+                    continue
+                message, settler = made
             try:
                 if chain is None:
                     result = call(message)
