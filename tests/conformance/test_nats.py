@@ -34,38 +34,39 @@ EXEMPT = {
 }
 
 
+CORE = Harness(
+    url="nats://tester:right@127.0.0.1:{port}",
+    server="pubsub_nats.server:NatsServer",
+    server_options={"config": USERS, "jetstream": False},
+    restart=True,
+    second_identity="nats://guest:right@127.0.0.1:{port}",
+    unprivileged_identity="nats://nobody:right@127.0.0.1:{port}",
+    wrong_identity="nats://tester:wrong@127.0.0.1:{port}",
+    keepalive=({"keepalive": 0.5}, 0.5),
+    dollar=False,
+    exempt=EXEMPT,
+)
+
+_STREAM = "?stream=SUITE&prefix=suite&create=true"
+
+STREAM = Harness(
+    url=f"nats://tester:right@127.0.0.1:{{port}}{_STREAM}",
+    server="pubsub_nats.server:NatsServer",
+    server_options={"config": USERS},
+    restart=True,
+    options_for={Cap.PERSISTENT_SESSION: {"client_id": "{unique}"}},
+    second_identity=f"nats://guest:right@127.0.0.1:{{port}}{_STREAM}",
+    unprivileged_identity=f"nats://nobody:right@127.0.0.1:{{port}}{_STREAM}",
+    wrong_identity=f"nats://tester:wrong@127.0.0.1:{{port}}{_STREAM}",
+    keepalive=({"keepalive": 0.5}, 0.5),
+    dollar=False,
+    exempt={"every_native_error_classified": EXEMPT["every_native_error_classified"]},
+)
+
+
 class TestNats(suite("nats")):  # type: ignore[misc]  # the base is made at run time
-    harness = Harness(
-        url="nats://tester:right@127.0.0.1:{port}",
-        server="pubsub_nats.server:NatsServer",
-        server_options={"config": USERS, "jetstream": False},
-        restart=True,
-        second_identity="nats://guest:right@127.0.0.1:{port}",
-        unprivileged_identity="nats://nobody:right@127.0.0.1:{port}",
-        wrong_identity="nats://tester:wrong@127.0.0.1:{port}",
-        keepalive=({"keepalive": 0.5}, 0.5),
-        dollar=False,
-        exempt=EXEMPT,
-    )
+    harness = CORE
 
 
 class TestNatsStream(suite("nats")):  # type: ignore[misc]  # the base is made at run time
-    harness = Harness(
-        url="nats://tester:right@127.0.0.1:{port}?stream=SUITE&prefix=suite&create=true",
-        server="pubsub_nats.server:NatsServer",
-        server_options={"config": USERS},
-        restart=True,
-        options_for={Cap.PERSISTENT_SESSION: {"client_id": "{unique}"}},
-        second_identity=(
-            "nats://guest:right@127.0.0.1:{port}?stream=SUITE&prefix=suite&create=true"
-        ),
-        unprivileged_identity=(
-            "nats://nobody:right@127.0.0.1:{port}?stream=SUITE&prefix=suite&create=true"
-        ),
-        wrong_identity="nats://tester:wrong@127.0.0.1:{port}?stream=SUITE&prefix=suite",
-        keepalive=({"keepalive": 0.5}, 0.5),
-        dollar=False,
-        exempt={
-            "every_native_error_classified": EXEMPT["every_native_error_classified"],
-        },
-    )
+    harness = STREAM
