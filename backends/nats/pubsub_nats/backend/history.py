@@ -80,21 +80,19 @@ class _Reader:
             self._name = ""
 
     async def messages(self) -> AsyncGenerator[Stored, None]:
-        """Yield every message until none is pending."""
-        left = self.pending
+        """Yield every message until the server says that there is no more.
+
+        Not until none is said to be pending: for several filters 2.10 counts them wrong.
+        """
         reply, sid = self._host.requests.receive(self._take)
         try:
-            while left > 0:
-                count = min(left, _PAGE)
-                self._next(reply, count)
-                for _ in range(count):
+            while True:
+                self._next(reply, _PAGE)
+                for _ in range(_PAGE):
                     stored = await self._one()
                     if stored is None:
                         return
-                    left = stored.position.pending
                     yield stored
-                    if not left:
-                        return
         finally:
             self._host.requests.drop(sid)
 
@@ -113,8 +111,11 @@ class _Reader:
         """Return the next message; None where the server says that there is none."""
         while True:
             try:
-                async with asyncio.timeout(_PATIENCE):
-                    message, position = await self._arrived.get()
+                if self._arrived.empty():
+                    async with asyncio.timeout(_PATIENCE):
+                        message, position = await self._arrived.get()
+                else:
+                    message, position = self._arrived.get_nowait()
             except TimeoutError:
                 if self._host.connection is None:
                     raise Lost("the connection ended") from None
@@ -147,6 +148,8 @@ async def read(
         )
         tail: deque[Stored] | None = None if query.last is None else deque(maxlen=query.last)
         async for stored in found:
+            if stored.position.stream > last_sequence:
+                break  # published since; where there is traffic, it would not end
             moment = stored.position.time
             if query.since is not None and moment < query.since:
                 continue
