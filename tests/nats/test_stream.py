@@ -156,6 +156,7 @@ async def test_kill_after_the_receipts_loses_nothing(stream: str) -> None:
                 await asyncio.gather(*(bus.publish("a", b"%d" % (start + n)) for n in range(500)))
             await server.kill()
             await server.start()
+            await eventually(lambda: bus.stats.sessions == 2, within=10)
             got = [int(m.payload) async for m in bus.history("a", last=2000)]
             assert got == list(range(1500))
 

@@ -37,6 +37,7 @@ __all__ = ["Connection", "Denied", "LimitExceeded", "Lost", "Owner", "Unsent"]
 logger = logging.getLogger("pubsub_nats")
 
 _HIGH = 1024 * 1024
+_PUSH = 64 * 1024
 _LAME_DUCK = 2.0
 
 
@@ -79,9 +80,11 @@ class Owner(Protocol):
 class _Batch:
     """The commands between two PINGs, and who waits for their PONG."""
 
-    __slots__ = ("plain", "publishes", "subscriptions")
+    __slots__ = ("begun", "plain", "publishes", "subscriptions")
 
     def __init__(self) -> None:
+        # Whether some of it was written before its turn of the loop was over.
+        self.begun = False
         self.publishes: list[tuple[bytes, asyncio.Future[None]]] = []
         self.subscriptions: list[tuple[bytes, bytes, asyncio.Future[None]]] = []
         self.plain: list[asyncio.Future[None]] = []
@@ -118,6 +121,7 @@ class Connection(asyncio.Protocol):
         self.error: BaseException | None = None
         self.last_error = ""
         self._out: list[bytes] = []
+        self._size = 0
         self._flushing = False
         self._batch = _Batch()
         self._wants_pong = False
@@ -210,7 +214,8 @@ class Connection(asyncio.Protocol):
         self._paused = False
         while self._pongs:
             self._give_up(self._pongs.popleft(), Lost("the connection ended"))
-        self._give_up(self._batch, Unsent("the connection ended before"))
+        why = "the connection ended"
+        self._give_up(self._batch, Lost(why) if self._batch.begun else Unsent(f"{why} before"))
         self._out.clear()
         for waiter in self._blocked:
             if not waiter.done():
@@ -244,9 +249,21 @@ class Connection(asyncio.Protocol):
     def write(self, frame: bytes) -> None:
         """Send *frame* with whatever else this turn of the loop sends."""
         self._out.append(frame)
+        self._size += len(frame)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self.flush)
+        if self._size >= _PUSH:
+            # In one long turn the server would have nothing to do, and we no bound.
+            self._batch.begun = True
+            self._push()
+
+    def _push(self) -> None:
+        data = b"".join(self._out)
+        self._out.clear()
+        self._size = 0
+        if self.transport is not None and not self.is_closing:
+            self.transport.write(data if self._framing is None else self._framing.frame(data))
 
     def flush(self) -> None:
         """Send what waits now."""
@@ -259,9 +276,7 @@ class Connection(asyncio.Protocol):
             self._batch = _Batch()
             self._out.append(PING)
         if self._out:
-            data = b"".join(self._out)
-            self._out.clear()
-            self.transport.write(data if self._framing is None else self._framing.frame(data))
+            self._push()
 
     @property
     def full(self) -> bool:
