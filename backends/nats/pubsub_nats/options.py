@@ -132,6 +132,13 @@ class NatsOptions:
         default=3600.0,
         metadata=_help("seconds that such subscriptions, and groups, survive without a reader"),
     )
+    presence: bool = field(
+        default=False,
+        metadata=_help("tell others what is subscribed here, and see it of them; server 2.11"),
+    )
+    presence_ttl: float = field(
+        default=10.0, metadata=_help("seconds after which one that vanished is gone; 1 at least")
+    )
     ack_wait: float = field(
         default=30.0,
         metadata=_help("seconds after which a message without an acknowledgement comes again"),
@@ -174,7 +181,11 @@ class NatsOptions:
 
     def _check_stream(self) -> None:
         if self.stream is None:
-            given = [name for name in ("subjects", "create", "client_id") if getattr(self, name)]
+            given = [
+                name
+                for name in ("subjects", "create", "client_id", "presence")
+                if getattr(self, name)
+            ]
             if given:
                 raise _bad(given[0], getattr(self, given[0]), "it together with stream=")
             return
@@ -196,6 +207,8 @@ class NatsOptions:
                 raise _bad(name, getattr(self, name), "0 or more")
         if not 1 <= self.replicas <= 5:
             raise _bad("replicas", self.replicas, "1 to 5, odd in a cluster")
+        if not self.presence_ttl >= 1:
+            raise _bad("presence_ttl", self.presence_ttl, "seconds, 1 or more")
         if self.client_id == "":
             raise _bad("client_id", "", "a name, or leave it out")
 

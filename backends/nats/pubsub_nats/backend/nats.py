@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -35,7 +35,7 @@ from pubsub_core.errors import (
     PublishFailed,
     PubSubError,
 )
-from pubsub_core.events import Notice
+from pubsub_core.events import InterestEvent, Notice
 from pubsub_core.interfaces import (
     Backend,
     BackendContext,
@@ -43,9 +43,19 @@ from pubsub_core.interfaces import (
     HistoryQuery,
     SessionFacts,
     Sink,
+    Watch,
     WireSub,
 )
-from pubsub_core.message import NO_HEADERS, Headers, InFrame, Origin, OutFrame, Receipt, Verdict
+from pubsub_core.message import (
+    NO_HEADERS,
+    Headers,
+    InFrame,
+    Member,
+    Origin,
+    OutFrame,
+    Receipt,
+    Verdict,
+)
 from pubsub_nats.errors import (
     fatal,
     payload_too_large,
@@ -70,6 +80,7 @@ from pubsub_nats.subjects import Subjects
 from .connection import Connection, Denied, LimitExceeded, Lost, Unsent
 from .consumers import Tag
 from .dial import Dialer
+from .presence import Presence
 from .stream import RESERVE, StreamMode
 
 __all__ = ["NatsBackend"]
@@ -92,6 +103,10 @@ _CORE = {
         Support.none(_NOTHING_STORED, _STREAM),
     ),
     **dict.fromkeys((Cap.ACK, Cap.NACK, Cap.REDELIVERY), Support.none(_ONCE, _STREAM)),
+    **dict.fromkeys(
+        (Cap.PRESENCE, Cap.NOTIFICATIONS),
+        Support.none("the server tells nobody who is subscribed", f"{_STREAM} and presence=true"),
+    ),
     Cap.TTL: Support.emulated("the receiver drops what came too late, by its own clock"),
     Cap.FLOW_CONTROL: Support.none(
         "the server buffers 64 MiB for a slow client, then cuts it off", _STREAM
@@ -178,7 +193,7 @@ class NatsBackend(Backend):
         self._stream: StreamMode | None = None
         if options.stream is not None:
             self._stream = StreamMode(
-                options, self._subjects, self.session, self._made, self._pairs
+                options, self._subjects, self.session, self._user(), self._made, self._pairs
             )
 
     # --- sessions ------------------------------------------------------------------------
@@ -517,6 +532,52 @@ class NatsBackend(Backend):
         self._online()
         with self._lost_is_not_connected():
             return await self._streaming().last(topic)
+
+    async def watch_presence(self, watch: Watch) -> Sequence[Member]:
+        """Begin to tell who is subscribed; return who is."""
+        with self._lost_is_not_connected():
+            return await self._members().watch(watch, self._interest)
+
+    async def unwatch_presence(self, watch: Watch) -> None:
+        """Stop telling."""
+        self._members().unwatch(watch)
+
+    async def members(self, topic: str) -> Sequence[Member]:
+        """Return who is subscribed now."""
+        with self._lost_is_not_connected():
+            return await self._members().members(topic)
+
+    async def watch_notifications(self, watch: Watch) -> None:
+        """Tell who wants what, and every change."""
+        with self._lost_is_not_connected():
+            await self._members().watch(watch, self._interest)
+
+    async def unwatch_notifications(self, watch: Watch) -> None:
+        """Stop telling."""
+        self._members().unwatch(watch)
+
+    def _members(self) -> Presence:
+        self._online()
+        presence = self._streaming().presence
+        if presence is None:
+            raise NotSupported(
+                Cap.PRESENCE,
+                why="a client's filters are told to nobody",
+                hint="set presence=true",
+                backend="nats",
+            )
+        return presence
+
+    def _interest(self, event: InterestEvent) -> None:
+        if self._sink is not None:
+            self._sink.interest(event)
+
+    def _user(self) -> str:
+        """Return our user name; not one that is a token."""
+        address = self.context.address
+        if self._options.username is not None:
+            return self._options.username
+        return address.username or "" if address.password is not None else ""
 
     def settle(self, tag: object, verdict: Verdict) -> None:
         """Tell the consumer what became of a message."""

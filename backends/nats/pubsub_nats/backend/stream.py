@@ -45,6 +45,7 @@ from .confirmed import ConfirmedPublisher
 from .connection import Connection, Denied, Lost
 from .consumers import HEARTBEAT, Consumer, PullConsumer, PushConsumer, Tag
 from .history import Stored, read, read_last_of_each
+from .presence import Presence
 from .requests import Requests
 
 __all__ = ["RESERVE", "FrameMaker", "StreamMode"]
@@ -78,6 +79,7 @@ class StreamMode:
         options: NatsOptions,
         subjects: Subjects,
         session: str,
+        name: str,
         frame: FrameMaker,
         pairs: Callable[[OutFrame], list[tuple[str, str]]],
     ) -> None:
@@ -91,6 +93,10 @@ class StreamMode:
         self._value_prefix = f"$KV.{self.stream}_last."
         self.requests = Requests(session)
         self.publisher = ConfirmedPublisher(self.requests.prefix)
+        self.presence: Presence | None = None
+        if options.presence:
+            self.presence = Presence(self, self.publisher, session, name, options.presence_ttl)
+        self.watchable = False
         self.connection: Connection | None = None
         self.sink: Sink | None = None
         self.paused = False
@@ -98,6 +104,8 @@ class StreamMode:
         self.retained = False
         self.durable = False
         self._known = False
+        # Whether a session is complete: before that nothing is published.
+        self._live = False
         self._patterns: tuple[str, ...] = ()
         self._covered: dict[bytes, bool] = {}
         self._consumers: dict[int, list[Consumer]] = {}
@@ -121,6 +129,7 @@ class StreamMode:
             info = await self._find(self.stream, self._configuration)
             self._learn(info)
             self.retained = await self._find_values()
+            self.watchable = await self._find_members()
             resumed = await self._resume(info["state"])
         except Denied:
             raise ConnectError(
@@ -138,14 +147,20 @@ class StreamMode:
     def online(self) -> None:
         """Send what waited for a session."""
         if self.connection is not None:
+            self._live = True
             self.publisher.online(self.connection)
+            if self.presence is not None and self.watchable:
+                self.presence.online()
 
     def lost(self) -> None:
         """Keep what goes on in the next session."""
         self.connection = None
         self.sink = None
         self.paused = False
+        self._live = False
         self.requests.lost()
+        if self.presence is not None:
+            self.presence.lost()
         self.publisher.offline()
         if self._timer is not None:
             self._timer.cancel()
@@ -154,6 +169,8 @@ class StreamMode:
 
     async def drain(self, seconds: float) -> None:
         """Wait for what has no answer yet; give back what nobody will handle."""
+        if self.presence is not None:
+            self.presence.leave()
         await self.publisher.drain(seconds)
         if self.connection is not None:
             for consumers in self._consumers.values():
@@ -215,6 +232,18 @@ class StreamMode:
             logger.info("no stream for retained values: %s", error)
             return False
         return True
+
+    async def _find_members(self) -> bool:
+        presence = self.presence
+        if presence is None:
+            return False
+        replicas = self._options.replicas
+        try:
+            found = await self._find(presence.stream, lambda: presence.configuration(replicas))
+        except (ApiError, Denied) as error:
+            logger.info("no stream for presence: %s", error)
+            return False
+        return presence.usable(found["config"])
 
     def _configuration(self) -> Mapping[str, object]:
         options = self._options
@@ -316,6 +345,12 @@ class StreamMode:
             )
         if not self.ttl:
             found[Cap.TTL] = Support.emulated("the receiver drops what came too late")
+        if not self.watchable:
+            why, remedy = "a client's filters are told to nobody", "set presence=true"
+            if self.presence is not None:
+                why = f"the stream {self.presence.stream!r} is missing, or the server too old"
+                remedy = "set create=true, and use nats-server 2.11 or later"
+            found[Cap.PRESENCE] = found[Cap.NOTIFICATIONS] = Support.none(why, remedy)
         if not self._persistent:
             found[Cap.PERSISTENT_SESSION] = Support.none(
                 "a session that survives needs a name", "set client_id="
@@ -427,6 +462,8 @@ class StreamMode:
         self._consumers[want.id] = made
         for each in old or ():
             each.stop(leave=False)
+        if old is None:
+            await self._announce()
         if old is None and want.group is None and self.retained:
             await self._named(lambda: self.repeat_retained(want), want)
 
@@ -483,7 +520,13 @@ class StreamMode:
             each.stop(leave=want.group is not None)
         connection = self.connection
         if connection is not None:
+            await self._announce()
             await connection.ping()
+
+    async def _announce(self) -> None:
+        if self.presence is not None and self.watchable:
+            filters = {found[0].want.filter for found in self._consumers.values()}
+            await self.presence.announce(sorted(filters), now=self._live)
 
     def settle(self, tag: Tag, verdict: Verdict, delay: float = 0.0) -> None:
         """Act on a subscriber's decision."""
