@@ -382,7 +382,8 @@ class NatsServer:
             leader = told.get(leaders.pop()) if len(leaders) == 1 else None
             if leader is not None:
                 # Followers know of each other only what they have heard by chance.
-                heard = {each["name"] for each in leader["replicas"] if each.get("current")}
+                replicas = leader.get("replicas") or ()
+                heard = {each.get("name") for each in replicas if each.get("current")}
                 if running.keys() <= heard | {leader["leader"]}:
                     return
             await asyncio.sleep(0.02)
