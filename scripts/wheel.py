@@ -33,6 +33,7 @@ TESTS = (
     "test_codecs.py",
     "config",
     "test_package.py",
+    "test_layers.py",
     "cli/test_memory.py",
     "cli/test_root.py",
 )
