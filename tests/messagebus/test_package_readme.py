@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 from uuid import UUID
@@ -28,17 +27,19 @@ OVERVIEW, TLS, BASIC, TOKEN, DATA, NOTIFICATION, AUTHORIZATION = THEIRS.blocks("
 
 
 @pytest.fixture
-def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Yield a list; every name leads to the port that is put into it."""
+def network(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list; every name leads to the port that is put into it, on any event loop."""
     port: list[int] = []
+    dial = asyncio.open_connection
 
-    def resolve(host: Any, *_: Any, **__: Any) -> list[Any]:
-        assert host in {"localhost", "myhost.example.com", "127.0.0.1"}
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port[0]))]
+    async def redirected(host: str, _: int, **options: Any) -> Any:
+        assert host in {"localhost", "myhost.example.com"}
+        if options.get("ssl") is not None:
+            options["server_hostname"] = host
+        return await dial("127.0.0.1", port[0], **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(socket, "getaddrinfo", resolve)
-        yield port
+    monkeypatch.setattr(asyncio, "open_connection", redirected)
+    return port
 
 
 def compiled(example: str, **names: Any) -> dict[str, Any]:

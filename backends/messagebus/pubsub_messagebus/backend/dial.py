@@ -114,7 +114,7 @@ class Dialler:
         raise BadOption(why, option="handshake", backend=self._backend)
 
     async def connect(self, receiver: Receiver) -> Link:
-        """Connect and send the handshake.
+        """Connect; the handshake goes with the first messages.
 
         Raises:
             ConnectError: Nobody answers there.
@@ -144,7 +144,7 @@ class Dialler:
                 else "is the distributor running there?",
                 backend=self._backend,
             ) from error
-        link.write(self._handshake())
+        link.log_in(self._handshake())
         return link
 
     def _ssl_context(self) -> ssl.SSLContext:

@@ -46,6 +46,7 @@ class Link(asyncio.Protocol):
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.heard_at = now()
         self.error: BaseException | None = None
+        self._handshake = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
@@ -80,9 +81,22 @@ class Link(asyncio.Protocol):
             self.closed.set_result(None)
         self._receiver.ended(self)
 
+    def log_in(self, handshake: bytes) -> None:
+        """Send the handshake with the first messages, in one segment.
+
+        A server that refuses it closes. With a second segment unread, its system would send a
+        reset, which looks like a crash.
+        """
+        self._handshake = handshake
+
     def write(self, data: bytes) -> None:
         """Write whole messages."""
-        if self.transport is not None and data:
+        if self.transport is None:
+            return
+        if self._handshake:
+            self.transport.write(self._handshake + data)
+            self._handshake = b""
+        else:
             self.transport.write(data)
 
     def fail(self, error: BaseException) -> None:

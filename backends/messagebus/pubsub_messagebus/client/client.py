@@ -428,7 +428,7 @@ class Client(abc.ABC):
         attempt = 0
         while True:
             began = asyncio.get_running_loop().time()
-            lost = await self._session()
+            lost = await self._use_connection()
             if lost is None:
                 self._error = None
                 return False
@@ -468,7 +468,7 @@ class Client(abc.ABC):
         self._inbox.clear()
         self._more.set()
 
-    async def _session(self) -> BaseException | None:
+    async def _use_connection(self) -> BaseException | None:
         """Use one connection; return why it was lost, or None when `stop` was called."""
         self._read_all = self._finishing = False
         stopping = asyncio.create_task(self._stopping.wait(), name="messagebus stop")

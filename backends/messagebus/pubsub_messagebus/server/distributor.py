@@ -34,7 +34,7 @@ from .config import ServerConfig
 from .connection import STOP_DEADLINE, Connection, ListenerOptions, QueueBounds
 from .counters import Faults, InteractorCounts, ServerStats, Snapshot
 from .interactors import Identity
-from .metrics import MetricsEndpoint
+from .metrics import MetricsExporter
 from .peers import PeerNames
 from .roles import Policy
 from .turns import Turns
@@ -145,7 +145,7 @@ class MessageBusServer(ServerShell):
         self._metrics = (
             None
             if metrics_port is None
-            else MetricsEndpoint(self.snapshot, metrics_host, metrics_port)
+            else MetricsExporter(self.snapshot, metrics_host, metrics_port)
         )
         self._listeners: list[ListenerOptions] = [
             ListenerOptions(

@@ -20,7 +20,7 @@ import h11
 from .counters import Snapshot, Traffic
 from .extras import load_extra
 
-__all__ = ["MetricsEndpoint"]
+__all__ = ["MetricsExporter"]
 
 # Every number that a client had a hand in, with the original's name.
 _HELP: Final = {
@@ -110,7 +110,7 @@ def _labels(host: str = "", user: str = "", id: str = "", application: str = "")
     return {"host": host, "user": user, "id": id, "application": application}
 
 
-class MetricsEndpoint:
+class MetricsExporter:
     """Answers ``GET /metrics``, on a port of its own.
 
     Args:
@@ -165,7 +165,7 @@ class MetricsEndpoint:
 class _Scrape(asyncio.Protocol):
     """One request, one answer, within a few seconds."""
 
-    def __init__(self, endpoint: MetricsEndpoint) -> None:
+    def __init__(self, endpoint: MetricsExporter) -> None:
         self._endpoint = endpoint
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD)
         self._transport: asyncio.Transport | None = None
