@@ -39,7 +39,6 @@ EXCEPTIONS = {
     "losant/test_platform.py": "the real platform",
     "losant/test_protocol.py": "the vectors of times, states, commands and topics",
     "messagebus/server/test_ldap.py": "a real directory",
-    "messagebus/test_secrets.py": "what tracebacks of any room show",
     "messagebus/test_other_distributors.py": "a distributor seen from outside only",
     "mqtt/test_amqtt_names.py": "what programs for amqtt look at",
     "mqtt/test_earlier_process.py": "a session from one process to the next",
