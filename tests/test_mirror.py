@@ -42,7 +42,6 @@ EXCEPTIONS = {
     "messagebus/test_other_distributors.py": "a distributor seen from outside only",
     "mqtt/test_amqtt_names.py": "what programs for amqtt look at",
     "mqtt/test_earlier_process.py": "a session from one process to the next",
-    "mqtt/test_wire.py": "what a broker sees, byte by byte",
     "messagebus/test_secrets.py": "no fault shows a secret, wherever it comes from",
     "nats/test_commands.py": "the command with NATS",
     "nats/test_presence.py": "presence and notifications, from bus to server",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.mqtt.drivers import silent
 from tests.mqtt.lines import lines
 
-__all__ = ["lines"]
+__all__ = ["lines", "silent"]

@@ -1,17 +1,12 @@
-"""The asyncio and blocking drivers: dialling, TLS, WebSocket, timeouts, real brokers."""
+"""The asyncio driver with real and scripted brokers: connecting, traffic, and the end."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import gc
 import socket
-import ssl
-import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,90 +20,23 @@ from pubsub_core.errors import (
     PublishFailed,
     PublishNotAuthorized,
     ServerRefused,
-    TLSProblem,
 )
 from pubsub_core.secrets import Secret
 from pubsub_core.testing.proxy import Direction, FaultProxy
 from pubsub_core.testing.stopwatch import Stopwatch
-from pubsub_mqtt.connection import Connection, Session, SessionSettings, Subscribe, Will
+from pubsub_mqtt.connection import Will
 from pubsub_mqtt.connection.address import BrokerAddress, TLSSettings, WebSocketTarget
-from pubsub_mqtt.connection.asyncio_driver import AsyncioDriver, dial
-from pubsub_mqtt.connection.blocking_driver import BlockingDriver
-from pubsub_mqtt.connection.transport import BufferedSocket
 from pubsub_mqtt.errors import ProtocolError
-from pubsub_mqtt.packets import Incoming
-from pubsub_mqtt.server import AmqttServer, MosquittoServer
+from pubsub_mqtt.server import MosquittoServer
 from tests.conftest import PASSWORD
+from tests.mqtt.drivers import HOST, Peer, held_back, peer, tcp
 from tests.mqtt.scripted import DISCONNECT, PUBLISH, SUBSCRIBE, scripted
 from tests.promises.support import Lag
-from tests.servers import Authority, Certificate, eventually
+from tests.servers import Authority, eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-HOST = "127.0.0.1"
-
-
-class Peer:
-    """A driver and what came of it."""
-
-    def __init__(self, **settings: Any) -> None:
-        settings.setdefault("versions", (4,))
-        self.connection = Connection(SessionSettings(**settings), backend="mqtt")
-        self.driver = AsyncioDriver(self.connection)
-        self.messages: list[Incoming] = []
-        self.lost: list[ConnectError] = []
-        self.connection.on_message = self._received
-        self.driver.on_lost = self.lost.append
-        self.settle = True
-
-    def _received(self, message: Incoming) -> None:
-        self.messages.append(message)
-        if message.serial and self.settle:
-            self.connection.settle(message.serial)
-
-    async def open(self, endpoint: BrokerAddress, **options: Any) -> Session:
-        options.setdefault("timeout", 5)
-        session = await self.driver.open(endpoint, **options)
-        self.connection.release()
-        return session
-
-    async def subscribe(self, filter: str, qos: int = 0) -> int:
-        request = await self.driver.subscribe(Subscribe(filter, qos))
-        refused = self.connection.refusal(request)
-        if refused is not None:
-            raise refused
-        return request.codes[0]
-
-    async def got(self, count: int, *, within: float = 5.0) -> list[Incoming]:
-        await eventually(lambda: len(self.messages) >= count, within=within)
-        return self.messages
-
-
-@asynccontextmanager
-async def peer(endpoint: BrokerAddress, **settings: Any) -> AsyncIterator[Peer]:
-    made = Peer(**settings)
-    await made.open(endpoint)
-    try:
-        yield made
-    finally:
-        async with asyncio.timeout(5):
-            await made.driver.close(drain=1)
-
-
-def tcp(port: int) -> BrokerAddress:
-    return BrokerAddress(HOST, port)
-
-
-@pytest.fixture
-def silent() -> Iterator[int]:
-    """A port that accepts and says nothing."""
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        listener.listen()
-        yield listener.getsockname()[1]
-
-
-# --- connecting -----------------------------------------------------------------------
+# --- connecting ------------------------------------------------------------------------
 
 
 async def test_connack_that_never_comes(silent: int) -> None:
@@ -290,297 +218,7 @@ async def test_dialling_never_blocks_the_loop(
     assert lag.worst < 0.05
 
 
-# --- transports -----------------------------------------------------------------------
-
-
-async def round_trip(endpoint: BrokerAddress, topic: str, **settings: Any) -> None:
-    async with peer(endpoint, **settings) as made:
-        await made.subscribe(topic, 2)
-        for qos in (0, 1, 2):
-            await made.driver.publish(topic, b"%d" % qos, qos=qos)
-        await made.got(3)
-        assert sorted(message.payload for message in made.messages) == [b"0", b"1", b"2"]
-
-
-async def test_tcp(mosquitto: MosquittoServer, unique: Callable[..., str]) -> None:
-    await round_trip(tcp(mosquitto.port), unique())
-    await round_trip(tcp(mosquitto.port), unique(), versions=(5,))
-
-
-async def test_unix_socket(mosquitto: MosquittoServer, unique: Callable[..., str]) -> None:
-    assert mosquitto.unix_path
-    await round_trip(BrokerAddress(unix_path=str(mosquitto.unix_path)), unique())
-
-
-async def test_amqtt(amqtt_server: AmqttServer, unique: Callable[..., str]) -> None:
-    await round_trip(tcp(amqtt_server.port), unique(), versions=(5, 4))
-
-
-async def test_tls_with_a_private_ca(
-    mosquitto_tls: MosquittoServer, authority: Authority, unique: Callable[..., str]
-) -> None:
-    from pathlib import Path
-
-    pem = Path(authority.cafile).read_text()
-    for tls in (TLSSettings(ca_file=authority.cafile), TLSSettings(ca_data=pem)):
-        await round_trip(BrokerAddress("localhost", mosquitto_tls.port, tls=tls), unique())
-    with pytest.raises(TLSProblem) as caught:
-        await Peer().open(BrokerAddress("localhost", mosquitto_tls.port, tls=TLSSettings()))
-    assert caught.value.retryable is False
-    assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
-
-
-async def test_tls_large_messages(
-    mosquitto_tls: MosquittoServer, authority: Authority, unique: Callable[..., str]
-) -> None:
-    tls = TLSSettings(ca_file=authority.cafile)
-    topic = unique()
-    async with peer(BrokerAddress("localhost", mosquitto_tls.port, tls=tls)) as made:
-        await made.subscribe(topic, 1)
-        payload = bytes(range(256)) * 8192
-        for _ in range(3):
-            await made.driver.publish(topic, payload, qos=1)
-        await made.got(3, within=20)
-        assert all(message.payload == payload for message in made.messages)
-
-
-async def test_tls_refuses_a_wrong_host(
-    mosquitto_wrong_host: MosquittoServer, authority: Authority
-) -> None:
-    tls = TLSSettings(ca_file=authority.cafile)
-    with pytest.raises(TLSProblem, match="certificate"):
-        await Peer().open(BrokerAddress("localhost", mosquitto_wrong_host.port, tls=tls))
-
-
-async def test_tls_refuses_an_expired_certificate(
-    mosquitto_expired: MosquittoServer, authority: Authority
-) -> None:
-    tls = TLSSettings(ca_file=authority.cafile)
-    with pytest.raises(TLSProblem, match="expired"):
-        await Peer().open(BrokerAddress("localhost", mosquitto_expired.port, tls=tls))
-
-
-async def test_tls_verification_is_only_switched_off_loudly(
-    mosquitto_wrong_host: MosquittoServer,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("pubsub_mqtt.connection.address._warned_insecure", False)
-    tls = TLSSettings(insecure_skip_verify=True)
-    for _ in range(2):
-        async with peer(BrokerAddress("localhost", mosquitto_wrong_host.port, tls=tls)):
-            pass
-    warnings = [record for record in caplog.records if "insecure" in record.message]
-    assert len(warnings) == 1
-    assert warnings[0].levelname == "WARNING"
-
-
-async def test_tls_client_certificate(
-    mosquitto_client_certificates: MosquittoServer,
-    authority: Authority,
-    client_certificate: Certificate,
-    unique: Callable[..., str],
-) -> None:
-    port = mosquitto_client_certificates.port
-    with pytest.raises(ConnectError) as caught:
-        await Peer().open(
-            BrokerAddress("localhost", port, tls=TLSSettings(ca_file=authority.cafile))
-        )
-    assert isinstance(caught.value, TLSProblem)
-    tls = TLSSettings(
-        ca_file=authority.cafile,
-        cert_file=client_certificate.certfile,
-        key_file=client_certificate.keyfile,
-    )
-    await round_trip(BrokerAddress("localhost", port, tls=tls), unique())
-
-
-async def test_tls_needs_tls_on_the_other_side(mosquitto: MosquittoServer) -> None:
-    with pytest.raises(ConnectError):
-        await Peer().open(BrokerAddress("localhost", mosquitto.port, tls=TLSSettings()))
-
-
-@pytest.mark.parametrize("name", ["ca_file", "ca_path", "cert_file"])
-async def test_tls_files_that_do_not_exist(name: str) -> None:
-    paths: dict[str, Any] = {name: "/no/such/file"}
-    tls = TLSSettings(**paths)
-    with pytest.raises(TLSProblem, match=name.partition("_")[0].replace("cert", "certificate")):
-        await Peer().open(BrokerAddress("localhost", 1, tls=tls))
-
-
-def test_tls_below_1_2_is_never_spoken() -> None:
-    assert TLSSettings().build().minimum_version == ssl.TLSVersion.TLSv1_2
-    assert TLSSettings(min_version="1.3").build().minimum_version == ssl.TLSVersion.TLSv1_3
-    context = TLSSettings().build()
-    assert context.check_hostname
-    assert context.verify_mode is ssl.CERT_REQUIRED
-
-
-async def test_websocket(mosquitto: MosquittoServer, unique: Callable[..., str]) -> None:
-    endpoint = BrokerAddress(HOST, mosquitto.websocket_port, websocket=WebSocketTarget("/mqtt"))
-    await round_trip(endpoint, unique())
-
-
-async def test_websocket_with_tls(
-    mosquitto_tls: MosquittoServer, authority: Authority, unique: Callable[..., str]
-) -> None:
-    endpoint = BrokerAddress(
-        "localhost",
-        mosquitto_tls.websocket_port,
-        tls=TLSSettings(ca_file=authority.cafile),
-        websocket=WebSocketTarget("/mqtt"),
-    )
-    await round_trip(endpoint, unique())
-
-
-async def test_websocket_large_messages(
-    mosquitto: MosquittoServer, unique: Callable[..., str]
-) -> None:
-    endpoint = BrokerAddress(HOST, mosquitto.websocket_port, websocket=WebSocketTarget("/mqtt"))
-    topic = unique()
-    async with peer(endpoint) as made:
-        await made.subscribe(topic, 1)
-        payload = bytes(range(256)) * 257  # the third form of a frame's length
-        await made.driver.publish(topic, payload, qos=1)
-        (message,) = await made.got(1)
-        assert message.payload == payload
-
-
-class WebSocketBroker:
-    """A WebSocket server that answers as told."""
-
-    def __init__(self) -> None:
-        self.requests: list[Any] = []
-        self.reject = 0
-        self.data = bytearray()
-        self.pongs: list[bytes] = []
-        self.port = 0
-        self.chunks: list[bytes] = []
-        self.masked = True
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        from wsproto import ConnectionType, WSConnection, events
-
-        machine = WSConnection(ConnectionType.SERVER)
-        try:
-            while data := await reader.read(65536):
-                machine.receive_data(data)
-                for event in machine.events():
-                    match event:
-                        case events.Request():
-                            self.requests.append(event)
-                            if self.reject:
-                                writer.write(
-                                    machine.send(events.RejectConnection(status_code=self.reject))
-                                )
-                                writer.close()
-                                return
-                            writer.write(machine.send(events.AcceptConnection(subprotocol="mqtt")))
-                        case events.BytesMessage():
-                            self.data += event.data
-                            for chunk in self.chunks:
-                                writer.write(chunk)
-                            self.chunks = []
-                        case events.Pong():
-                            self.pongs.append(bytes(event.payload))
-                        case _:
-                            pass
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
-
-
-@asynccontextmanager
-async def websocket_broker() -> AsyncIterator[WebSocketBroker]:
-    broker = WebSocketBroker()
-    server = await asyncio.start_server(broker.serve, HOST, 0)
-    broker.port = server.sockets[0].getsockname()[1]
-    try:
-        yield broker
-    finally:
-        server.close()
-        await server.wait_closed()
-
-
-def frame(data: bytes, *, opcode: int = 2, final: bool = True) -> bytes:
-    assert len(data) < 126
-    return bytes((0x80 * final | opcode, len(data))) + data
-
-
-async def test_websocket_request_and_frames() -> None:
-    async with websocket_broker() as broker:
-        broker.chunks = [
-            # CONNACK in two fragments with a ping between them, then two packets and a
-            # half in one frame and the rest in another.
-            frame(b"\x20\x02", final=False),
-            frame(b"are you there", opcode=9),
-            frame(b"\x00\x00", opcode=0),
-            frame(b"\x30\x03\x00\x01a\x30\x03\x00\x01b\x30\x03"),
-            frame(b"\x00\x01c"),
-        ]
-        endpoint = BrokerAddress(
-            HOST, broker.port, websocket=WebSocketTarget("/some/path?x=1", {"X-Key": "value"})
-        )
-        made = Peer()
-        await made.open(endpoint)
-        (request,) = broker.requests
-        assert request.target == "/some/path?x=1"
-        assert request.subprotocols == ["mqtt"]
-        assert (b"x-key", b"value") in [
-            (name.lower(), value) for name, value in request.extra_headers
-        ]
-        await made.got(3)
-        assert [message.topic for message in made.messages] == ["a", "b", "c"]
-        await eventually(lambda: broker.pongs == [b"are you there"])
-        assert broker.data[:1] == b"\x10"
-        await made.driver.close()
-        await eventually(lambda: broker.data.endswith(b"\xe0\x00"))
-
-
-@pytest.mark.parametrize(
-    ("status", "kind", "retryable"),
-    [(401, AuthenticationFailed, False), (404, ServerRefused, False), (503, ServerRefused, True)],
-)
-async def test_websocket_refusals(status: int, kind: type[ConnectError], retryable: bool) -> None:
-    async with websocket_broker() as broker:
-        broker.reject = status
-        with pytest.raises(kind, match=str(status)) as caught:
-            await Peer().open(BrokerAddress(HOST, broker.port, websocket=WebSocketTarget("/x")))
-        assert caught.value.retryable is retryable
-
-
-async def test_websocket_text_frames_end_the_session() -> None:
-    async with websocket_broker() as broker:
-        broker.chunks = [frame(b"\x20\x02\x00\x00"), frame(b"hello", opcode=1)]
-        made = Peer()
-        await made.open(BrokerAddress(HOST, broker.port, websocket=WebSocketTarget("/x")))
-        await eventually(lambda: len(made.lost) == 1)
-        assert "text frame" in str(made.lost[0])
-
-
-async def test_websocket_handshake_timeout(silent: int) -> None:
-    with pytest.raises(ConnectTimeout):
-        await Peer().open(
-            BrokerAddress(HOST, silent, websocket=WebSocketTarget("/mqtt")), timeout=0.3
-        )
-
-
-async def test_tls_handshake_timeout(silent: int) -> None:
-    with pytest.raises(ConnectTimeout):
-        await Peer().open(BrokerAddress(HOST, silent, tls=TLSSettings()), timeout=0.5)
-
-
-async def test_dial_leaves_nothing_behind_when_it_fails(silent: int) -> None:
-    task = asyncio.create_task(dial(BrokerAddress(HOST, silent, tls=TLSSettings())))
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    gc.collect()
-
-
-# --- traffic --------------------------------------------------------------------------
+# --- traffic ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 1, 256 * 1024 + 1, 16 * 1024 * 1024])
@@ -747,35 +385,6 @@ async def test_qos_0_waits_for_a_slow_link_instead_of_memory() -> None:
     await server.wait_closed()
 
 
-def held_back(sock: BufferedSocket) -> int:
-    """Return how many bytes the system has taken and not sent yet (SIOCOUTQNSD, tcp(7))."""
-    answer = fcntl.ioctl(sock.fileno(), 0x894B, bytes(4))
-    return int.from_bytes(answer, sys.byteorder)
-
-
-def test_what_is_pushed_has_left_and_arrives_with_the_flush() -> None:
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        listener.listen()
-        ours = socket.create_connection(listener.getsockname())
-        theirs, _ = listener.accept()
-    with theirs:
-        theirs.settimeout(5)
-        sock = BufferedSocket(ours, corks=True)
-        for number in range(10):
-            sock.write(b"%d" % number)
-            assert sock.push()
-            assert sock.idle
-            assert sock.done == sock.begun == sock.written == number + 1
-        assert sock.flush()
-        assert held_back(sock) == 0, "the system itself would wait 0.2 s"
-        got = b""
-        while len(got) < 10:
-            got += theirs.recv(100)
-        assert got == b"0123456789"
-        sock.close()
-
-
 async def test_a_lone_message_is_not_held_back(
     mosquitto: MosquittoServer, unique: Callable[..., str]
 ) -> None:
@@ -793,7 +402,7 @@ async def test_a_lone_message_is_not_held_back(
             await made.got(number + 1)
 
 
-# --- the end --------------------------------------------------------------------------
+# --- the end ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", [4, 5])
@@ -931,7 +540,7 @@ async def test_requests_end_with_the_session() -> None:
         await made.driver.close()
 
 
-# --- keepalive ------------------------------------------------------------------------
+# --- keepalive -------------------------------------------------------------------------
 
 
 async def test_a_dead_peer_is_noticed_in_time() -> None:
@@ -970,111 +579,3 @@ async def test_a_living_peer_is_kept(mosquitto: MosquittoServer) -> None:
     async with peer(tcp(mosquitto.port), keepalive=1) as made:
         await eventually(lambda: made.connection.stats.pings >= 4)
         assert made.lost == []
-
-
-# --- the blocking driver --------------------------------------------------------------
-
-
-def blocking(port: int, **settings: Any) -> BlockingDriver:
-    settings.setdefault("versions", (5, 4))
-    return BlockingDriver(SessionSettings(**settings), tcp(port), backend="mqtt", timeout=5)
-
-
-async def off_loop(function: Callable[[], None]) -> None:
-    """Run a test that has no loop in a thread that ends with it."""
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            function()
-        except BaseException as exc:
-            failures.append(exc)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    await eventually(lambda: not thread.is_alive(), within=20)
-    if failures:
-        raise failures[0]
-
-
-async def test_blocking_loop_start(mosquitto: MosquittoServer, unique: Callable[..., str]) -> None:
-    topic = unique()
-
-    def work() -> None:
-        made = blocking(mosquitto.port)
-        got: list[bytes] = []
-        everything = threading.Event()
-
-        def received(message: Incoming) -> None:
-            got.append(message.payload)
-            if message.payload == b"0":
-                made.publish(topic, b"from the callback", qos=1)
-            if len(got) == 4:
-                everything.set()
-
-        made.on_message = received
-        made.on_session = lambda session: None
-        made.connect()
-        made.loop_start()
-        try:
-            subscribed = threading.Event()
-            made.subscribe(Subscribe(topic, 2), on_done=lambda request: subscribed.set())
-            assert subscribed.wait(5)
-            answered = threading.Event()
-            for qos in (0, 1):
-                made.publish(topic, b"%d" % qos, qos=qos)
-            made.publish(topic, b"2", qos=2, on_done=lambda out: answered.set())
-            assert answered.wait(5)
-            assert everything.wait(5)
-        finally:
-            made.disconnect()
-            made.loop_stop()
-
-    await off_loop(work)
-
-
-async def test_blocking_loop_forever_reconnects(
-    mosquitto: MosquittoServer, unique: Callable[..., str]
-) -> None:
-    async with FaultProxy(HOST, mosquitto.port) as proxy:
-        made = blocking(proxy.port)
-        sessions: list[Session] = []
-        lost: list[ConnectError] = []
-        made.on_session = sessions.append
-        made.on_lost = lost.append
-
-        def work() -> None:
-            made.connect()
-            made.loop_forever()
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        await eventually(lambda: len(sessions) == 1)
-        await proxy.cut()
-        await eventually(lambda: len(lost) >= 1)
-        await eventually(lambda: len(sessions) == 2)
-        assert made.connection.connected
-        made.disconnect()
-        await eventually(lambda: not thread.is_alive())
-
-
-async def test_blocking_refusal(mosquitto_users: MosquittoServer) -> None:
-    def work() -> None:
-        made = blocking(mosquitto_users.port, username="alice", password=Secret("wrong"))
-        with pytest.raises(AuthenticationFailed):
-            made.connect()
-        made.disconnect()
-
-    await off_loop(work)
-
-
-async def test_blocking_timeout(silent: int) -> None:
-    def work() -> None:
-        made = BlockingDriver(
-            SessionSettings(versions=(4,)), tcp(silent), backend="mqtt", timeout=0.3
-        )
-        with pytest.raises(ConnectTimeout):
-            made.connect()
-        made.disconnect()
-
-    await off_loop(work)
