@@ -414,6 +414,36 @@ async def forget(url: str) -> None:
         await opened.ping()
 
 
+async def presence(members: int = 1000, beats: int = 10) -> None:
+    """Print what a watcher of so many members costs at the default time to live."""
+    options: dict[str, Any] = {**STREAM, "presence": True}
+    async with NatsServer() as server:
+        async with connect(server.url, **options) as bus, bus.presence("bench/#") as room:
+            said = b'{"name":"n","host":"h","filters":["bench/#"]}'
+            header = b"NATS/1.0\r\nNats-TTL: 10s\r\n\r\n"
+            async with connection(server.url, Plain()) as others:
+
+                async def beat() -> None:
+                    for number in range(members):
+                        subject = b"$KV.BENCH_who.m%d" % number
+                        others.write(encode_pub(subject, said, header))
+                    await others.ping()
+
+                await beat()
+                while room.count < members:
+                    await anext(room)
+                began = time.process_time()
+                for _ in range(beats):
+                    await beat()
+                    await bus.members("nothing")  # reads behind what was written
+                spent = (time.process_time() - began) / beats
+    every = NatsOptions().presence_ttl / 3
+    print(
+        f"presence: {members} members, each written every {every:.1f} s: {spent * 1000:.0f} ms for "
+        f"one writer and one watcher together, {100 * spent / every:.1f} % of a core"
+    )
+
+
 def make_way() -> None:
     """Take this folder off the path: nats-py's module has the name of this file."""
     here = Path(__file__).parent.resolve()
@@ -456,3 +486,4 @@ if __name__ == "__main__":
     else:
         quick = options.quick
         show(asyncio.run(main(rounds=1 if quick else 3, share=0.1 if quick else 1.0)))
+        asyncio.run(presence())

@@ -21,6 +21,7 @@ __all__ = [
     "FROM",
     "Block",
     "encode_block",
+    "encode_lines",
     "encode_user",
     "parse_block",
     "user_pairs",
@@ -82,10 +83,14 @@ def parse_block(block: bytes) -> Block:
     return Block(number, text.decode("utf-8", "replace"), pairs)
 
 
+def encode_lines(pairs: Iterable[tuple[str, str]]) -> bytes:
+    """Return the lines of *pairs*, which hold no line breaks."""
+    return "".join([f"{name}: {value}\r\n" for name, value in pairs]).encode()
+
+
 def encode_block(pairs: Iterable[tuple[str, str]]) -> bytes:
     """Return the block of *pairs*, which hold no line breaks."""
-    lines = [f"{name}: {value}\r\n" for name, value in pairs]
-    return f"NATS/1.0\r\n{''.join(lines)}\r\n".encode()
+    return b"NATS/1.0\r\n%b\r\n" % encode_lines(pairs)
 
 
 def encode_user(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

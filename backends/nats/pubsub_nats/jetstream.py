@@ -32,8 +32,6 @@ from pubsub_core.message import Verdict
 from .errors import printable
 
 __all__ = [
-    "EXPECTED_STREAM",
-    "MSG_ID",
     "TTL",
     "ApiError",
     "Position",
@@ -52,8 +50,6 @@ __all__ = [
     "whole_seconds",
 ]
 
-MSG_ID = "Nats-Msg-Id"
-EXPECTED_STREAM = "Nats-Expected-Stream"
 TTL = "Nats-TTL"
 
 NO_RESPONDERS = 503

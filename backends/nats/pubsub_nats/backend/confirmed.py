@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
 
 from pubsub_core.capabilities import ConfirmedBy
 from pubsub_core.errors import NotConnected, Outcome, PublishFailed, PubSubError
@@ -62,13 +61,15 @@ class ConfirmedPublisher:
     """What one bus publishes into streams; it outlives sessions.
 
     Args:
+        session: What every identifier begins with.
         prefix: What the reply subjects begin with.
 
     Attributes:
         window: Seconds for which the stream knows an identifier.
     """
 
-    def __init__(self, prefix: bytes) -> None:
+    def __init__(self, session: str, prefix: bytes) -> None:
+        self._session = session.encode()
         self._prefix = prefix
         self._now = time.monotonic
         self.window = 120.0
@@ -135,19 +136,26 @@ class ConfirmedPublisher:
     # --- publishing ----------------------------------------------------------------------------
 
     def submit(
-        self, topic: str, subject: bytes, payload: bytes, header: Callable[[bytes], bytes]
+        self, topic: str, subject: bytes, payload: bytes, stream: str, lines: bytes = b""
     ) -> asyncio.Future[Receipt]:
-        """Publish in the order of the calls; the future is done once a stream has answered.
+        """Publish in the order of the calls; the future is done once *stream* has answered.
 
         Args:
             topic: For errors.
             subject: Where to.
             payload: The message.
-            header: Makes the block of headers around an identifier.
+            stream: Which must store it; another that covers the subject refuses.
+            lines: Of the header block.
         """
         self._number += 1
         token = b"p%d" % self._number
-        frame = encode_pub(subject, payload, header(token), self._prefix + token)
+        header = b"NATS/1.0\r\n%bNats-Expected-Stream: %b\r\nNats-Msg-Id: %b.%b\r\n\r\n" % (
+            lines,
+            stream.encode(),
+            self._session,
+            token,
+        )
+        frame = encode_pub(subject, payload, header, self._prefix + token)
         future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
         pending = _Pending(topic, subject, frame, len(payload), future)
         if (

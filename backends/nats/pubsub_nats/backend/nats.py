@@ -380,8 +380,7 @@ class NatsBackend(Backend):
         """Publish; return when the server has read it, allowed it and passed it on."""
         connection = self._online()
         if self._stream is not None:
-            self._fits(out)
-            return await self._stream.publish(out)
+            return await self._stream.publish(out, self._max_payload)
         subject, frame = self._frame(out)
         if connection.full:
             await connection.room()
@@ -411,16 +410,6 @@ class NatsBackend(Backend):
         if len(header) + len(payload) > self._max_payload:
             raise payload_too_large(len(header) + len(payload), self._max_payload, out.topic)
         return subject, encode_pub(subject, payload, header)
-
-    def _fits(self, out: OutFrame) -> None:
-        """Check the size where the block of headers is made later."""
-        header = sum(len(name) + len(value) + 4 for name, value in self._pairs(out))
-        # Characters, so four times that is the most that it can be in bytes.
-        size = len(out.payload) + RESERVE + 4 * header
-        if size > self._max_payload:
-            exact = len(out.payload) + RESERVE + len(encode_block(self._pairs(out)))
-            if exact > self._max_payload:
-                raise payload_too_large(exact, self._max_payload, out.topic)
 
     def _pairs(self, out: OutFrame) -> list[tuple[str, str]]:
         pairs = encode_user(out.headers.pairs)

@@ -23,8 +23,8 @@ from pubsub_core.events import InterestEvent, InterestKind
 from pubsub_core.interfaces import Watch, WatchKind, WireSub
 from pubsub_core.message import Member, Receipt
 from pubsub_core.topics import overlap, parse_filter
-from pubsub_nats.headers import encode_block, parse_block
-from pubsub_nats.jetstream import EXPECTED_STREAM, MSG_ID, TTL, Position, whole_seconds
+from pubsub_nats.headers import encode_lines, parse_block
+from pubsub_nats.jetstream import TTL, Position, whole_seconds
 from pubsub_nats.protocol import Msg
 
 from .confirmed import ConfirmedPublisher
@@ -225,12 +225,9 @@ class Presence:
             if closed:
                 pairs.append((_CLOSED, "1"))
 
-        def header(token: bytes) -> bytes:
-            identity = f"{self._session}.{token.decode()}"
-            return encode_block([*pairs, (MSG_ID, identity), (EXPECTED_STREAM, self.stream)])
-
         subject = f"{self._prefix}{self._session}".encode()
-        future = self._publisher.submit("presence", subject, payload, header)
+        lines = encode_lines(pairs)
+        future = self._publisher.submit("presence", subject, payload, self.stream, lines)
         future.add_done_callback(_seen)
         return future
 

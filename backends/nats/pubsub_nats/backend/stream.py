@@ -21,11 +21,9 @@ from pubsub_core.errors import (
 )
 from pubsub_core.interfaces import HistoryQuery, Sink, WireSub
 from pubsub_core.message import InFrame, Origin, OutFrame, Receipt, Verdict
-from pubsub_nats.errors import subscribe_denied
-from pubsub_nats.headers import encode_block, parse_block
+from pubsub_nats.errors import payload_too_large, subscribe_denied
+from pubsub_nats.headers import encode_lines, parse_block
 from pubsub_nats.jetstream import (
-    EXPECTED_STREAM,
-    MSG_ID,
     TTL,
     ApiError,
     Position,
@@ -55,6 +53,7 @@ logger = logging.getLogger("pubsub_nats")
 RESERVE = 512
 """Bytes of a message that our own headers may take."""
 
+_PURGE = b"KV-Operation: PURGE\r\nNats-Rollup: sub\r\n"
 _SECOND = 1_000_000_000
 _MANY_CONSUMERS = 100_000
 _KEPT = 10_000
@@ -92,7 +91,7 @@ class StreamMode:
         self._values = f"KV_{self.stream}_last"
         self._value_prefix = f"$KV.{self.stream}_last."
         self.requests = Requests(session)
-        self.publisher = ConfirmedPublisher(self.requests.prefix)
+        self.publisher = ConfirmedPublisher(session, self.requests.prefix)
         self.presence: Presence | None = None
         if options.presence:
             self.presence = Presence(self, self.publisher, session, name, options.presence_ttl)
@@ -370,8 +369,13 @@ class StreamMode:
             self._covered[subject] = found
         return found
 
-    async def publish(self, out: OutFrame) -> Receipt:
-        """Publish; return when the stream has stored it."""
+    async def publish(self, out: OutFrame, limit: int) -> Receipt:
+        """Publish; return when the stream has stored it.
+
+        Args:
+            out: The message.
+            limit: Bytes of payload and headers that the server takes.
+        """
         subject = self._subjects.subject(out.topic)
         if not self.covered(subject):
             raise PublishFailed(
@@ -383,48 +387,36 @@ class StreamMode:
                 topic=out.topic,
                 retryable=False,
             )
-        pairs = self._pairs(out)
-        if out.ttl is not None and self.ttl:
-            pairs.append((TTL, whole_seconds(out.ttl)))
-        waiting: list[asyncio.Future[Receipt]] = []
-        if out.retain:
-            waiting.append(self._retain(out, pairs, subject))
-        waiting.append(self._submit(out, subject, out.payload, self.stream, pairs))
+        lines = self._lines(out)
+        if len(out.payload) + len(lines) + RESERVE > limit:
+            raise payload_too_large(len(out.payload) + len(lines) + RESERVE, limit, out.topic)
+        submit = self.publisher.submit
+        if not out.retain:
+            return await submit(out.topic, subject, out.payload, self.stream, lines)
+        value = self._value_prefix.encode() + subject
+        # A write and not a purge, so that whoever watches learns of it.
+        kept = lines if out.payload else lines + _PURGE
+        waiting = [
+            submit(out.topic, value, out.payload, self._values, kept),
+            submit(out.topic, subject, out.payload, self.stream, lines),
+        ]
         try:
-            if len(waiting) > 1:
-                await asyncio.wait(waiting)
-                waiting[0].result()
-            return await waiting[-1]
+            await asyncio.wait(waiting)
+            waiting[0].result()
+            return waiting[1].result()
         finally:
             for each in waiting:
                 if not each.cancel() and not each.cancelled():
                     each.exception()
 
-    def _retain(
-        self, out: OutFrame, pairs: list[tuple[str, str]], subject: bytes
-    ) -> asyncio.Future[Receipt]:
-        """Replace, or clear, what is kept of a topic."""
-        pairs = list(pairs)
-        if not out.payload:
-            # A write and not a purge, so that whoever watches learns of it.
-            pairs += [("KV-Operation", "PURGE"), ("Nats-Rollup", "sub")]
-        return self._submit(
-            out, self._value_prefix.encode() + subject, out.payload, self._values, pairs
-        )
-
-    def _submit(
-        self,
-        out: OutFrame,
-        subject: bytes,
-        payload: bytes,
-        stream: str,
-        pairs: list[tuple[str, str]],
-    ) -> asyncio.Future[Receipt]:
-        def header(token: bytes) -> bytes:
-            identity = f"{self._session}.{token.decode()}"
-            return encode_block([*pairs, (MSG_ID, identity), (EXPECTED_STREAM, stream)])
-
-        return self.publisher.submit(out.topic, subject, payload, header)
+    def _lines(self, out: OutFrame) -> bytes:
+        """Return the lines of the header block that are the message's own."""
+        if not (out.headers or out.content_type is not None or out.ttl is not None) and out.echo:
+            return b""
+        pairs = self._pairs(out)
+        if out.ttl is not None and self.ttl:
+            pairs.append((TTL, whole_seconds(out.ttl)))
+        return encode_lines(pairs)
 
     # --- subscribing ---------------------------------------------------------------------------
 
