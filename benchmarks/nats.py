@@ -417,26 +417,28 @@ async def forget(url: str) -> None:
 async def presence(members: int = 1000, beats: int = 10) -> None:
     """Print what a watcher of so many members costs at the default time to live."""
     options: dict[str, Any] = {**STREAM, "presence": True}
-    async with NatsServer() as server:
-        async with connect(server.url, **options) as bus, bus.presence("bench/#") as room:
-            said = b'{"name":"n","host":"h","filters":["bench/#"]}'
-            header = b"NATS/1.0\r\nNats-TTL: 10s\r\n\r\n"
-            async with connection(server.url, Plain()) as others:
+    said = b'{"name":"n","host":"h","filters":["bench/#"]}'
+    header = b"NATS/1.0\r\nNats-TTL: 10s\r\n\r\n"
+    async with (
+        NatsServer() as server,
+        connect(server.url, **options) as bus,
+        bus.presence("bench/#") as room,
+        connection(server.url, Plain()) as others,
+    ):
 
-                async def beat() -> None:
-                    for number in range(members):
-                        subject = b"$KV.BENCH_who.m%d" % number
-                        others.write(encode_pub(subject, said, header))
-                    await others.ping()
+        async def beat() -> None:
+            for number in range(members):
+                others.write(encode_pub(b"$KV.BENCH_who.m%d" % number, said, header))
+            await others.ping()
 
-                await beat()
-                while room.count < members:
-                    await anext(room)
-                began = time.process_time()
-                for _ in range(beats):
-                    await beat()
-                    await bus.members("nothing")  # reads behind what was written
-                spent = (time.process_time() - began) / beats
+        await beat()
+        while room.count < members:
+            await anext(room)
+        began = time.process_time()
+        for _ in range(beats):
+            await beat()
+            await bus.members("nothing")  # reads behind what was written
+        spent = (time.process_time() - began) / beats
     every = NatsOptions().presence_ttl / 3
     print(
         f"presence: {members} members, each written every {every:.1f} s: {spent * 1000:.0f} ms for "

@@ -485,6 +485,38 @@ async def test_what_is_not_settled_comes_again_until_the_limit(
             await message.ack()
 
 
+async def test_what_is_forgotten_blocks_nothing(
+    server: NatsServer, stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pubsub_nats.backend.stream.HEARTBEAT", 0.1)
+    async with at(server, stream, ack_wait=0.5) as bus:
+        async with bus.subscribe("a", ack="manual", buffer=10_000) as messages:
+            await asyncio.gather(*(bus.publish("a", b"%d" % n) for n in range(600)))
+            # More than the window, and nobody says a word about the first ones.
+            for _ in range(256):
+                await messages.get(timeout=10)
+            seen: set[int] = set()
+            while len(seen) < 600:
+                message = await messages.get(timeout=10)
+                seen.add(int(message.payload))
+                await message.ack()
+
+
+async def test_looking_for_a_consumer_gives_nothing_back(server: NatsServer, stream: str) -> None:
+    async with at(server, stream) as bus, bus.subscribe("a", ack="manual") as messages:
+        await bus.publish("a", b"1")
+        message = await messages.get(timeout=5)
+        (consumer,) = consumers(bus)
+        consumer.again("the test says so")
+        await consumer._working
+        await bus.publish("a", b"2")
+        assert (await messages.get(timeout=5)).payload == b"2"
+        await message.ack()
+        await bus.publish("a", b"3")
+        assert (await messages.get(timeout=5)).payload == b"3"
+        assert messages.stats.received == 3
+
+
 async def test_given_back_with_a_delay_and_kept_while_working(
     server: NatsServer, stream: str
 ) -> None:
@@ -504,7 +536,7 @@ async def test_given_back_with_a_delay_and_kept_while_working(
             # Told four times within its time, the server goes on waiting for twice as long.
             for _ in range(4):
                 await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0.3))])
-                tag.consumer.working(tag.reply)
+                tag.consumer.working(tag)
             await bus.ping()
             assert messages.stats.received == 2
             await again.ack()

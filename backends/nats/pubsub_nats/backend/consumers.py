@@ -46,10 +46,18 @@ _EXISTS = frozenset({10012, 10013, 10148})
 
 
 class Tag(NamedTuple):
-    """What settles one delivery."""
+    """What settles one delivery.
+
+    Attributes:
+        reply: Where the consumer wants to hear of it.
+        sequence: Number of the message.
+        session: In which it came; one of an earlier session comes again.
+    """
 
     consumer: PullConsumer
     reply: bytes
+    sequence: int
+    session: int
 
 
 class Host(Protocol):
@@ -154,9 +162,12 @@ class Consumer(abc.ABC):
             logger.info("consumer for %r: %s; making it again", self.want.filter, why)
             self._working = self._host.spawn(self._remade(), "consumer")
 
+    async def _revive(self) -> None:
+        await self.resume()
+
     async def _remade(self) -> None:
         try:
-            await self.resume()
+            await self._revive()
         except (ApiError, Denied) as error:
             # The next missing heartbeat tries again.
             logger.warning("no consumer for %r: %s", self.want.filter, error)
@@ -303,7 +314,8 @@ class PullConsumer(Consumer):
 
     Args:
         name: Under which others, or a later process, find it; empty for one of our own.
-        policy: How long to wait for an acknowledgement, how often to deliver.
+        ack_wait: Seconds to wait for an acknowledgement.
+        max_deliver: How often to deliver at most; 0 for as often as it takes.
         idle: Seconds without a reader after which the server drops it.
     """
 
@@ -314,17 +326,21 @@ class PullConsumer(Consumer):
         subjects: Sequence[str],
         *,
         name: str,
-        policy: Mapping[str, object],
+        ack_wait: float,
+        max_deliver: int,
         idle: float,
     ) -> None:
         super().__init__(host, want, subjects)
         self.shared = bool(name)
         self.name = name or host.unique()
-        self._policy = dict(policy)
+        self._ack_wait = ack_wait
+        self._max_deliver = max_deliver
         self._idle = idle if name else _MANUAL_IDLE
         self._reply = b""
         self._asked = 0
-        self._unsettled: dict[bytes, int] = {}
+        self._session = 1
+        # By number, oldest delivery first: where to settle it, and when that is too late.
+        self._unsettled: dict[int, tuple[bytes, float]] = {}
 
     async def start(self) -> bool:
         """Make it, or find it."""
@@ -345,7 +361,8 @@ class PullConsumer(Consumer):
         self._listen()
         config = {
             **start,
-            **self._policy,
+            "ack_wait": round(self._ack_wait * _SECOND),
+            "max_deliver": self._max_deliver or -1,
             "ack_policy": "explicit",
             "max_ack_pending": -1,
             "inactive_threshold": round(self._idle * _SECOND),
@@ -377,20 +394,36 @@ class PullConsumer(Consumer):
         if self.ended:
             return True
         returned, self._unsettled = self._unsettled, {}
-        stream = self._host.stream
-        try:
-            await self._host.requests.api(f"CONSUMER.INFO.{stream}.{self.name}")
-        except ApiError as error:
-            if error.number not in _GONE and error.code != 404:
-                raise
-            first = min([*returned.values(), self.last + 1])
-            return await self.start_from(first)
+        self._session += 1
+        if not await self._exists():
+            return await self.start_from(min([*returned, self.last + 1]))
         self._listen()
         connection = self._host.connection
         if connection is not None:
-            for reply in returned:
+            for reply, _ in returned.values():
                 connection.write(encode_pub(reply, ack_payload(Verdict.NACK)))
         self._ask()
+        return True
+
+    async def _revive(self) -> None:
+        """Ask anew in the same session, where a request may have died with its node."""
+        if await self._exists():
+            self._asked = 0
+            self._ask()
+            return
+        first = min([*self._unsettled, self.last + 1])
+        # What is not settled comes again, from another one.
+        self._unsettled.clear()
+        self._session += 1
+        await self.start_from(first)
+
+    async def _exists(self) -> bool:
+        try:
+            await self._host.requests.api(f"CONSUMER.INFO.{self._host.stream}.{self.name}")
+        except ApiError as error:
+            if error.number not in _GONE and error.code != 404:
+                raise
+            return False
         return True
 
     # --- asking --------------------------------------------------------------------------------
@@ -403,11 +436,14 @@ class PullConsumer(Consumer):
         connection = self._host.connection
         if connection is None or self.ended or self._host.paused or self._asked > WINDOW // 4:
             return
+        now = asyncio.get_running_loop().time()
+        if len(self._unsettled) > WINDOW // 2:
+            self._forget_late(now)
         free = WINDOW - self._asked - len(self._unsettled)
         if free <= 0:
             return
         self._asked += free
-        self._heard = asyncio.get_running_loop().time()
+        self._heard = now
         body = json.dumps(
             {
                 "batch": free,
@@ -417,6 +453,19 @@ class PullConsumer(Consumer):
         )
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._host.stream}.{self.name}"
         connection.write(encode_pub(subject.encode(), body.encode(), reply=self._reply))
+
+    def _forget_late(self, now: float) -> None:
+        """Make room for what nobody settled in time: it comes again, here or elsewhere."""
+        for sequence, (_, until) in tuple(self._unsettled.items()):
+            if until > now:
+                break
+            del self._unsettled[sequence]
+
+    def look(self, now: float) -> None:
+        """Ask again where the window is full of what was forgotten, too."""
+        super().look(now)
+        if not self.ended:
+            self._ask()
 
     def resumed_flow(self) -> None:
         """Ask again."""
@@ -430,10 +479,12 @@ class PullConsumer(Consumer):
             return
         self._asked = max(self._asked - 1, 0)
         self.last = max(self.last, position.stream)
-        self._unsettled[message.reply] = position.stream
-        tag = Tag(self, message.reply)
+        # Delivered again, it counts once, and as the newest.
+        self._unsettled.pop(position.stream, None)
+        self._unsettled[position.stream] = (message.reply, self._heard + self._ack_wait)
+        tag = Tag(self, message.reply, position.stream, self._session)
         if not self._host.deliver(message, position, self.want, replay=False, tag=tag):
-            self.settle(message.reply, ack_payload(Verdict.ACK))
+            self.settle(tag, ack_payload(Verdict.ACK))
         self._ask()
 
     def _status(self, message: Msg) -> None:
@@ -455,24 +506,33 @@ class PullConsumer(Consumer):
 
     # --- settling --------------------------------------------------------------------------------
 
-    def settle(self, reply: bytes, payload: bytes) -> None:
+    def settle(self, tag: Tag, payload: bytes) -> None:
         """Say what became of a message; one of an earlier session comes again anyway."""
         connection = self._host.connection
-        if connection is None or self._unsettled.pop(reply, None) is None:
+        if connection is None or tag.session != self._session:
             return
-        connection.write(encode_pub(reply, payload))
+        self._unsettled.pop(tag.sequence, None)
+        connection.write(encode_pub(tag.reply, payload))
         self._ask()
 
-    def working(self, reply: bytes) -> None:
+    def working(self, tag: Tag) -> None:
         """Let the time for acknowledging a message start over."""
         connection = self._host.connection
-        if connection is not None and reply in self._unsettled:
-            connection.write(encode_pub(reply, ack_payload(Verdict.ACK, working=True)))
+        if connection is None or tag.sequence not in self._unsettled:
+            return
+        del self._unsettled[tag.sequence]
+        until = asyncio.get_running_loop().time() + self._ack_wait
+        self._unsettled[tag.sequence] = (tag.reply, until)
+        connection.write(encode_pub(tag.reply, ack_payload(Verdict.ACK, working=True)))
 
     def give_back(self) -> None:
         """Let others have at once what was not settled here."""
-        for reply in tuple(self._unsettled):
-            self.settle(reply, ack_payload(Verdict.NACK))
+        connection = self._host.connection
+        if connection is not None:
+            for reply, _ in self._unsettled.values():
+                connection.write(encode_pub(reply, ack_payload(Verdict.NACK)))
+        self._unsettled.clear()
+        self._session += 1
 
     def stop(self, *, leave: bool) -> None:
         """End it; a group's stays for its other members."""

@@ -9,7 +9,7 @@ import logging
 import random
 import secrets
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
 from pubsub_core.capabilities import (
@@ -89,6 +89,7 @@ logger = logging.getLogger("pubsub_nats")
 
 _TLS = frozenset({"nats+tls", "nats+wss"})
 _WEBSOCKET = frozenset({"nats+ws", "nats+wss"})
+_MOST_SERVERS = 1000
 _PORTS = {"nats+ws": 80, "nats+wss": 443}
 _BROKER = ConfirmedBy.BROKER
 _NO_HEADERS = "this server, or its configuration, carries no headers"
@@ -170,7 +171,8 @@ class NatsBackend(Backend):
             )
         port = _PORTS.get(address.scheme, DEFAULT_PORT) if address.port is None else address.port
         self._home = HostPort(address.host, port)
-        self._servers = [self._home, *map(host_port, options.servers)]
+        self._configured = [self._home, *map(host_port, options.servers)]
+        self._servers = list(self._configured)
         self._turn = 0
         self._dialer = Dialer(
             address,
@@ -212,7 +214,6 @@ class NatsBackend(Backend):
         if self._options.keepalive:
             connection.keep_alive(self._options.keepalive)
         info = connection.info
-        self._learn_servers(info.get("connect_urls"))
         resumed = False
         if self._stream is not None:
             resumed = await self._open_stream(self._stream, connection, sink)
@@ -255,24 +256,25 @@ class NatsBackend(Backend):
                 logger.info("bus %r: %s", self.context.bus, error)
 
     def _learn_servers(self, urls: object) -> None:
-        """Add what the cluster tells of its other servers, in random order."""
+        """Know the cluster's other servers as it tells them now, in random order."""
         if not isinstance(urls, list) or self._dialer.websocket:
             return
         found: list[HostPort] = []
-        for url in urls:  # pyright: ignore[reportUnknownVariableType] # JSON of a peer
+        for url in cast("list[object]", urls)[:_MOST_SERVERS]:
             try:
-                server = host_port(str(url))  # pyright: ignore[reportUnknownArgumentType]
+                server = host_port(str(url))
             except ValueError:
                 continue
-            if server not in self._servers:
+            if server not in self._configured:
                 found.append(server)
         random.shuffle(found)
-        self._servers.extend(found)
+        self._servers = [*self._configured, *found]
 
     def told(self, info: Mapping[str, Any]) -> None:
         """Take over what the server allows from now on."""
         limit = info.get("max_payload")
         self._max_payload = limit if isinstance(limit, int) else 0
+        self._learn_servers(info.get("connect_urls"))
 
     def ended(self, connection: Connection) -> None:
         """Learn that a connection is over."""
@@ -338,7 +340,7 @@ class NatsBackend(Backend):
         stream = self._stream
         if stream is None:
             return super().guarantees
-        return _DURABLE if self._options.storage == "file" else _IN_MEMORY
+        return _DURABLE if stream.durable else _IN_MEMORY
 
     @property
     def keeps_history(self) -> bool:

@@ -101,7 +101,7 @@ class StreamMode:
         self.paused = False
         self.ttl = False
         self.retained = False
-        self.durable = False
+        self.durable = options.storage == "file"
         self._known = False
         # Whether a session is complete: before that nothing is published.
         self._live = False
@@ -498,12 +498,14 @@ class StreamMode:
             name = consumer_name("s", options.client_id, about)
         elif not want.manual_ack:
             return PushConsumer(self, want, subjects)
-        policy: dict[str, object] = {
-            "ack_wait": round(options.ack_wait * _SECOND),
-            "max_deliver": options.max_deliver or -1,
-        }
         return PullConsumer(
-            self, want, subjects, name=name, policy=policy, idle=options.session_expiry
+            self,
+            want,
+            subjects,
+            name=name,
+            ack_wait=options.ack_wait,
+            max_deliver=options.max_deliver,
+            idle=options.session_expiry,
         )
 
     async def unsubscribe(self, want: WireSub) -> None:
@@ -522,7 +524,7 @@ class StreamMode:
 
     def settle(self, tag: Tag, verdict: Verdict, delay: float = 0.0) -> None:
         """Act on a subscriber's decision."""
-        tag.consumer.settle(tag.reply, ack_payload(verdict, delay))
+        tag.consumer.settle(tag, ack_payload(verdict, delay))
 
     def pause(self) -> None:
         """Answer no question of flow control, and ask for nothing."""
