@@ -430,7 +430,8 @@ async def test_keys_are_made_over_http() -> None:
         assert await peer.refusal(f"{key}/a/b/") == 0
         assert await post(channel="a/b/") == "Missing SecretKey"
         assert await post(key=MASTER_KEY) == "Missing Channel"
-        assert await post(key=MASTER_KEY, channel="a/", ttl="soon") == "invalid arguments"
+        for ttl in ("soon", "--5", "-", "٣", "1" * 11):
+            assert await post(key=MASTER_KEY, channel="a/", ttl=ttl) == "invalid arguments"
         assert await post(key=MASTER_KEY, channel="a/", sub="yes") == "invalid arguments"
         assert "not authorized" in await post(key=DEMO, channel="a/")
         assert "should end with" in await post(key=MASTER_KEY, channel="a")

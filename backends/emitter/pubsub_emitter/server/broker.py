@@ -22,13 +22,10 @@ Sources: emitter-io/emitter, ``internal/service``, ``internal/broker`` and ``int
 from __future__ import annotations
 
 import base64
-import html
 import logging
 import random
-import re
 import secrets
 import time
-import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -40,7 +37,7 @@ import msgspec
 from pubsub_core.keyed import BoundedCache
 from pubsub_core.trie import HandlerTrie, Rule
 from pubsub_emitter import protocol
-from pubsub_emitter.keys import InvalidKey, InvalidTarget, Key, License, Permission, TargetTooLong
+from pubsub_emitter.keys import InvalidKey, InvalidTarget, Key, License, Permission
 from pubsub_emitter.keys import is_useless_target as useless
 from pubsub_emitter.protocol import (
     API,
@@ -53,8 +50,6 @@ from pubsub_emitter.protocol import (
     NOT_FOUND,
     RETAINED_TTL,
     SERVER_ERROR,
-    TARGET_INVALID,
-    TARGET_TOO_LONG,
     UNAUTHORIZED,
     UNAUTHORIZED_EXTEND,
     BadRequest,
@@ -67,7 +62,6 @@ from pubsub_emitter.protocol import (
     parse_channel,
     split_share,
 )
-from pubsub_mqtt.errors import printable
 from pubsub_mqtt.server.endpoint import (
     Client,
     Dialect,
@@ -85,6 +79,8 @@ from pubsub_mqtt.server.endpoint.packets import (
     encode_publish,
 )
 
+from .key_page import page, read_form
+from .refusals import RefusalLog, Refused, named, target_refused
 from .storage import Storage, StorageFull
 
 __all__ = ["EmitterDialect", "Matcher"]
@@ -97,8 +93,6 @@ _IDLE: Final = 120.0
 _BAN: Final = "keyban"
 _KEPT: Final = 4096
 _KEPT_LENGTH: Final = 512
-_LINES_PER_SECOND: Final = 20
-_KEY_LIKE: Final = re.compile(r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{32}(?![A-Za-z0-9_-])", re.ASCII)
 
 # Limits of this broker, where Go's only limit is the packet.
 _MAX_LEVELS: Final = 128
@@ -143,15 +137,6 @@ class _Peer:
         return {"id": self.id}
 
 
-class _Refused(Exception):
-    """An operation is refused; *why* is for the log and holds no key."""
-
-    def __init__(self, fault: Fault, why: str) -> None:
-        super().__init__(why)
-        self.fault = fault
-        self.why = why
-
-
 class EmitterDialect(Dialect):
     """One broker: its license, who is subscribed, and what is stored.
 
@@ -185,7 +170,7 @@ class EmitterDialect(Dialect):
         self._listeners: HandlerTrie[Client] = HandlerTrie(rule)
         self._parsed = BoundedCache[str, Channel](_KEPT)
         self._keys = BoundedCache[str, Key | None](_KEPT)
-        self._log = _Log()
+        self._log = RefusalLog()
         self._requests: Mapping[str, Callable[[Client, bytes, int], bytes]] = {
             "keygen": self._keygen,
             _BAN: self._keyban,
@@ -218,9 +203,9 @@ class EmitterDialect(Dialect):
         try:
             channel = self._parse(will.topic)
             if not channel.is_static:
-                raise _Refused(FORBIDDEN, "its channel has a wildcard")
+                raise Refused(FORBIDDEN, "its channel has a wildcard")
             key = self._authorize(channel, Permission.WRITE)
-        except _Refused as exc:
+        except Refused as exc:
             self._log.refused("will", client, exc.why)
             return
         self._deliver(channel.name, will.payload)
@@ -238,11 +223,11 @@ class EmitterDialect(Dialect):
             else:
                 channel = self._parse(topic)
             if not channel.is_static:
-                raise _Refused(FORBIDDEN, "a message to a channel with a wildcard")
+                raise Refused(FORBIDDEN, "a message to a channel with a wildcard")
             if channel.key == API:
                 return self._request(client, channel, packet)
             key = self._authorize(channel, Permission.WRITE)
-        except _Refused as exc:
+        except Refused as exc:
             self._log.refused("publish", client, exc.why)
             self._error(client, exc.fault, packet.packet_id)
             return True
@@ -274,7 +259,7 @@ class EmitterDialect(Dialect):
         peer: _Peer = client.state
         channel = peer.links.get(name)
         if channel is None:
-            raise _Refused(BAD_REQUEST, f"no link {_named(name)!r} on this connection")
+            raise Refused(BAD_REQUEST, f"no link {named(name)!r} on this connection")
         return channel
 
     def _store(
@@ -283,7 +268,7 @@ class EmitterDialect(Dialect):
         try:
             self.storage.store(self.license.contract, channel, payload, min(ttl, MAX_TTL))
         except StorageFull as exc:
-            logger.warning("a message to %s was not stored: %s", _named(channel), exc)
+            logger.warning("a message to %s was not stored: %s", named(channel), exc)
             if packet is not None:
                 self._error(client, SERVER_ERROR, packet.packet_id)
             return False
@@ -301,7 +286,7 @@ class EmitterDialect(Dialect):
         if not receivers:
             return
         if 2 + len(channel) + len(payload) > MAX_PACKET:
-            logger.warning("a message to %s is too long to be delivered", _named(channel))
+            logger.warning("a message to %s is too long to be delivered", named(channel))
             return
         data = encode_publish(channel, payload)  # once: the packet is the same for all
         for client in receivers:
@@ -334,7 +319,7 @@ class EmitterDialect(Dialect):
             try:
                 channel = self._parse(normalize_subscription(topic))
                 key = self._authorize(channel, Permission.READ)
-            except _Refused as exc:
+            except Refused as exc:
                 self._log.refused("subscribe", client, exc.why)
                 self._error(client, exc.fault, packet.packet_id)
                 codes.append(REFUSED)
@@ -351,7 +336,7 @@ class EmitterDialect(Dialect):
             try:
                 channel = self._parse(normalize_subscription(topic))
                 self._authorize(channel, Permission.READ)
-            except _Refused as exc:
+            except Refused as exc:
                 self._log.refused("unsubscribe", client, exc.why)
                 self._error(client, exc.fault, packet.packet_id)
                 continue
@@ -366,7 +351,7 @@ class EmitterDialect(Dialect):
                 "%s subscribed to %s, where '#' matches nothing live: with this matching rule "
                 "the channel before it gets everything below, too",
                 client.name,
-                _named(channel),
+                named(channel),
             )
         group, inner = peer.channels[channel] = split_share(channel)
         self._subscribers.add(channel, client)
@@ -404,9 +389,9 @@ class EmitterDialect(Dialect):
         try:
             found = parse_channel(topic)
         except InvalidChannel as exc:
-            raise _Refused(BAD_REQUEST, str(exc)) from None
+            raise Refused(BAD_REQUEST, str(exc)) from None
         if found.name.count("/") > _MAX_LEVELS:
-            raise _Refused(BAD_REQUEST, f"a channel of more than {_MAX_LEVELS} segments")
+            raise Refused(BAD_REQUEST, f"a channel of more than {_MAX_LEVELS} segments")
         # Programs publish to few topics. Long texts are not kept: 4,096 of 64 KB would take a
         # quarter of a gigabyte.
         return self._parsed.keep(topic, found) if len(topic) <= _KEPT_LENGTH else found
@@ -423,7 +408,7 @@ class EmitterDialect(Dialect):
             if len(text) <= _KEPT_LENGTH:
                 self._keys.keep(text, found)
         if found is None:
-            raise _Refused(UNAUTHORIZED, "the key has not the form of one")
+            raise Refused(UNAUTHORIZED, "the key has not the form of one")
         return found
 
     def _authorize(self, channel: Channel, needed: Permission, *, extend: bool = False) -> Key:
@@ -436,27 +421,27 @@ class EmitterDialect(Dialect):
         """
         text = channel.key
         if self.storage.is_banned(text):
-            raise _Refused(UNAUTHORIZED, "the key is banned")
+            raise Refused(UNAUTHORIZED, "the key is banned")
         key = self._decrypt(text)
         self._check_owner(key)
         bits = key.permissions
         if bits & needed != needed:
-            raise _Refused(UNAUTHORIZED, f"the key has no {(needed & ~bits).letters} permission")
+            raise Refused(UNAUTHORIZED, f"the key has no {(needed & ~bits).letters} permission")
         if not key.allows(channel.name):
-            where = _named(channel.name)
-            raise _Refused(UNAUTHORIZED, f"the key's target does not cover {where}")
+            where = named(channel.name)
+            raise Refused(UNAUTHORIZED, f"the key's target does not cover {where}")
         if bits & Permission.EXTEND and not extend:
-            raise _Refused(UNAUTHORIZED_EXTEND, "the key can only make private channels")
+            raise Refused(UNAUTHORIZED_EXTEND, "the key can only make private channels")
         return key
 
     def _check_owner(self, key: Key) -> None:
         if key.is_expired(self._clock()):
             when = datetime.fromtimestamp(key.expires, UTC)
-            raise _Refused(UNAUTHORIZED, f"the key expired {when:%Y-%m-%d %H:%M:%S}")
+            raise Refused(UNAUTHORIZED, f"the key expired {when:%Y-%m-%d %H:%M:%S}")
         if key.contract != self.license.contract:
-            raise _Refused(UNAUTHORIZED, "the key is of another contract")
+            raise Refused(UNAUTHORIZED, "the key is of another contract")
         if not self.license.owns(key):
-            raise _Refused(UNAUTHORIZED, "the key's signature differs from the license's")
+            raise Refused(UNAUTHORIZED, "the key's signature differs from the license's")
 
     # --- requests -----------------------------------------------------------------------
 
@@ -472,7 +457,7 @@ class EmitterDialect(Dialect):
         handler = self._requests.get(name)
         try:
             if handler is None:
-                raise _Refused(NOT_FOUND, f"no request {_named(name)!r}")
+                raise Refused(NOT_FOUND, f"no request {named(name)!r}")
             body = handler(client, packet.payload, req)
             if name == _BAN and not self.storage.settled(
                 partial(self._banned, client, topic, body, packet)
@@ -481,7 +466,7 @@ class EmitterDialect(Dialect):
         except BadRequest as exc:
             self._log.refused(name, client, str(exc))
             body = BAD_REQUEST.body(req)
-        except _Refused as exc:
+        except Refused as exc:
             self._log.refused(name, client, exc.why)
             body = exc.fault.body(req)
         self._answer(client, topic, body)
@@ -513,29 +498,29 @@ class EmitterDialect(Dialect):
         request = protocol.KeygenRequest.decode(payload)
         key = self._decrypt(request.key)
         if key.is_expired(self._clock()):
-            raise _Refused(UNAUTHORIZED, "the key has expired")
+            raise Refused(UNAUTHORIZED, "the key has expired")
         if key.is_master:
             made, channel = self._make_key(key, request)
         elif key.permissions & Permission.EXTEND:
             made, channel = self._extend(client, key, request)
         else:
-            raise _Refused(UNAUTHORIZED, "the key is neither a master key nor extendable")
+            raise Refused(UNAUTHORIZED, "the key is neither a master key nor extendable")
         return answer({"status": 200, "key": made, "channel": channel}, req)
 
     def _make_key(self, master: Key, request: protocol.KeygenRequest) -> tuple[str, str]:
         if master.contract != self.license.contract:
-            raise _Refused(NOT_FOUND, "the master key is of another contract")
+            raise Refused(NOT_FOUND, "the master key is of another contract")
         self._check_owner(master)
         try:
             made = self.license.make_key(
                 request.channel, request.type, ttl=request.ttl, now=self._clock()
             )
         except InvalidTarget as exc:
-            raise _target_refused(exc) from None
+            raise target_refused(exc) from None
         if useless(request.channel):
             logger.warning(
                 "a key for %s allows nothing: no channel fits a target that ends with '+'",
-                _named(request.channel),
+                named(request.channel),
             )
         return made, request.channel
 
@@ -545,14 +530,14 @@ class EmitterDialect(Dialect):
         name = request.channel.removesuffix("#/") if below else request.channel
         parent = self._parse(f"{request.key}/{name}")
         if not parent.is_static:
-            raise _Refused(BAD_REQUEST, "a private channel with a wildcard")
+            raise Refused(BAD_REQUEST, "a private channel with a wildcard")
         self._authorize(parent, Permission.EXTEND, extend=True)
         peer: _Peer = client.state
         channel = f"{parent.name}{peer.id}/{'#/' if below else ''}"
         try:
             made = key.extended(channel, request.type, request.ttl, self._clock())
         except InvalidTarget as exc:
-            raise _target_refused(exc) from None
+            raise target_refused(exc) from None
         return self.license.encrypt(made), channel
 
     def _keyban(self, client: Client, payload: bytes, req: int) -> bytes:
@@ -560,19 +545,19 @@ class EmitterDialect(Dialect):
         secret = self._decrypt(request.secret)
         self._check_owner(secret)
         if not secret.is_master:
-            raise _Refused(UNAUTHORIZED, "the secret is no master key")
+            raise Refused(UNAUTHORIZED, "the secret is no master key")
         target = self._decrypt(request.target)
         if not self.license.owns(target):
-            raise _Refused(UNAUTHORIZED, "the key to ban is none of this license")
+            raise Refused(UNAUTHORIZED, "the key to ban is none of this license")
         self.storage.ban(request.target, banned=request.banned)
         return answer({"status": 200, "banned": request.banned}, req)
 
     def _link(self, client: Client, payload: bytes, req: int) -> bytes:
         request = protocol.LinkRequest.decode(payload)
         if not is_link_name(request.name):
-            raise _Refused(LINK_INVALID, "the name of the link is not one or two letters or digits")
+            raise Refused(LINK_INVALID, "the name of the link is not one or two letters or digits")
         if len(request.key) + len(request.channel) > _MAX_LINK:
-            raise _Refused(BAD_REQUEST, f"a link of more than {_MAX_LINK} characters")
+            raise Refused(BAD_REQUEST, f"a link of more than {_MAX_LINK} characters")
         channel = self._parse(f"{request.key}/{request.channel}")
         peer: _Peer = client.state
         peer.links[request.name] = channel
@@ -580,7 +565,7 @@ class EmitterDialect(Dialect):
             # Without the right the link is made all the same, and the client is not told, as in Go.
             try:
                 self._authorize(channel, Permission.READ)
-            except _Refused as exc:
+            except Refused as exc:
                 self._log.refused("subscribe through a link", client, exc.why)
             else:
                 self._join(client, channel.name)
@@ -616,8 +601,8 @@ class EmitterDialect(Dialect):
         channel = self._parse(f"{request.key}/{request.channel}")
         try:
             self._authorize(channel, Permission.PRESENCE)
-        except _Refused as exc:
-            raise _Refused(UNAUTHORIZED, exc.why) from None
+        except Refused as exc:
+            raise Refused(UNAUTHORIZED, exc.why) from None
         return channel
 
     def _status(self, channel: str) -> dict[str, Any]:
@@ -674,9 +659,9 @@ class EmitterDialect(Dialect):
             case "GET", "/health":
                 return HttpResponse(200)
             case "GET", "/keygen":
-                return _page("")
+                return page("")
             case "POST", "/keygen":
-                return _page(self._keygen_form(request.body))
+                return page(self._keygen_form(request.body))
             case _, "/keygen":
                 return HttpResponse(405)
             case "POST", "/presence":
@@ -687,33 +672,16 @@ class EmitterDialect(Dialect):
                 return HttpResponse(400, b"Bad Request")
 
     def _keygen_form(self, body: bytes) -> str:
-        fields = dict(urllib.parse.parse_qsl(body.decode("latin-1"), keep_blank_values=True))
-        letters = ""
-        for name, letter in _FORM_LETTERS.items():
-            match fields.get(name, ""):
-                case "on":
-                    letters += letter
-                case "" | "off":
-                    pass
-                case _:
-                    return "invalid arguments"
-        ttl = fields.get("ttl", "").strip()
-        if ttl and not (ttl.lstrip("-").isdecimal() and ttl.isascii() and len(ttl) < 11):
-            return "invalid arguments"
-        if not fields.get("key"):
-            return "Missing SecretKey"
-        if not fields.get("channel"):
-            return "Missing Channel"
-        request = protocol.KeygenRequest(
-            fields["key"], fields["channel"], letters, int(ttl) if ttl else 0
-        )
+        request = read_form(body)
+        if isinstance(request, str):
+            return request
         try:
             key = self._decrypt(request.key)
             if not key.is_master:
-                raise _Refused(UNAUTHORIZED, "the key is no master key")
+                raise Refused(UNAUTHORIZED, "the key is no master key")
             self._check_owner(key)
             made, channel = self._make_key(key, request)
-        except _Refused as exc:
+        except Refused as exc:
             logger.info("refused a key over HTTP: %s", exc.why)
             return exc.fault.message
         return f"channel: {channel}\nkey    : {made}"
@@ -723,65 +691,8 @@ class EmitterDialect(Dialect):
             channel = self._presence_channel(protocol.PresenceRequest.decode(body))
         except BadRequest:
             return HttpResponse(400, b"Bad Request")
-        except _Refused as exc:
+        except Refused as exc:
             logger.info("refused presence over HTTP: %s", exc.why)
             return HttpResponse(exc.fault.status, exc.fault.message.encode())
         status = msgspec.json.encode(self._status(channel.name))
         return HttpResponse(200, status, "application/json")
-
-
-def _named(channel: str) -> str:
-    """Return a channel for the log: escaped, and without text that may be a misplaced key."""
-    return printable(_KEY_LIKE.sub("***", channel))
-
-
-def _target_refused(error: InvalidTarget) -> _Refused:
-    fault = TARGET_TOO_LONG if isinstance(error, TargetTooLong) else TARGET_INVALID
-    return _Refused(fault, str(error))
-
-
-_FORM_LETTERS: Final = {
-    "sub": "r",
-    "pub": "w",
-    "store": "s",
-    "load": "l",
-    "presence": "p",
-    "extend": "e",
-}
-
-
-def _page(text: str) -> HttpResponse:
-    boxes = "".join(
-        f'<label><input type="checkbox" name="{name}"> {name}</label> ' for name in _FORM_LETTERS
-    )
-    answer_ = f'<pre id="keygenResponse">{html.escape(text)}</pre>' if text else ""
-    body = (
-        "<!doctype html><title>Emitter: make a key</title>"
-        '<form method="post" action="/keygen">'
-        '<p><label>Secret key <input name="key" type="password" size="40"></label>'
-        '<p><label>Channel <input name="channel" placeholder="a/b/#/"></label>'
-        '<p><label>Seconds to live <input name="ttl" value="0"></label>'
-        f"<p>{boxes}<p><button>Make a key</button></form>{answer_}"
-    )
-    return HttpResponse(200, body.encode(), "text/html; charset=utf-8")
-
-
-class _Log:
-    """Logs why operations were refused; a client that guesses keys cannot flood it."""
-
-    def __init__(self) -> None:
-        self._second = 0
-        self._lines = 0
-        self._left_out = 0
-
-    def refused(self, what: str, client: Client, why: str) -> None:
-        second = int(time.monotonic())
-        if second != self._second:
-            if self._left_out:
-                logger.warning("refused %d more operations", self._left_out)
-            self._second, self._lines, self._left_out = second, 0, 0
-        if self._lines >= _LINES_PER_SECOND:
-            self._left_out += 1
-            return
-        self._lines += 1
-        logger.warning("refused %s of %s: %s", printable(what), client.name, why)

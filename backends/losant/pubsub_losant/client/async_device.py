@@ -30,8 +30,9 @@ from pubsub_losant.topics import (
 )
 from pubsub_mqtt.connection.asyncio_driver import AsyncioDriver
 
-from .device_base import DeviceCore, Observer, Observers, PeripheralCore
+from .device_base import DeviceCore
 from .link import limit_unacknowledged
+from .observers import Observer, Observers, PeripheralCore
 
 __all__ = ["AsyncDevice", "AsyncGateway", "AsyncPeripheral"]
 

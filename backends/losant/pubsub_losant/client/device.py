@@ -32,8 +32,9 @@ from pubsub_mqtt.connection import Session
 from pubsub_mqtt.connection.dial import Dial, Wait, advance, dial_steps
 from pubsub_mqtt.connection.transport import BufferedSocket
 
-from .device_base import DeviceCore, Observers, PeripheralCore
+from .device_base import DeviceCore
 from .link import limit_unacknowledged
+from .observers import Observers, PeripheralCore
 
 __all__ = ["Device", "Gateway", "Peripheral"]
 
