@@ -37,7 +37,7 @@ DOORS = ("backend", "client", "server")
 
 MQTT = (
     "options", "errors", "packets", "connection", "backend.connection_backend",
-    "server.shell", "server.tls", "server.endpoint",
+    "server.tls", "server.endpoint",
 )  # fmt: skip
 """What backends over MQTT use of it."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
+from pubsub_core.servers import ServerShell
 from pubsub_core.trie import HandlerTrie
 
 from .backend import LIMIT
@@ -15,30 +15,33 @@ from .backend import LIMIT
 __all__ = ["LinesServer"]
 
 
-class LinesServer:
-    """Lines of JSON on loopback; see `pubsub_core.interfaces.DevServer`."""
+class LinesServer(ServerShell):
+    """Lines of JSON on loopback; the shell brings URL, ``async with`` and restart."""
 
     backend: ClassVar[str] = "lines"
+    scheme: ClassVar[str] = "lines"
 
     def __init__(self, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        self.host = host
-        self.port = port
+        super().__init__(host=host, port=port)
         self._server: asyncio.Server | None = None
         self._trie: HandlerTrie[asyncio.StreamWriter] = HandlerTrie()
         self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     @property
-    def url(self) -> str:
-        """URL to connect to."""
-        return f"lines://{self.host}:{self.port}"
-
-    def describe(self) -> Mapping[str, object]:
-        """Nothing more to tell."""
-        return {}
+    def running(self) -> bool:
+        """Whether it listens."""
+        return self._server is not None
 
     async def start(self) -> None:
         """Listen, on the same port as before when started again."""
-        self._server = await asyncio.start_server(self._serve, self.host, self.port, limit=LIMIT)
+        if self._server is not None:
+            return
+        try:
+            self._server = await asyncio.start_server(
+                self._serve, self.host, self.port, limit=LIMIT
+            )
+        except OSError as exc:
+            raise self.cannot_listen(exc) from exc
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
