@@ -11,6 +11,7 @@ Source: observed on nats-server 2.15.1 and 2.9.10: all 363 texts of one to five 
 from __future__ import annotations
 
 from pubsub_core.errors import InvalidFilter, InvalidTopic
+from pubsub_core.keyed import BoundedCache
 
 __all__ = [
     "FORBIDDEN",
@@ -163,8 +164,8 @@ class Subjects:
     def __init__(self, prefix: str = "") -> None:
         self.prefix = f"{subject_of(prefix)}." if prefix else ""
         self._skip = len(self.prefix)
-        self._subjects: dict[str, bytes] = {}
-        self._topics: dict[bytes, str | None] = {}
+        self._subjects = BoundedCache[str, bytes](_KEPT)
+        self._topics = BoundedCache[bytes, str | None](_KEPT)
 
     def subject(self, topic: str) -> bytes:
         """Return the subject of *topic*.
@@ -174,27 +175,21 @@ class Subjects:
         """
         found = self._subjects.get(topic)
         if found is None:
-            if len(self._subjects) >= _KEPT:
-                self._subjects.clear()
             text = _short_enough(self.prefix + subject_of(topic), topic, InvalidTopic)
-            found = self._subjects[topic] = text.encode()
+            found = self._subjects.keep(topic, text.encode())
         return found
 
     def topic(self, subject: bytes) -> str | None:
         """Return the topic of *subject*, or None where it has none or lies beside the prefix."""
-        try:
-            return self._topics[subject]
-        except KeyError:
-            pass
+        found = self._topics.get(subject, ...)
+        if found is not ...:
+            return found
         try:
             text = subject.decode()
         except UnicodeDecodeError:
             return None
         topic = topic_of(text[self._skip :]) if text.startswith(self.prefix) else None
-        if len(self._topics) >= _KEPT:
-            self._topics.clear()
-        self._topics[subject] = topic
-        return topic
+        return self._topics.keep(subject, topic)
 
     def filters(self, filter: str) -> tuple[bytes, ...]:
         """Return the subjects of *filter*.

@@ -39,6 +39,7 @@ from pubsub_core.interfaces import (
     Watch,
     WireSub,
 )
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, Member, Origin, OutFrame, Part, Receipt
 from pubsub_messagebus.handlers import AuthorizationHandler
 from pubsub_messagebus.options import MessageBusOptions
@@ -119,7 +120,7 @@ class MessageBusBackend(Backend):
         self._current: _Current | None = None
         self._pairs: dict[int, Pair] = {}
         self._topics: dict[tuple[str, str], str] = {}
-        self._sources: dict[tuple[str, str], Member] = {}
+        self._sources = BoundedCache[tuple[str, str], Member](_SOURCES)
         self.authorization_handlers: list[AuthorizationHandler] = []
 
     # --- names ---------------------------------------------------------------------------
@@ -458,9 +459,7 @@ class MessageBusBackend(Backend):
         key = (user, host)
         found = self._sources.get(key)
         if found is None:
-            if len(self._sources) >= _SOURCES:
-                self._sources.clear()
-            found = self._sources[key] = Member(f"{user}@{host}", user, host)
+            found = self._sources.keep(key, Member(f"{user}@{host}", user, host))
         return found
 
     async def _tell_apart(self, current: _Current, pair: tuple[str, str], topic: str) -> None:

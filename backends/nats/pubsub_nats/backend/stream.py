@@ -20,6 +20,7 @@ from pubsub_core.errors import (
     SubscribeFailed,
 )
 from pubsub_core.interfaces import HistoryQuery, Sink, WireSub
+from pubsub_core.keyed import BoundedCache
 from pubsub_core.message import InFrame, Origin, OutFrame, Receipt, Verdict
 from pubsub_nats.errors import payload_too_large, subscribe_denied
 from pubsub_nats.headers import encode_lines, parse_block
@@ -106,7 +107,7 @@ class StreamMode:
         # Whether a session is complete: before that nothing is published.
         self._live = False
         self._patterns: tuple[str, ...] = ()
-        self._covered: dict[bytes, bool] = {}
+        self._covered = BoundedCache[bytes, bool](_KEPT)
         self._consumers: dict[int, list[Consumer]] = {}
         self._several = True
         self._names = itertools.count(1)
@@ -362,11 +363,10 @@ class StreamMode:
         """Whether the stream stores what is published to *subject*."""
         found = self._covered.get(subject)
         if found is None:
-            if len(self._covered) >= _KEPT:
-                self._covered.clear()
             text = subject.decode()
-            found = any(covers(pattern, text) for pattern in self._patterns)
-            self._covered[subject] = found
+            found = self._covered.keep(
+                subject, any(covers(pattern, text) for pattern in self._patterns)
+            )
         return found
 
     async def publish(self, out: OutFrame, limit: int) -> Receipt:
