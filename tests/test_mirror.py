@@ -92,8 +92,8 @@ def test_every_test_file_stands_where_what_it_tests_stands_or_is_named() -> None
 
 def test_every_room_has_tests() -> None:
     ours = rooms()
-    packages = {place for place in ours if any(other.parent == place for other in ours)}
-    tested = {place for path in mirrored() for place in (path.parent, mirrored()[path])}
+    packages = ours & {place.parent for place in ours}
+    tested = {place for path, named in mirrored().items() for place in (path.parent, named)}
     without = {str(place) for place in packages if place not in tested}
     assert without == set(OTHERWISE)
 
