@@ -131,7 +131,6 @@ class Connection(ConnectionState):
         self.abandon = self.outbound.abandon
         self.pending = self.outbound.pending
         self.release = self.outbound.release
-        self.hold = self.outbound.hold
         self.fail_pending = self.outbound.fail_pending
         self.subscribe = self.requests.subscribe
         self.subscribe_verbatim = self.requests.subscribe_verbatim

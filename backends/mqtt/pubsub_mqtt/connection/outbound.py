@@ -147,10 +147,6 @@ class Outbound:
             self.released_at = self._state.clock()
             self._pump()
 
-    def hold(self) -> None:
-        """Keep new publishes back until `release`."""
-        self.released = False
-
     def fail_pending(self) -> None:
         """Give every unfinished publish its outcome: unknown if sent, else not sent."""
         every = [
