@@ -213,7 +213,7 @@ def _filter_of(rule: CodecRule) -> TopicFilter:
         return parse_filter(rule.match)
     except InvalidFilter as exc:
         raise BadOption(
-            f"codecs: match = {rule.match!r} is no topic filter", option="codecs", hint=str(exc)
+            f"codecs: match = {rule.match!r} is not a topic filter", option="codecs", hint=str(exc)
         ) from exc
 
 
@@ -327,7 +327,7 @@ class CodecSet:
         ]
         if not isinstance(name, str) or not name or lacking:
             raise ConfigError(
-                f"{codec!r} is no codec: it lacks {', '.join(lacking) or 'a name'}",
+                f"{codec!r} is not a codec: it lacks {', '.join(lacking) or 'a name'}",
                 hint="a codec has name, content_type, encode(value) and decode(data, type)",
             )
         if name in self._codecs:

@@ -179,7 +179,7 @@ def parse_reference(value: Mapping[str, Any], *, place: str) -> Reference:
     kinds = keys - {"timeout"} if "command" in keys else keys
     if len(kinds) != 1:
         raise BadOption(
-            f"{place}: a table with {_listed(keys)} is no reference to a secret",
+            f"{place}: a table with {_listed(keys)} is not a reference to a secret",
             option=place,
             hint=f"write {_KINDS}",
         )

@@ -308,7 +308,7 @@ async def test_options_reach_the_subscription(url: str) -> None:
 def test_an_unknown_option_is_refused_where_it_is_declared() -> None:
     app = App()
     for name in ("qoss", "handler"):
-        with pytest.raises(BadOption, match=rf"on\({name}=\) is no option"):
+        with pytest.raises(BadOption, match=rf"on\({name}=\) is not an option"):
             app.on("a", **{name: 1})  # type: ignore[arg-type]
     assert app.filters == ()
 

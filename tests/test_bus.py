@@ -180,7 +180,7 @@ async def test_unknown_options_are_refused_with_a_suggestion() -> None:
 
 @pytest.mark.parametrize("where", ["memory://", "mqtt://localhost", "main"])
 def test_names_of_options_are_checked_at_the_call(where: str) -> None:
-    with pytest.raises(BadOption, match="argument qoss is no option") as caught:
+    with pytest.raises(BadOption, match="argument qoss is not an option") as caught:
         connect(where, qoss=1)
     assert "did you mean 'qos'?" in str(caught.value)
     with pytest.raises(BadOption, match="argument qoss"):
@@ -188,7 +188,7 @@ def test_names_of_options_are_checked_at_the_call(where: str) -> None:
 
 
 def test_an_option_of_another_backend_is_refused_at_the_call_where_that_is_known() -> None:
-    with pytest.raises(BadOption, match="argument keepalive is no option of memory"):
+    with pytest.raises(BadOption, match="argument keepalive is not an option of memory"):
         connect("memory://", keepalive=5)
     assert connect("main", keepalive=5).name == "main", "configuration decides"
     assert connect("main", url="memory://").name == "main"
@@ -196,7 +196,7 @@ def test_an_option_of_another_backend_is_refused_at_the_call_where_that_is_known
 
 async def test_names_of_subscribe_options_are_checked_at_the_call(lab: str) -> None:
     async with connect(lab) as bus:
-        with pytest.raises(BadOption, match=r"subscribe\(qoss=\) is no option") as caught:
+        with pytest.raises(BadOption, match=r"subscribe\(qoss=\) is not an option") as caught:
             bus.subscribe("a", qoss=1)  # type: ignore[call-overload]
         assert "did you mean 'qos'?" in str(caught.value)
 

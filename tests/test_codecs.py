@@ -365,7 +365,7 @@ def test_an_unknown_codec_comes_with_a_suggestion() -> None:
 
 
 def test_a_rule_with_a_bad_filter_is_refused() -> None:
-    with pytest.raises(BadOption, match="'a/#/b' is no topic filter") as caught:
+    with pytest.raises(BadOption, match="'a/#/b' is not a topic filter") as caught:
         CodecSet(rules=[CodecRule("a/#/b", "json")])
     assert caught.value.option == "codecs"
     assert isinstance(caught.value.__cause__, InvalidFilter)

@@ -658,8 +658,8 @@ def test_a_library_that_is_too_old_counts_as_missing(package: Path) -> None:
         ("raise RuntimeError('boom')\n", "RuntimeError: boom"),
         ("def broken(:\n", "SyntaxError"),
         ("x = 1\n", "AttributeError"),
-        ("class AcmeBackend: pass\n", "is no subclass of Backend"),
-        ("AcmeBackend = 5\n", "is no subclass of Backend"),
+        ("class AcmeBackend: pass\n", "is not a subclass of Backend"),
+        ("AcmeBackend = 5\n", "is not a subclass of Backend"),
     ],
 )
 def test_a_backends_own_fault_is_a_plugin_error(

@@ -194,6 +194,6 @@ def moment(text: str | None, *, option: str) -> float | None:
     with contextlib.suppress(ValueError):
         return dt.datetime.fromisoformat(text).timestamp()
     raise typer.BadParameter(
-        f"{text!r} is no moment; write Unix seconds, 2026-01-31T12:00, or 15m for 15 minutes ago",
+        f"{text!r} is not a time; write Unix seconds, 2026-01-31T12:00, or 15m for 15 minutes ago",
         param_hint=option,
     )

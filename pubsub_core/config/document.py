@@ -181,7 +181,7 @@ def inline_table(variable: str, text: str) -> Mapping[str, Any]:
     if problem or not is_table(value):
         because = f": {problem}" if problem else ""
         raise ConfigError(
-            f"{variable} is no inline table{because}",
+            f"{variable} is not an inline table{because}",
             hint=f"""write {variable}='{{url = "memory://"}}', or {variable}_URL=memory://""",
         )
     return value

@@ -245,7 +245,7 @@ class Registry:
         """
         factory = self._import(info, info.factory)
         if not (isinstance(factory, type) and issubclass(factory, Backend)):
-            raise self._broken(info, f"{info.factory} is no subclass of Backend")
+            raise self._broken(info, f"{info.factory} is not a subclass of Backend")
         return factory
 
     def load_dev_server(self, info: BackendInfo) -> type[DevServer]:
@@ -264,7 +264,7 @@ class Registry:
             )
         server = self._import(info, info.dev_server)
         if not isinstance(server, type):
-            raise self._broken(info, f"{info.dev_server} is no class")
+            raise self._broken(info, f"{info.dev_server} is not a class")
         return cast("type[DevServer]", server)
 
     def raise_failures(self) -> None:

@@ -225,13 +225,15 @@ def test_what_nobody_knows_stays_an_error_after_a_change(tmp_path: Path) -> None
         tmp_path,
         PUBSUB_PROFILE="test",
     )
-    with pytest.raises(BadOption, match=r"bus\.main\.keepaliv is no option of memory"):
+    with pytest.raises(BadOption, match=r"bus\.main\.keepaliv is not an option of memory"):
         config.bus("main")
 
 
 def test_the_query_of_the_new_url_is_strict(file: Path) -> None:
     config = Config.load(file, environ={"PUBSUB_BUS_MAIN_URL": "memory://?keepalive=5"})
-    with pytest.raises(BadOption, match="keepalive= in PUBSUB_BUS_MAIN_URL is no option of memory"):
+    with pytest.raises(
+        BadOption, match="keepalive= in PUBSUB_BUS_MAIN_URL is not an option of memory"
+    ):
         config.bus("main")
 
 
@@ -300,8 +302,8 @@ def test_a_secret_is_fetched_when_its_bus_is_built(file: Path) -> None:
 @pytest.mark.parametrize(
     ("reference", "problem"),
     [
-        ('{env = "A", file = "b"}', r"a table with env, file is no reference"),
-        ("{}", "a table with no keys is no reference"),
+        ('{env = "A", file = "b"}', r"a table with env, file is not a reference"),
+        ("{}", "a table with no keys is not a reference"),
         (f'{{literal = "{CANARY}"}}', "no installed plugin resolves a secret of kind 'literal'"),
         ("5", "expected text or a reference"),
         (f'["{CANARY}"]', "expected text or a reference"),
@@ -364,7 +366,7 @@ def test_nothing_of_a_configuration_shows_its_secrets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "place", "suggestion"),
     [
-        ("[buss.main]\n", "[buss] is no table", "did you mean 'bus'?"),
+        ("[buss.main]\n", "[buss] is not a table", "did you mean 'bus'?"),
         ('[bus.main]\nurl = "acme://h"\nkepalive = 1\n', "bus.main.kepalive", "'keepalive'"),
         ('[bus.main]\nurl = "acme://h"\nofline = 1\n', "bus.main.ofline", "'offline'"),
         (
@@ -398,11 +400,11 @@ def test_an_unknown_key_is_refused_at_every_level(
 
 def test_an_unknown_key_in_the_environment_and_in_code(file: Path) -> None:
     environ = {"BROKER_PW": "x", "PUBSUB_BUS_MAIN_KEPALIVE": CANARY}
-    with pytest.raises(BadOption, match="PUBSUB_BUS_MAIN_KEPALIVE is no option") as caught:
+    with pytest.raises(BadOption, match="PUBSUB_BUS_MAIN_KEPALIVE is not an option") as caught:
         Config.load(file, environ=environ).bus("main")
     assert "did you mean 'keepalive'?" in str(caught.value)
     assert CANARY not in told(caught.value)
-    with pytest.raises(BadOption, match="argument kepalive is no option") as caught:
+    with pytest.raises(BadOption, match="argument kepalive is not an option") as caught:
         Config.load(file, environ={"BROKER_PW": "x"}).bus("main", {"kepalive": CANARY})
     assert CANARY not in told(caught.value)
 
@@ -419,7 +421,7 @@ def test_an_unknown_key_in_the_environment_and_in_code(file: Path) -> None:
         ("[bus.main]\nqos = 1\n", "bus.main.url is missing; write url ="),
         ("[bus.main]\nurl = 5\n", "bus.main.url: expected a URL"),
         ('[bus.main]\nurl = ""\n', "bus.main.url: expected a URL"),
-        ('[bus.main]\nurl = "broker"\n', "bus.main.url: this is no URL"),
+        ('[bus.main]\nurl = "broker"\n', "bus.main.url: this is not a URL"),
         ('[bus.main]\nurl = "acme://h:port"\n', "bus.main.url: the acme:// URL has a port"),
         ('[bus.main]\nurl = "acme://h"\nqos = 3\n', "bus.main.qos: expected a whole number from"),
     ],
@@ -488,9 +490,9 @@ def test_an_unknown_scheme_names_the_key_and_the_failed_plugins(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("memory://", "no inline table"),
-        (f'{{url = "{CANARY}"', "no inline table"),
-        ("[1]", "no inline table"),
+        ("memory://", "not an inline table"),
+        (f'{{url = "{CANARY}"', "not an inline table"),
+        ("[1]", "not an inline table"),
     ],
 )
 def test_a_bad_inline_table(file: Path, value: str, problem: str) -> None:

@@ -592,7 +592,7 @@ class TestConnecting:
             ("mqtt://127.0.0.1?keepalives=3", "keepalive"),
             ("mqtt://127.0.0.1?keepalive=soon", "keepalive"),
             ("mqtt://127.0.0.1:99999", "port"),
-            ("localhost", "no URL"),
+            ("localhost", "not a URL"),
         ],
     )
     async def test_a_bad_uri_is_an_error_that_says_so(self, uri: str | None, text: str) -> None:

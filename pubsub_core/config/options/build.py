@@ -89,8 +89,9 @@ def unknown_option(
     near = difflib.get_close_matches(key, names, 1, 0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
     owner = f" of {backend}" if backend else ""
+    article = "an" if what[0] in "aeiou" else "a"
     return BadOption(
-        f"{place} is no {what}{owner}",
+        f"{place} is not {article} {what}{owner}",
         option=place,
         hint=f"{hint}legal here: {', '.join(names)}" if names else "nothing can be given here",
         backend=backend,

@@ -53,7 +53,7 @@ def parse_url(url: str) -> tuple[Address, dict[str, str]]:
 def _parse_url(url: str) -> tuple[Address, dict[str, str]] | _Fault:
     found = _URL.fullmatch(url)
     if found is None:
-        return _Fault("this is no URL", "write SCHEME://HOST:PORT, for example mqtt://localhost")
+        return _Fault("this is not a URL", "write SCHEME://HOST:PORT, for example mqtt://localhost")
     scheme = found[1].lower()
     rest = found[2]
     label = f"the {scheme}:// URL"
@@ -108,7 +108,7 @@ def _parse_authority(scheme: str, label: str, authority: str, path: str) -> Addr
     port = None
     if port_text:
         if not (port_text.isascii() and port_text.isdigit() and len(port_text) <= 5):
-            return _Fault(f"{label} has a port that is no number")
+            return _Fault(f"{label} has a port that is not a number")
         port = int(port_text)
         if not 1 <= port <= 65535:
             return _Fault(f"{label} has port {port}", "a port is a number from 1 to 65535")

@@ -160,7 +160,7 @@ def test_an_unknown_key_gets_a_suggestion_and_the_legal_keys() -> None:
     with pytest.raises(BadOption) as caught:
         made(keepaliv=CANARY)
     text = str(caught.value)
-    assert "bus.main.keepaliv is no option of acme" in text
+    assert "bus.main.keepaliv is not an option of acme" in text
     assert "did you mean 'keepalive'?" in text
     assert "legal here: keepalive, ratio, clean" in text
     assert CANARY not in told(caught.value)
@@ -278,7 +278,7 @@ def test_a_key_of_neither_is_refused_with_both_lists() -> None:
     with pytest.raises(BadOption) as caught:
         split({"ofline": CANARY}, Options, backend="acme", where="bus.main")
     text = str(caught.value)
-    assert "bus.main.ofline is no option of acme; did you mean 'offline'?" in text
+    assert "bus.main.ofline is not an option of acme; did you mean 'offline'?" in text
     assert "keepalive" in text
     assert "buffer_bytes" in text
     assert CANARY not in told(caught.value)

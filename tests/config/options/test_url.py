@@ -77,13 +77,13 @@ def test_query() -> None:
 
 
 BAD_URLS = [
-    ("localhost", "no URL"),
-    ("mqtt:h", "no URL"),
-    ("://h", "no URL"),
-    ("", "no URL"),
-    (f"tom:{CANARY}@h", "no URL"),
+    ("localhost", "not a URL"),
+    ("mqtt:h", "not a URL"),
+    ("://h", "not a URL"),
+    ("", "not a URL"),
+    (f"tom:{CANARY}@h", "not a URL"),
     (f"mqtt://tom:{CANARY}@h:port", "@ after the first /"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@h:port", "port that is no number"),
+    (f"mqtt://tom:{quote(CANARY, safe='')}@h:port", "port that is not a number"),
     (f"mqtt://tom:{CANARY}", "port"),
     (f"mqtt://tom:12/{CANARY}@h", "@ after the first /"),
     (f"mqtt://tom:1?{CANARY}@h", "option 1 of the mqtt:// URL has no value"),
@@ -93,7 +93,7 @@ BAD_URLS = [
     (f"mqtt://tom:{CANARY} x@h", "space"),
     (f"mqtt://tom:{quote(CANARY, safe='')}@h:0", "port 0"),
     (f"mqtt://tom:{quote(CANARY, safe='')}@h:65536", "port 65536"),
-    (f"mqtt://tom:{quote(CANARY, safe='')}@h:99999999999999", "port that is no number"),
+    (f"mqtt://tom:{quote(CANARY, safe='')}@h:99999999999999", "port that is not a number"),
     (f"mqtt://tom:{quote(CANARY, safe='')}@:1883", "no host"),
     (f"mqtt://tom:{quote(CANARY, safe='')}@[::1", r"\["),
     (f"mqtt://tom:{quote(CANARY, safe='')}@[::1]x", r"\]"),

@@ -144,7 +144,7 @@ def test_every_key_ignores_case_and_no_other_is_passed_over(
     for spelt in (key.lower(), key.upper(), key.capitalize(), snake(key)):
         assert ServerConfig.load(written(tmp_path, renamed(FULL, path, spelt))) == whole
     for wrong in (key[0] + key[2:], snake(key) + "s_"):
-        with pytest.raises(BadOption, match="is no key") as caught:
+        with pytest.raises(BadOption, match="is not a key") as caught:
             ServerConfig.load(written(tmp_path, renamed(FULL, path, wrong)))
         assert caught.value.option == ".".join(("distributor", *path[:-1], wrong))
         if len(key) > 4:
