@@ -19,6 +19,7 @@ from .capabilities import (
 from .errors import (
     AuthenticationFailed,
     BadOption,
+    BadType,
     BusClosed,
     ConfigError,
     ConnectError,
@@ -81,6 +82,7 @@ __all__ = [
     "AuthorizationRequest",
     "Authorizer",
     "BadOption",
+    "BadType",
     "Bus",
     "BusClosed",
     "BusStats",

@@ -37,11 +37,13 @@ from .config.bus_options import BusOptions
 from .config.options import field_types, unknown_option
 from .errors import (
     BadOption,
+    BadType,
     BusClosed,
     ConfigError,
     HandlerFailed,
     NotConnected,
     NotSupported,
+    OperationTimeout,
     PubSubError,
     WrongLoop,
 )
@@ -67,7 +69,7 @@ from .middleware import (
 )
 from .plugins import registry
 from .stats import BusStats
-from .subscription import SubscribeOptions, Subscription
+from .subscription import SubscribeOptions, Subscription, check_number
 from .threads import in_thread
 from .topics import parse_filter, validate_topic
 
@@ -147,6 +149,11 @@ class Bus:
         config: Config | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(where, str):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
+            raise BadType(
+                f"connect() takes a URL or the name of a bus, not {where!r:.40}",
+                hint='write connect("mqtt://localhost")',
+            )
         self._where = where
         self._require = frozenset(map(_known_cap, require))
         self.clock: Clock = clock or SystemClock()
@@ -312,7 +319,7 @@ class Bus:
 
     def supports(self, cap: Cap) -> Support:
         """Return whether this broker can do *cap*, and why not; true when it can."""
-        return self.capabilities[Cap(cap)]
+        return self.capabilities[_known_cap(cap)]
 
     def native(self, cls: type[N]) -> N:
         """Return the backend's own client, which must be a *cls*.
@@ -320,6 +327,8 @@ class Bus:
         Raises:
             NotSupported: This bus has another backend.
         """
+        if not isinstance(cls, type):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
+            raise BadType(f"native({cls!r:.40})", hint="pass the class of the client")
         native = self._engine.backend.native
         if not isinstance(native, cls):
             raise NotSupported(
@@ -461,6 +470,9 @@ class Bus:
             parts=parts,
         )
         identity = member.id if isinstance(member, Member) else member
+        if not isinstance(identity, str):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
+            raise BadType(f"member={member!r:.40}", hint="pass a Member or its id", option="member")
+        check_number("timeout", timeout)
         backend = cast("HasUnicast", engine.backend)
         patience = engine.options.timeout if timeout is None else timeout
 
@@ -525,7 +537,9 @@ class Bus:
             engine.need(Cap.FLOW_CONTROL)
         handler = options.get("handler")
         if handler is not None and not callable(handler):
-            raise TypeError(f"handler={handler!r}; pass a function, async or plain")
+            raise BadType(
+                f"handler={handler!r}", hint="pass a function, async or plain", option="handler"
+            )
         codec = options.get("codec")
         return Subscriber(
             engine,
@@ -590,8 +604,10 @@ class Bus:
         self._engine.need(Cap.HISTORY)
         parsed = parse_filter(filter)
         decoder = self._engine.codecs.decoder(type, filter=parsed.filter, codec=codec)
+        for name, value in (("last", last), ("since", since), ("until", until)):
+            check_number(name, value)
         if last is not None and last < 0:
-            raise ValueError(f"last={last}; pass 0 or more, or None for all")
+            raise BadOption(f"last={last}", hint="pass 0 or more, or None for all", option="last")
         query = HistoryQuery(last=last, since=since, until=until)
 
         async def messages() -> AsyncIterator[Message[Any]]:
@@ -651,6 +667,7 @@ class Bus:
         """Return who is subscribed to *topic* now (capability ``presence``)."""
         self._check_usable()
         self._engine.need(Cap.PRESENCE)
+        validate_topic(topic)
         backend = cast("HasPresence", self._engine.backend)
         members = await self._engine.request(
             lambda: backend.members(topic), f"asking who is subscribed to {topic!r}"
@@ -710,9 +727,12 @@ class Bus:
         engine.need(Cap.AUTHORIZATION)
         parsed = parse_filter(filter)
         if not callable(handler):
-            raise TypeError(f"handler={handler!r}; pass a function, async or plain")
+            raise BadType(
+                f"handler={handler!r}", hint="pass a function, async or plain", option="handler"
+            )
+        check_number("timeout", timeout)
         if timeout is not None and timeout <= 0:
-            raise ValueError(f"timeout={timeout!r}; pass seconds above 0")
+            raise BadOption(f"timeout={timeout!r}", hint="pass seconds above 0", option="timeout")
         return Authorizer(
             Answerer(
                 engine,
@@ -766,13 +786,22 @@ class Bus:
         """Return when the status is one of *statuses*.
 
         Raises:
-            TimeoutError: It was not within *timeout* seconds.
+            OperationTimeout: It was not within *timeout* seconds.
             BusClosed: It never will be.
         """
-        async with asyncio.timeout(timeout), self.events() as events:
-            async for event in events:
-                if isinstance(event, StatusChanged) and event.status in statuses:
-                    return event.status
+        check_number("timeout", timeout)
+        try:
+            async with asyncio.timeout(timeout), self.events() as events:
+                async for event in events:
+                    if isinstance(event, StatusChanged) and event.status in statuses:
+                        return event.status
+        except TimeoutError as error:
+            if timeout is None:
+                raise
+            raise OperationTimeout(
+                f"bus {self.name!r} is {self.status} after {timeout:g} s",
+                hint=f"it was to be {' or '.join(statuses)}",
+            ) from error
         raise self._closed_error()
 
     async def ping(self) -> float:
@@ -904,8 +933,7 @@ def _known_cap(name: Cap | str) -> Cap:
         near = difflib.get_close_matches(str(name), list(Cap), 1)
         meant = f"did you mean {near[0]!s}? " if near else ""
         raise BadOption(
-            f"require names {name!r}, which is no capability",
-            option="require",
+            f"{name!r} is no capability",
             hint=f"{meant}known: {', '.join(Cap)}",
         ) from None
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import abc
 import difflib
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import msgspec
 
 from .errors import (
     BadOption,
+    BadType,
     ConfigError,
     DecodeFailed,
     EncodeFailed,
@@ -155,19 +157,31 @@ class TextCodec(_Builtin):
         raise TypeError("it gives str")
 
 
+def _dump_json(value: Any) -> Any:
+    return _dump_model(value, "json")
+
+
 class JsonCodec(_Builtin):
-    """JSON (RFC 8259) through msgspec: strict, so ``"1"`` is no number."""
+    """JSON (RFC 8259) through msgspec: strict, so ``"1"`` is no number.
+
+    NaN and the infinities are refused: JSON has no word for them, and msgspec writes ``null``,
+    which a receiver that expects a number cannot take.
+    """
 
     name = "json"
     content_type = "application/json"
 
     def __init__(self) -> None:
-        self._encode = msgspec.json.Encoder(
-            enc_hook=lambda value: _dump_model(value, "json")
-        ).encode
+        self._encode = msgspec.json.Encoder(enc_hook=_dump_json).encode
 
     def encode(self, value: Any) -> bytes:  # noqa: D102 - inherited
-        return self._encode(value)
+        data = self._encode(value)
+        # Looking for "null" first spares nearly every message the second pass.
+        if b"null" in data and _has_no_number(msgspec.to_builtins(value, enc_hook=_dump_json)):
+            raise OverflowError(
+                "JSON has no NaN and no Infinity; None or codec='msgpack' can say it"
+            )
+        return data
 
     def decoder(self, type: Any) -> Callable[[bytes], Any]:  # noqa: D102 - inherited
         if _holds_model(type):
@@ -338,6 +352,12 @@ class CodecSet:
 
     def _get(self, codec: str | Codec, option: str = "codec") -> Codec:
         if not isinstance(codec, str):
+            if not callable(getattr(codec, "encode", None)) or not callable(
+                getattr(codec, "decode", None)
+            ):
+                raise BadType(
+                    f"codec={codec!r:.40}", hint="pass a codec or its name", option=option
+                )
             return codec
         found = self._codecs.get(codec)
         if found is not None:
@@ -538,6 +558,21 @@ def _dump_model(value: Any, mode: str) -> Any:
     if _is_model(type(value)):
         return value.model_dump(mode=mode, by_alias=True)
     raise TypeError(f"no encoder for {type(value).__qualname__}")
+
+
+def _has_no_number(value: Any) -> bool:
+    """Whether a float in *value* is NaN or infinite; a loop, since values may be deep."""
+    waiting: list[Any] = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, float):
+            if not math.isfinite(each):
+                return True
+        elif isinstance(each, dict):
+            waiting.extend(each.values())
+        elif isinstance(each, (list, tuple)):
+            waiting.extend(each)
+    return False
 
 
 def _validate_json(type: Any, value: Any) -> Any:

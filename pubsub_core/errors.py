@@ -4,7 +4,8 @@
     ├─ ConfigError                   the program or its configuration is wrong
     │  ├─ UnknownBackend             no installed backend answers to that scheme
     │  ├─ MissingDependency          the backend is here, its client library is not
-    │  ├─ BadOption                  an option is unknown or has a bad value
+    │  ├─ BadOption                  an option is unknown or has a bad value; a ValueError
+    │  │  └─ BadType                 its value is of the wrong type; a TypeError as well
     │  └─ PluginError                a plugin failed to load
     ├─ ConnectError                  no session with the broker
     │  ├─ ConnectTimeout
@@ -46,6 +47,7 @@ from typing import ClassVar
 __all__ = [
     "AuthenticationFailed",
     "BadOption",
+    "BadType",
     "BusClosed",
     "ConfigError",
     "ConnectError",
@@ -149,8 +151,8 @@ class MissingDependency(ConfigError):
     code = "missing_dependency"
 
 
-class BadOption(ConfigError):
-    """An option is unknown or its value does not fit.
+class BadOption(ConfigError, ValueError):
+    """An option or argument is unknown, or its value does not fit.
 
     Attributes:
         option: Where the option stands, e.g. ``bus.main.keepalive`` or ``?keepalive=``.
@@ -163,6 +165,12 @@ class BadOption(ConfigError):
     ) -> None:
         super().__init__(message, hint=hint, backend=backend)
         self.option = option
+
+
+class BadType(BadOption, TypeError):
+    """A value of another type was expected."""
+
+    code = "bad_type"
 
 
 class PluginError(ConfigError):

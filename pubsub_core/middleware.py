@@ -25,7 +25,16 @@ import msgspec
 
 from .capabilities import Cap
 from .clock import Clock, SystemClock
-from .errors import HandlerFailed, Outcome, PublishTimeout, PubSubError, RateLimited
+from .errors import (
+    BadOption,
+    BadType,
+    HandlerFailed,
+    OperationTimeout,
+    Outcome,
+    PublishTimeout,
+    PubSubError,
+    RateLimited,
+)
 from .message import NO_HEADERS, Headers, Message, Verdict
 from .topics import validate_topic
 
@@ -93,7 +102,7 @@ class Context:
         """
         message = self.message
         if message is None:
-            raise ValueError(f"a publish to {self.topic!r} has no received message")
+            raise BadOption(f"a publish to {self.topic!r} has no received message")
         headers = _merged(message.headers, self.headers)
         if headers is not message.headers:
             frame = msgspec.structs.replace(message.frame, headers=headers)
@@ -196,14 +205,20 @@ class Retry:
         dead_letter: str | None = None,
     ) -> None:
         if attempts < 1:
-            raise ValueError(f"attempts={attempts}; the first call is one, so pass 1 or more")
+            raise BadOption(
+                f"attempts={attempts}",
+                hint="the first call is one, so pass 1 or more",
+                option="attempts",
+            )
         if backoff < 0 or maximum < 0 or factor < 1:
-            raise ValueError("backoff and maximum are seconds from 0, factor is 1 or more")
+            raise BadOption("backoff and maximum are seconds from 0, factor is 1 or more")
         classes = retry_on if isinstance(retry_on, tuple) else (retry_on,)
         for each in cast("tuple[type[BaseException], ...]", classes):
             if not issubclass(each, Exception):
                 # Retrying CancelledError would swallow cancellation.
-                raise TypeError(f"retry_on has {each.__qualname__}; pass subclasses of Exception")
+                raise BadType(
+                    f"retry_on has {each.__qualname__}", hint="pass subclasses of Exception"
+                )
         if dead_letter is not None:
             validate_topic(dead_letter)
         self.attempts = attempts
@@ -337,7 +352,7 @@ class Dedupe:
         maximum: int = 10_000,
     ) -> None:
         if window <= 0 or maximum < 1:
-            raise ValueError("window is seconds above 0, maximum is 1 or more")
+            raise BadOption("window is seconds above 0, maximum is 1 or more")
         self.window = window
         self.maximum = maximum
         self.dropped = 0
@@ -423,7 +438,7 @@ class Timeout:
 
     def __init__(self, seconds: float = 30.0) -> None:
         if seconds <= 0:
-            raise ValueError(f"seconds={seconds}; pass a number above 0")
+            raise BadOption(f"seconds={seconds}", hint="pass a number above 0", option="seconds")
         self.seconds = seconds
 
     async def __call__(self, context: Context, call_next: CallNext) -> Any:  # noqa: D102 - a Middleware
@@ -447,8 +462,9 @@ class Timeout:
                     outcome=Outcome.UNKNOWN,
                     topic=context.topic,
                 ) from exc
-            raise TimeoutError(
-                f"handling {context.topic!r} took longer than {self.seconds:g} s"
+            raise OperationTimeout(
+                f"handling {context.topic!r} took longer than {self.seconds:g} s",
+                topic=context.topic,
             ) from exc
         finally:
             if timer is not None:

@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypedDict, TypeVa
 
 from .config.bus_options import OverflowPolicy
 from .config.options import unknown_option
+from .errors import BadType
 from .interfaces import HistoryQuery
 from .message import Message
 
@@ -20,6 +21,7 @@ __all__ = [
     "Subscription",
     "SubscriptionStats",
     "check_names",
+    "check_number",
 ]
 
 T = TypeVar("T")
@@ -84,6 +86,16 @@ def check_names(options: Mapping[str, Any], known: type[HandlerOptions], call: s
     for name in options:
         if name not in known.__annotations__:
             raise unknown_option(name, known.__annotations__, place=f"{call}({name}=)")
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse what a type checker would: neither a number nor None.
+
+    Raises:
+        BadType: It is something else.
+    """
+    if value is not None and not isinstance(value, (int, float)):
+        raise BadType(f"{name}={value!r:.40}", hint="pass a number, or None", option=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +230,7 @@ class Subscription(Generic[T]):
         """Return the next message, waiting at most *timeout* seconds.
 
         Raises:
-            TimeoutError: Nothing came in time; nothing is lost.
+            OperationTimeout: Nothing came in time; nothing is lost.
             BusClosed: The subscription has ended.
         """
         return await self._subscriber.get(timeout)

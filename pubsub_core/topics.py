@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import Final
 
 from .capabilities import Limits
-from .errors import InvalidFilter, InvalidTopic
+from .errors import BadOption, BadType, InvalidFilter, InvalidTopic
 from .keyed import BoundedCache
 
 __all__ = [
@@ -254,7 +254,7 @@ class TopicFilter:
         try:
             found = {name: levels[index] for name, index in self._single}
         except IndexError:
-            raise ValueError(f"{_shown(topic)} does not match {_shown(self.text)}") from None
+            raise BadOption(f"{_shown(topic)} does not match {_shown(self.text)}") from None
         if self._path is not None:
             name, index = self._path
             found[name] = "/".join(levels[index:])
@@ -545,7 +545,7 @@ def _check_text(text: str, error: type[InvalidTopic]) -> None:
 
 def _require_str(text: object, kind: str) -> None:
     if not isinstance(text, str):
-        raise TypeError(f"a {kind} is a str, not {type(text).__name__}; decode it as UTF-8")
+        raise BadType(f"a {kind} is a str, not {type(text).__name__}", hint="decode it as UTF-8")
 
 
 def _error(

@@ -19,6 +19,7 @@ from collections.abc import Hashable
 from threading import RLock
 from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar, get_args
 
+from .errors import BadOption
 from .keyed import BoundedCache
 from .topics import check_wildcards
 
@@ -102,9 +103,11 @@ class HandlerTrie(Generic[V]):
 
     def __init__(self, rule: Rule = "mqtt", *, cache_size: int = 4096) -> None:
         if rule not in get_args(Rule):
-            raise ValueError(f"no matching rule {rule!r}; use one of {', '.join(get_args(Rule))}")
+            raise BadOption(
+                f"no matching rule {rule!r}", hint=f"use one of {', '.join(get_args(Rule))}"
+            )
         if cache_size < 0:
-            raise ValueError(f"cache_size is {cache_size}; use 0 to keep no results")
+            raise BadOption(f"cache_size is {cache_size}", hint="use 0 to keep no results")
         self._rule: Rule = rule
         self._cache_size = cache_size
         self._is_emitter = rule.startswith("emitter")

@@ -14,6 +14,7 @@ import pytest
 
 from pubsub_core import (
     BadOption,
+    Bus,
     BusClosed,
     Cap,
     ConfigError,
@@ -31,6 +32,7 @@ from pubsub_core import (
     PayloadTooLarge,
     PublishFailed,
     PublishTimeout,
+    PubSubError,
     RateLimited,
     Receipt,
     Status,
@@ -746,7 +748,7 @@ async def test_what_a_subscription_cannot_be_is_named(
 
 
 def test_a_required_capability_that_does_not_exist_is_named() -> None:
-    with pytest.raises(BadOption, match=r"'histroy', which is no capability.*'?history'?"):
+    with pytest.raises(BadOption, match=r"'histroy' is no capability.*'?history'?"):
         connect("memory://", require={"histroy"})  # type: ignore[arg-type]  # what is tested
 
 
@@ -838,3 +840,74 @@ def _in(topic: str, payload: bytes) -> Any:
     from pubsub_core.message import InFrame
 
     return InFrame(topic=topic, payload=payload)
+
+
+# --- bad arguments ------------------------------------------------------------------------
+
+_Call = Callable[[Bus, Any], Any]
+
+_ARGUMENTS: dict[str, _Call] = {
+    "publish topic": lambda bus, bad: bus.publish(bad, b""),
+    "publish qos": lambda bus, bad: bus.publish("a", b"", qos=bad),
+    "publish ttl": lambda bus, bad: bus.publish("a", b"", ttl=bad),
+    "publish headers": lambda bus, bad: bus.publish("a", b"", headers=bad),
+    "publish content_type": lambda bus, bad: bus.publish("a", b"", content_type=bad),
+    "publish confirm": lambda bus, bad: bus.publish("a", b"", confirm=bad),
+    "publish codec": lambda bus, bad: bus.publish("a", 1, codec=bad),
+    "send_to member": lambda bus, bad: bus.send_to(bad, "a", b""),
+    "history last": lambda bus, bad: anext(bus.history("a", last=bad)),
+    "history since": lambda bus, bad: anext(bus.history("a", since=bad)),
+    "history until": lambda bus, bad: anext(bus.history("a", until=bad)),
+    "last topic": lambda bus, bad: bus.last(bad),
+    "members topic": lambda bus, bad: bus.members(bad),
+    "wait_for timeout": lambda bus, bad: bus.wait_for(Status.CLOSED, timeout=bad),
+    "subscribe filter": lambda bus, bad: bus.subscribe(bad).__aenter__(),
+    "presence topic": lambda bus, bad: bus.presence(bad).__aenter__(),
+    "notifications filter": lambda bus, bad: bus.notifications(bad).__aenter__(),
+    **{
+        f"subscribe {name}": lambda bus, bad, name=name: (  # type: ignore[misc]  # bound early
+            bus.subscribe("a", **{name: bad}).__aenter__()
+        )
+        for name in (
+            *("ack", "buffer", "buffer_bytes", "codec", "dead_letter", "group", "handler"),
+            *("on_decode_error", "overflow", "qos", "replay"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("call", _ARGUMENTS.values(), ids=_ARGUMENTS)
+async def test_a_bad_argument_is_a_pubsub_error(call: _Call, lab: str) -> None:
+    async with connect(lab) as bus:
+        for bad in (["a"], object(), b"\xff", {"a": 1}):
+            with pytest.raises(PubSubError) as caught:
+                await call(bus, bad)
+            assert not isinstance(caught.value, NotConnected)
+        assert (await bus.publish("a", b"x")).topic == "a"
+
+
+@pytest.mark.parametrize("bad", [None, 7, ["mqtt://localhost"]])
+def test_connect_takes_a_url_or_a_name(bad: Any) -> None:
+    with pytest.raises(TypeError, match="URL or the name of a bus") as caught:
+        connect(bad)
+    assert isinstance(caught.value, BadOption)
+
+
+async def test_a_wait_that_ends_is_an_error_of_the_tree(lab: str) -> None:
+    async with connect(lab) as bus, bus.subscribe("a") as messages:
+        with pytest.raises(OperationTimeout, match=r"no message of 'a' within 0\.01 s"):
+            await messages.get(timeout=0.01)
+        with pytest.raises(OperationTimeout, match="is online after"):
+            await bus.wait_for(Status.CLOSED, timeout=0.01)
+
+
+async def test_iterating_without_entering_says_how_to_enter(lab: str) -> None:
+    async with connect(lab) as bus:
+        messages = bus.subscribe("a", int)
+        for _ in range(2):
+            with pytest.raises(NotConnected, match=r"async with bus\.subscribe") as caught:
+                await anext(messages)
+            assert caught.value.retryable is False
+        async with messages:
+            await bus.publish("a", 1)
+            assert (await anext(messages)).payload == 1

@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 import enum
 import json
+import math
 import re
 import subprocess
 import sys
@@ -499,3 +500,23 @@ def test_the_examples_of_the_documentation_run() -> None:
     for example in examples:
         code = compile(example, "docs/payloads.md", "exec", dont_inherit=True)
         exec(code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_json_has_no_word_for_a_number_that_is_none(number: float) -> None:
+    codecs = CodecSet("json", [])
+    for value in (number, [1.0, {"a": (number,)}], {"a": None, "b": [number]}):
+        with pytest.raises(EncodeFailed, match="no NaN and no Infinity") as caught:
+            codecs.encode(value, topic="a")
+        assert "msgpack" in str(caught.value)
+    data, _ = codecs.encode({"null": "null", "a": None}, topic="a")
+    assert data == b'{"null":"null","a":null}'
+    data, _ = codecs.encode(number, topic="a", codec="msgpack")
+    assert data
+
+
+def test_something_that_is_no_codec_is_refused() -> None:
+    codecs = CodecSet("json", [])
+    for wrong in (object(), b"json", ["json"]):
+        with pytest.raises(TypeError, match="pass a codec or its name"):
+            codecs.encode(1, topic="a", codec=wrong)  # type: ignore[arg-type]  # on purpose

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar, get_args
 
 from pubsub_core.config.bus_options import BusOptions, OverflowPolicy
-from pubsub_core.errors import PubSubError, SubscriptionOverflow
+from pubsub_core.errors import BadOption, BadType, PubSubError, SubscriptionOverflow
 from pubsub_core.events import Gap, GapReason
 from pubsub_core.interfaces import HistoryQuery
 from pubsub_core.message import InFrame, Verdict
@@ -96,36 +96,56 @@ class SubscriptionSettings:
         """Check the values.
 
         Raises:
-            ValueError: One of them makes no sense.
+            BadOption: One of them makes no sense.
             InvalidTopic: The dead-letter topic is none.
         """
+        for name in ("buffer", "buffer_bytes", "qos"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise BadType(f"{name}={value!r}", hint="pass an int", option=name)
         if self.buffer < 1 or self.buffer_bytes < 1:
-            raise ValueError("buffer and buffer_bytes are 1 or more; a queue is never unbounded")
+            raise BadOption(
+                f"buffer={self.buffer}, buffer_bytes={self.buffer_bytes}",
+                hint="pass 1 or more; a queue is never unbounded",
+                option="buffer",
+            )
         _check_word("overflow", self.overflow, OverflowPolicy)
         _check_word("ack", self.ack, Literal["auto", "manual"])
         _check_word("on_decode_error", self.on_decode_error, DecodePolicy)
         group = self.group
+        if group is not None and not isinstance(group, str):
+            raise BadType(f"group={group!r}", hint="pass a str", option="group")
         if group is not None and (not group or any(each in group for each in "/+#\0")):
-            raise ValueError(f"group={group!r}; pass a name without / + # and NUL")
+            raise BadOption(
+                f"group={group!r}", hint="pass a name without / + # and NUL", option="group"
+            )
         if self.qos not in (0, 1, 2):
-            raise ValueError(f"qos={self.qos!r}; pass 0, 1 or 2")
+            raise BadOption(f"qos={self.qos!r}", hint="pass 0, 1 or 2", option="qos")
         if self.replay is not None and self.replay.last is not None and self.replay.last < 0:
-            raise ValueError(f"replay={self.replay.last}; pass 0 or more")
+            raise BadOption(f"replay={self.replay.last}", hint="pass 0 or more", option="replay")
         if self.dead_letter is not None:
             validate_topic(self.dead_letter)
         elif self.on_decode_error == "dead_letter":
-            raise ValueError("on_decode_error='dead_letter' needs dead_letter='a/topic'")
+            raise BadOption(
+                "on_decode_error='dead_letter' needs dead_letter='a/topic'",
+                option="on_decode_error",
+            )
 
     @classmethod
     def of(cls, given: SubscribeOptions, defaults: BusOptions) -> Self:
         """Return *given*, with the bus's *defaults* where it says nothing.
 
         Raises:
-            BadOption: It has an option that there is not.
-            ValueError: A value makes no sense.
+            BadOption: It has an option that there is not, or a value that makes no sense.
         """
         check_names(given, SubscribeOptions, "subscribe")
         replay = given.get("replay")
+        if replay is not None and not isinstance(replay, (int, HistoryQuery)):
+            raise BadType(
+                f"replay={replay!r}",
+                hint="pass a number of messages, or a HistoryQuery",
+                option="replay",
+            )
         return cls(
             buffer=_or(given.get("buffer"), defaults.buffer),
             buffer_bytes=_or(given.get("buffer_bytes"), defaults.buffer_bytes),
@@ -147,7 +167,7 @@ def _or(given: T | None, default: T) -> T:
 def _check_word(name: str, value: str, words: Any) -> None:
     known = get_args(words)
     if value not in known:
-        raise ValueError(f"{name}={value!r}; pass one of {', '.join(known)}")
+        raise BadOption(f"{name}={value!r}", hint=f"pass one of {', '.join(known)}", option=name)
 
 
 class Buffer:
@@ -446,9 +466,9 @@ class Buffer:
     def _lose(self, frame: InFrame, settlement: Settlement | None) -> None:
         """Drop a message that the program did not ask to lose."""
         self._drop(frame, settlement)
+        self._was_full = True
         if not self._lost:
             self._lost_since = self._now()
-            self._was_full = True
         self._lost += 1
         # A clock is read a thousand times less often than messages may be dropped.
         if self._lost & 0x3FF == 0 and self._now() - self._lost_since >= _EPISODE:
@@ -469,6 +489,7 @@ class Buffer:
 
     def _drop_oldest(self) -> None:
         before: list[Gap] = []
+        self._was_full = False  # taking one out to drop it is no relief
         while isinstance(item := self.pop(), Gap):
             before.append(item)
         self._lose(*item)

@@ -18,12 +18,19 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from pubsub_core.clock import Clock
-from pubsub_core.errors import BusClosed, DecodeFailed, HandlerFailed, PubSubError
+from pubsub_core.errors import (
+    BusClosed,
+    DecodeFailed,
+    HandlerFailed,
+    NotConnected,
+    OperationTimeout,
+    PubSubError,
+)
 from pubsub_core.events import Gap, Notice
 from pubsub_core.message import InFrame, Message, Verdict
 from pubsub_core.middleware import CallNext, Context, Direction
 from pubsub_core.stats import BusStats
-from pubsub_core.subscription import Handler, Subscription, SubscriptionStats
+from pubsub_core.subscription import Handler, Subscription, SubscriptionStats, check_number
 from pubsub_core.threads import HandlerThread, is_async
 from pubsub_core.topics import TopicFilter
 
@@ -260,6 +267,14 @@ class Subscriber:
         Raises:
             StopAsyncIteration: There will be none.
         """
+        if not self._started and self.buffer.open:
+            raise NotConnected(
+                f"the subscription to {self.filter!r} was not entered, so nothing would come",
+                hint="write `async with bus.subscribe(...) as messages`, or `messages = await "
+                "bus.subscribe(...)`, before `async for`",
+                topic=self.filter,
+                retryable=False,
+            )
         # Asking for the next message says that the last one is handled.
         if self._current is not None:
             self._current.finish(_ACK)
@@ -303,6 +318,7 @@ class Subscriber:
 
     async def get(self, timeout: float | None) -> Message[Any]:
         """Return the next message; see `Subscription.get`."""
+        check_number("timeout", timeout)
         try:
             async with asyncio.timeout(timeout):
                 return await self.next()
@@ -311,7 +327,11 @@ class Subscriber:
         except TimeoutError as error:
             if isinstance(error, PubSubError) or timeout is None:
                 raise
-            raise TimeoutError(f"no message of {self.filter!r} within {timeout:g} s") from None
+            raise OperationTimeout(
+                f"no message of {self.filter!r} within {timeout:g} s",
+                hint="nothing is lost; ask again, or wait longer",
+                topic=self.filter,
+            ) from None
 
     # --- what the bus calls ----------------------------------------------------------------
 
@@ -410,7 +430,8 @@ class Subscriber:
             f"faster, raise buffer= ({settings.buffer} messages) or buffer_bytes= "
             f"({settings.buffer_bytes}), or choose another overflow policy"
         )
-        logger.warning("%s", text)
+        # A consumer that asked for gaps finds each one in its stream.
+        logger.log(logging.INFO if settings.gaps else logging.WARNING, "%s", text)
         self._host.notice(Notice("overflow", text, topic=self.filter))
 
     def _context(self, message: Message[Any]) -> Context:

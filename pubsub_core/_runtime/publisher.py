@@ -16,6 +16,8 @@ from pubsub_core.clock import Clock
 from pubsub_core.codecs import CodecSet
 from pubsub_core.config.bus_options import BusOptions
 from pubsub_core.errors import (
+    BadOption,
+    BadType,
     NotConnected,
     NotSupported,
     Outcome,
@@ -30,6 +32,7 @@ from pubsub_core.interfaces import Backend
 from pubsub_core.message import NO_HEADERS, Headers, OutFrame, Part, Receipt
 from pubsub_core.pacing import RateGuard
 from pubsub_core.stats import BusStats
+from pubsub_core.subscription import check_number
 from pubsub_core.topics import check_limits, validate_topic
 
 from .deadlines import Deadlines
@@ -43,17 +46,19 @@ def checked_headers(given: Mapping[str, str] | Iterable[tuple[str, str]]) -> Hea
     """Return *given* as headers; a value never appears in an error.
 
     Raises:
-        TypeError: It is something else, or a name or a value is no text.
+        BadType: It is something else, or a name or a value is no text.
     """
     try:
         headers = Headers(given)
     except (TypeError, ValueError):
-        raise TypeError("headers= takes a mapping, or pairs, of names and values") from None
+        raise BadType(
+            "headers= takes a mapping, or pairs, of names and values", option="headers"
+        ) from None
     for name, value in headers.pairs:
         for each in (name, value):
             if not isinstance(each, str):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
-                raise TypeError(
-                    f"header {name!r} has a {type(each).__name__}; names and values are str"
+                raise BadType(
+                    f"header {name!r} has a {type(each).__name__}", hint="names and values are str"
                 )
     return headers
 
@@ -180,8 +185,10 @@ class Publisher:
                     )
             if content_type is not None:
                 if not isinstance(content_type, str):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
-                    raise TypeError(
-                        f"content_type={content_type!r}; pass a str such as 'image/png'"
+                    raise BadType(
+                        f"content_type={content_type!r}",
+                        hint="pass a str such as 'image/png'",
+                        option="content_type",
                     )
                 self._need(Cap.CONTENT_TYPE)
             elif encoded_type is not None and self.capabilities[Cap.CONTENT_TYPE]:
@@ -194,14 +201,18 @@ class Publisher:
                 except TypeError:
                     usable = False
                 if not usable:
-                    raise ValueError(f"ttl={ttl!r}; pass seconds above 0, or None to keep it")
+                    raise BadOption(
+                        f"ttl={ttl!r}",
+                        hint="pass seconds above 0, or None to keep it",
+                        option="ttl",
+                    )
                 self._need(Cap.TTL)
             if retain:
                 self._need(Cap.RETAINED)
             if qos is None:
                 qos = self._options.qos
             elif qos not in (0, 1, 2):
-                raise ValueError(f"qos={qos!r}; pass 0, 1 or 2")
+                raise BadOption(f"qos={qos!r}", hint="pass 0, 1 or 2", option="qos")
             return OutFrame(
                 topic=topic,
                 payload=data,
@@ -319,6 +330,8 @@ class Publisher:
     ) -> Receipt | None:
         """Send *out* when that is possible; None when the offline policy dropped it."""
         # One timer does for all that have the usual time.
+        if timeout is not None:
+            check_number("timeout", timeout)
         deadlines = self._deadlines if timeout is None else Deadlines(timeout)
         waiting: Waiting | None = None
         sent = False
@@ -428,7 +441,9 @@ class Publisher:
             confirm = ConfirmedBy(given)
         except ValueError:
             known = ", ".join(ConfirmedBy)
-            raise ValueError(f"confirm={given!r}; pass one of {known}") from None
+            raise BadOption(
+                f"confirm={given!r}", hint=f"pass one of {known}", option="confirm"
+            ) from None
         guarantees: Guarantees = self._backend.guarantees
         if confirm is ConfirmedBy.BROKER and (
             guarantees.confirmed_by is not ConfirmedBy.BROKER or qos == 0

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeAlias, cast
 
 from pubsub_core.authorization import AuthorizationHandler, AuthorizerStats
-from pubsub_core.errors import HandlerFailed, NotConnected, PubSubError
+from pubsub_core.errors import BadType, HandlerFailed, NotConnected, PubSubError
 from pubsub_core.events import Notice
 from pubsub_core.interfaces import (
     AuthorizationRequest,
@@ -51,7 +51,7 @@ def entitlements_of(given: Any) -> Entitlements | None:
             held: frozenset[Any] = frozenset(given)
             if all(isinstance(each, int) and not isinstance(each, bool) for each in held):
                 return held
-    raise TypeError("entitlements are a set of int, EVERYTHING, or None for no right at all")
+    raise BadType("entitlements are a set of int, EVERYTHING, or None for no right at all")
 
 
 class AnswererHost(Protocol):

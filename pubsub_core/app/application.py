@@ -10,7 +10,7 @@ from typing import Any, TypeVar, Unpack
 
 from pubsub_core.bus import Bus
 from pubsub_core.config import Config
-from pubsub_core.errors import ConfigError, WrongLoop
+from pubsub_core.errors import BadType, ConfigError, WrongLoop
 from pubsub_core.middleware import Middleware
 from pubsub_core.subscription import HandlerOptions, check_names
 from pubsub_core.topics import parse_filter
@@ -67,7 +67,7 @@ class App:
         """
         check_names(options, HandlerOptions, "on")
         if not isinstance(filter, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError('@app.on takes a topic filter: write @app.on("lab/+/temp")')
+            raise BadType('@app.on takes a topic filter: write @app.on("lab/+/temp")')
         parsed = parse_filter(filter)
 
         def declare(function: F) -> F:
@@ -99,7 +99,7 @@ class App:
             ConfigError: Nothing fits a parameter of the function.
         """
         if not isinstance(filter, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError('@app.authorizer takes a topic filter: write @app.authorizer("LSE/#")')
+            raise BadType('@app.authorizer takes a topic filter: write @app.authorizer("LSE/#")')
         parsed = parse_filter(filter)
 
         def declare(function: F) -> F:

@@ -96,6 +96,15 @@ def test_latest_with_more_topics_than_room_drops_the_oldest() -> None:
     assert drain(buffer) == ["x", "y", "z"]
 
 
+def test_dropping_the_oldest_again_and_again_is_one_episode() -> None:
+    flow = Flow()
+    buffer = buffer_of(flow, buffer=2)
+    fill(buffer, "abcde")
+    assert flow.told == []
+    drain(buffer)
+    assert flow.told == [(3, 0.0)]
+
+
 async def test_error_ends_after_what_waits_was_taken() -> None:
     buffer = buffer_of(overflow="error")
     fill(buffer, "abcd")
