@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import sys
 import threading
@@ -11,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TextIO
 
 import msgspec
 import typer
@@ -145,7 +146,7 @@ def _payload(payload: str | None, file: Path | None) -> bytes:
     if file is None:
         return os.fsencode(payload or "")
     try:
-        return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        return _stdin().buffer.read() if str(file) == "-" else file.read_bytes()
     except OSError as exc:
         raise typer.BadParameter(f"{file}: {exc.strerror}", param_hint="--file") from exc
 
@@ -289,24 +290,29 @@ async def _stdin_lines(limit: int | None) -> AsyncIterator[list[bytes]]:
     A thread reads, so that a silent terminal does not stop the keepalives; a bound holds a
     fast writer back. It is a daemon and reads the descriptor itself: a thread blocked in
     a buffered stream would abort the interpreter after a Ctrl-C.
+
+    Raises:
+        BadOption: It cannot be read; lines before that were yielded.
     """
     loop = asyncio.get_running_loop()
-    waiting: deque[bytes | None] = deque()
+    waiting: deque[bytes | OSError | ValueError | None] = deque()
     room = threading.Semaphore(_LINES)
     there = asyncio.Event()
 
-    def hand_over(line: bytes | None) -> None:
+    def hand_over(line: bytes | OSError | ValueError | None) -> None:
         waiting.append(line)
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(there.set)
 
     def read() -> None:
+        end: OSError | ValueError | None = None
         try:
             for line in _raw_lines():
                 room.acquire()
                 hand_over(line)
-        finally:
-            hand_over(None)
+        except (OSError, ValueError) as exc:  # ValueError: closed while we read
+            end = exc
+        hand_over(end)
 
     threading.Thread(target=read, name="pubsub-input", daemon=True).start()
     taken = 0
@@ -314,26 +320,35 @@ async def _stdin_lines(limit: int | None) -> AsyncIterator[list[bytes]]:
         await there.wait()
         there.clear()
         lines: list[bytes] = []
+        end: OSError | ValueError | None = None
         ended = False
         while waiting and not ended and (limit is None or taken < limit):
             line = waiting.popleft()
-            if line is None:
-                ended = True
-            else:
+            if isinstance(line, bytes):
                 room.release()
                 lines.append(line)
                 taken += 1
+            else:
+                ended, end = True, line
         if lines:
             yield lines
+        if end is not None:
+            # An end of the input would look like success.
+            raise BadOption(
+                f"standard input cannot be read: {getattr(end, 'strerror', None) or end}",
+                option="-",
+                hint="give it a pipe or a file, or a payload instead of -",
+            ) from end
         if ended:
             return
 
 
 def _raw_lines() -> Iterator[bytes]:
+    stdin = _stdin()
     try:
-        descriptor = sys.stdin.fileno()
-    except (OSError, ValueError, AttributeError):
-        yield from (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
+        descriptor = stdin.fileno()
+    except (OSError, ValueError):  # not a real file: a test's
+        yield from (line.rstrip(b"\r\n") for line in stdin.buffer)
         return
     rest = b""
     while data := os.read(descriptor, _READ):
@@ -341,3 +356,11 @@ def _raw_lines() -> Iterator[bytes]:
         yield from (line.removesuffix(b"\r") for line in lines)
     if rest:
         yield rest.removesuffix(b"\r")
+
+
+def _stdin() -> TextIO:
+    # None where the program was started with descriptor 0 closed.
+    stdin: TextIO | None = sys.stdin
+    if stdin is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return stdin

@@ -262,6 +262,26 @@ def test_lines_before_a_bad_one_are_sent(
     assert [receiver.line(), receiver.line()] == [b"1\n", b"null\n"]
 
 
+@pytest.mark.parametrize("redirection", ["<&-", "0>written"])
+@pytest.mark.parametrize("source", ["-", "--file -"])
+def test_standard_input_that_cannot_be_read_is_an_error(
+    source: str, redirection: str, tmp_path: Path
+) -> None:
+    command = f'"$0" -m pubsub_core.cli pub memory:// a {source} {redirection}'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable],
+        capture_output=True,
+        timeout=DEADLINE,
+        check=False,
+        cwd=tmp_path,
+        env=clean_environment(),
+    )
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert b"Bad file descriptor" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_subscription_cleanly(
     spawn: Spawn, url: str, unique: Unique, number: signal.Signals
