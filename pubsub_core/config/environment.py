@@ -47,11 +47,13 @@ def sort_variables(environ: Mapping[str, str], named: Iterable[str]) -> Variable
         if variable.startswith(PREFIX) and len(variable) > len(PREFIX)
     }
     forms = {variable_form(name): name for name in reversed([*named])}
-    for suffix, value in rest.items():
+    for suffix in rest:
         base = suffix.removesuffix("_URL")
         if base != suffix and base:
             forms.setdefault(base, base.lower())
-        elif value.lstrip().startswith("{") and not _owner(suffix, forms):
+    # Once every URL is known: a table may be the value of one key, such as a password's reference.
+    for suffix, value in rest.items():
+        if value.lstrip().startswith("{") and suffix not in forms and not _owner(suffix, forms):
             forms.setdefault(suffix, suffix.lower())
     made = Variables()
     for suffix, value in rest.items():
