@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -179,3 +181,18 @@ async def test_without_a_majority_publishes_end_and_core_mode_goes_on(
         history = [int(m.payload) async for m in bus.history("a", last=10)]
         assert history[0] == 1
         assert history[-1] == 3
+
+
+async def test_a_node_that_says_goodbye_costs_nothing(cluster: NatsServer) -> None:
+    async with at(cluster, 0, offline="buffer") as bus, at(cluster, 1) as reader:
+        async with reader.subscribe("a", buffer=10_000) as messages:
+            await bus.publish("a", b"0")
+            pid = cluster.pids[0]
+            assert pid is not None
+            os.kill(pid, signal.SIGUSR2)
+            sent = 1
+            while bus.stats.sessions < 2:
+                await bus.publish("a", b"%d" % sent)
+                sent += 1
+            got = [int((await messages.get(timeout=20)).payload) for _ in range(sent)]
+            assert got == list(range(sent))

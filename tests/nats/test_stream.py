@@ -15,6 +15,7 @@ from pubsub_core import Bus, Cap, connect
 from pubsub_core.errors import (
     BadOption,
     ConnectError,
+    LimitReached,
     NotSupported,
     Outcome,
     PayloadTooLarge,
@@ -767,3 +768,37 @@ async def test_cancelled_operations_leave_nothing(server: NatsServer, stream: st
         await eventually(lambda: not requests._deliveries)
         await eventually(lambda: not requests._takers)
         assert (await bus.publish("a", b"y")).topic == "a"
+
+
+async def test_a_stream_that_allows_few_consumers(
+    server: NatsServer, stream: str, theirs: Any
+) -> None:
+    await theirs.jetstream().add_stream(
+        name=stream, subjects=[f"{stream.lower()}.>"], max_consumers=2
+    )
+    async with at(server, stream) as bus:
+        async with bus.subscribe("a"), bus.subscribe("b") as messages:
+            with pytest.raises(LimitReached) as caught:
+                await bus.subscribe("c").__aenter__()
+            assert "max_consumers" in caught.value.hint
+            await bus.publish("b", b"x")
+            assert (await messages.get(timeout=5)).payload == b"x"
+        async with bus.subscribe("c"):
+            pass
+
+
+async def test_another_stream_that_covers_the_topic_is_noticed(
+    server: NatsServer, stream: str, theirs: Any
+) -> None:
+    jetstream = theirs.jetstream()
+    await jetstream.add_stream(name=stream, subjects=[f"{stream.lower()}.>"])
+    async with at(server, stream) as bus:
+        assert bus.supports(Cap.TTL).level == "emulated"
+        await bus.publish("a", b"1")
+        await jetstream.update_stream(name=stream, subjects=[f"{stream.lower()}.b"])
+        await jetstream.add_stream(name=f"{stream}X", subjects=[f"{stream.lower()}.a"])
+        with pytest.raises(PublishFailed, match="10060") as caught:
+            await bus.publish("a", b"2")
+        assert caught.value.outcome is Outcome.REJECTED
+        assert (await jetstream.stream_info(f"{stream}X")).state.messages == 0
+        await jetstream.delete_stream(f"{stream}X")
