@@ -79,6 +79,11 @@ class Host(Protocol):
         ...
 
     @property
+    def replicated(self) -> bool:
+        """Whether several nodes have the stream, and some may lag behind."""
+        ...
+
+    @property
     def paused(self) -> bool:
         """Whether nothing more is wanted for now."""
         ...
@@ -269,6 +274,7 @@ class PushConsumer(Consumer):
             self._control(message)
             return
         if position.consumer != self._next:
+            self.mute()
             self.again(f"a hole before message {position.stream}")
             return
         self._next += 1

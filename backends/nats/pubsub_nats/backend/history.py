@@ -7,28 +7,30 @@ ones do not, and a consumer reads a long history as fast.
 from __future__ import annotations
 
 import asyncio
+import base64
 import datetime as dt
 import heapq
 import json
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pubsub_core.interfaces import HistoryQuery
 from pubsub_nats.headers import parse_block
-from pubsub_nats.jetstream import Position
+from pubsub_nats.jetstream import ApiError, Position
 from pubsub_nats.protocol import Msg, encode_pub
 
 from .connection import Lost
 from .consumers import Host
 
-__all__ = ["Stored", "read", "read_last_of_each"]
+__all__ = ["Stored", "newest", "read", "read_last_of_each"]
 
 _PAGE = 500
 _SECOND = 1_000_000_000
 _IDLE = 30.0
 _PATIENCE = 5.0
 _EARLY = 0.001
+_LAG = 0.1
 
 
 class Stored(NamedTuple):
@@ -38,40 +40,65 @@ class Stored(NamedTuple):
     position: Position
 
 
-class _Reader:
-    """One consumer that is read to its end."""
+async def newest(host: Host, stream: str, subject: str) -> Stored | None:
+    """Return the newest message of *subject*, as the leader of the stream has it."""
+    try:
+        found = await host.requests.api(f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject})
+    except ApiError as error:
+        if error.number == 10037:
+            return None
+        raise
+    told: Mapping[str, Any] = found["message"]
+    header, payload = (base64.b64decode(told.get(name) or "") for name in ("hdrs", "data"))
+    message = Msg(str(told["subject"]).encode(), 0, b"", header, payload)
+    return Stored(message, Position(1, int(told["seq"]), 0, _seconds(str(told["time"])), 0))
 
-    def __init__(self, host: Host, stream: str, subjects: Sequence[str]) -> None:
+
+class _Reader:
+    """One consumer of one subject that is read to its end.
+
+    One for each subject: before 2.10 a consumer has one filter, and 2.10 finds nothing where it
+    has several and the newest message is of the first.
+    """
+
+    def __init__(self, host: Host, stream: str, subject: str) -> None:
         self._host = host
         self._stream = stream
-        self._subjects = subjects
+        self._subject = subject
         self._name = ""
         self._arrived: asyncio.Queue[tuple[Msg, Position | None]] = asyncio.Queue()
+        self._first = 0
+        self._since = 0.0
         self.pending = 0
-        self.complete = True
 
-    async def open(self, start: Mapping[str, object]) -> None:
-        """Begin there; `pending` is then how many there are."""
+    async def open(self, *, policy: str, first: int = 0, since: float = 0.0) -> None:
+        """Begin there; `pending` is then how many there are.
+
+        Args:
+            policy: The server's word for where to begin.
+            first: Number of the first message, where that is the policy.
+            since: Unix seconds, where that is the policy.
+        """
+        self._first, self._since = first, since
         name = self._name = self._host.unique()
-        subject = f"CONSUMER.CREATE.{self._stream}.{name}"
-        filters: dict[str, object] = {"filter_subjects": list(self._subjects)}
-        if len(self._subjects) == 1:
-            subject += f".{self._subjects[0]}"
-            filters = {"filter_subject": self._subjects[0]}
-        config = {
+        config: dict[str, object] = {
             "name": name,
+            "filter_subject": self._subject,
+            "deliver_policy": policy,
             "ack_policy": "none",
             "mem_storage": True,
             "num_replicas": 1,
             "inactive_threshold": round(_IDLE * _SECOND),
-            **filters,
-            **start,
         }
+        if first:
+            config["opt_start_seq"] = first
+        if since:
+            config["opt_start_time"] = _rfc3339(since)
         made = await self._host.requests.api(
-            subject, {"stream_name": self._stream, "config": config}
+            f"CONSUMER.CREATE.{self._stream}.{name}.{self._subject}",
+            {"stream_name": self._stream, "config": config},
         )
         self.pending = int(made.get("num_pending", 0))
-        self.complete = len(self._subjects) == 1 or bool(made["config"].get("filter_subjects"))
 
     def close(self) -> None:
         """Drop the consumer."""
@@ -80,21 +107,41 @@ class _Reader:
             self._name = ""
 
     async def messages(self) -> AsyncGenerator[Stored, None]:
-        """Yield every message until the server says that there is no more.
-
-        Not until none is said to be pending: for several filters 2.10 counts them wrong.
-        """
+        """Yield every message until there is no more, on the leader either."""
         reply, sid = self._host.requests.receive(self._take)
+        last = 0
         try:
             while True:
                 self._next(reply, _PAGE)
                 for _ in range(_PAGE):
                     stored = await self._one()
                     if stored is None:
-                        return
+                        break
+                    last = stored.position.stream
                     yield stored
+                else:
+                    continue
+                if await self._complete(last):
+                    return
+                await asyncio.sleep(_LAG)
         finally:
             self._host.requests.drop(sid)
+
+    async def _complete(self, last: int) -> bool:
+        """Whether the leader has nothing behind *last*, which was the last one here.
+
+        The consumer is on some node of a cluster, which may have come back a moment ago and lack
+        what the others have stored meanwhile.
+        """
+        if not self._host.replicated:
+            return True
+        found = await newest(self._host, self._stream, self._subject)
+        return (
+            found is None
+            or found.position.stream <= last
+            or found.position.stream < self._first
+            or found.position.time < self._since
+        )
 
     def _take(self, message: Msg, position: Position | None) -> None:
         self._arrived.put_nowait((message, position))
@@ -132,20 +179,11 @@ async def read(
     """Yield what *query* asks for of *subjects*, oldest first."""
     if query.last is not None and query.last <= 0:
         return
-    readers = [_Reader(host, stream, subjects)]
+    readers = [_Reader(host, stream, subject) for subject in subjects]
     try:
-        await _begin(readers[0], query, last_sequence)
-        if not readers[0].complete:
-            # An old server took the first filter for all; then one reader for each.
-            readers[0].close()
-            readers = [_Reader(host, stream, [subject]) for subject in subjects]
-            for reader in readers:
-                await _begin(reader, query, last_sequence)
-        found = (
-            readers[0].messages()
-            if len(readers) == 1
-            else _merged([reader.messages() for reader in readers])
-        )
+        for reader in readers:
+            await _begin(reader, query, last_sequence)
+        found = _merged([reader.messages() for reader in readers])
         tail: deque[Stored] | None = None if query.last is None else deque(maxlen=query.last)
         async for stored in found:
             if stored.position.stream > last_sequence:
@@ -169,12 +207,11 @@ async def read(
 async def _begin(reader: _Reader, query: HistoryQuery, last_sequence: int) -> None:
     if query.since is not None:
         # The server's times have nanoseconds, ours do not: begin early and compare.
-        moment = max(query.since - _EARLY, 0.0)
-        await reader.open({"deliver_policy": "by_start_time", "opt_start_time": _rfc3339(moment)})
+        await reader.open(policy="by_start_time", since=max(query.since - _EARLY, _EARLY))
     elif query.last is not None and query.until is None:
         await _count_back(reader, query.last, last_sequence)
     else:
-        await reader.open({"deliver_policy": "all"})
+        await reader.open(policy="all")
 
 
 async def _count_back(reader: _Reader, count: int, last_sequence: int) -> None:
@@ -183,10 +220,10 @@ async def _count_back(reader: _Reader, count: int, last_sequence: int) -> None:
     while True:
         first = last_sequence - back + 1
         if first <= 1:
-            await reader.open({"deliver_policy": "all"})
+            await reader.open(policy="all")
             return
-        await reader.open({"deliver_policy": "by_start_sequence", "opt_start_seq": first})
-        if reader.pending >= count or not reader.complete:
+        await reader.open(policy="by_start_sequence", first=first)
+        if reader.pending >= count:
             return
         reader.close()
         back *= 4
@@ -209,14 +246,25 @@ async def read_last_of_each(
 ) -> AsyncGenerator[Stored, None]:
     """Yield the newest message of each subject that matches."""
     for subject in subjects:
-        reader = _Reader(host, stream, [subject])
+        reader = _Reader(host, stream, subject)
+        # A node that catches up meanwhile sends what is newer as well.
+        found: dict[bytes, Stored] = {}
         try:
-            await reader.open({"deliver_policy": "last_per_subject"})
+            await reader.open(policy="last_per_subject")
             async for stored in reader.messages():
-                yield stored
+                found[stored.message.subject] = stored
         finally:
             reader.close()
+        for stored in found.values():
+            yield stored
 
 
 def _rfc3339(moment: float) -> str:
     return dt.datetime.fromtimestamp(moment, dt.UTC).isoformat().replace("+00:00", "Z")
+
+
+def _seconds(text: str) -> float:
+    """Return the Unix seconds of a time with up to nine digits behind the point."""
+    whole, _, rest = text.removesuffix("Z").partition(".")
+    moment = dt.datetime.fromisoformat(f"{whole}+00:00").timestamp()
+    return moment + (float(f"0.{rest}") if rest.isdigit() else 0.0)

@@ -104,6 +104,11 @@ class Presence:
         return self._host.connection
 
     @property
+    def replicated(self) -> bool:
+        """As the main stream."""
+        return self._host.replicated
+
+    @property
     def paused(self) -> bool:
         """Never: who is there is not held back with the messages."""
         return False

@@ -43,7 +43,7 @@ from pubsub_nats.subjects import Subjects
 from .confirmed import ConfirmedPublisher
 from .connection import Connection, Denied, Lost
 from .consumers import HEARTBEAT, Consumer, PullConsumer, PushConsumer, Tag
-from .history import Stored, read, read_last_of_each
+from .history import Stored, newest, read, read_last_of_each
 from .presence import Presence
 from .requests import Requests
 
@@ -70,6 +70,7 @@ class StreamMode:
         requests: The inbox.
         connection: The session at hand.
         paused: Whether nothing more is wanted for now.
+        replicated: Whether several nodes have the stream.
         ttl: Whether the stream removes what has expired by itself.
         retained: Whether the stream for retained values is there.
     """
@@ -103,6 +104,7 @@ class StreamMode:
         self.ttl = False
         self.retained = False
         self.durable = options.storage == "file"
+        self.replicated = False
         self._known = False
         # Whether a session is complete: before that nothing is published.
         self._live = False
@@ -295,6 +297,7 @@ class StreamMode:
         self._covered.clear()
         self.ttl = config.get("allow_msg_ttl") is True
         self.durable = config.get("storage") == "file"
+        self.replicated = int(config.get("num_replicas", 1)) > 1
         window = int(config.get("duplicate_window", 0)) / _SECOND
         self.publisher.window = window
 
@@ -469,6 +472,10 @@ class StreamMode:
 
     async def _make(self, want: WireSub, subjects: list[str], last: int | None) -> list[Consumer]:
         made: list[Consumer] = []
+        if last is None and self.replicated and want.group is None and not self._persistent:
+            # "New" means what the consumer's node has, which may lag behind.
+            info = await self.requests.api(f"STREAM.INFO.{self.stream}")
+            last = int(info["state"].get("last_seq", 0))
         sets = [subjects] if self._several else [[subject] for subject in subjects]
         try:
             for some in sets:
@@ -607,9 +614,10 @@ class StreamMode:
 
     async def last(self, topic: str) -> InFrame | None:
         """Return the retained message of *topic*."""
-        async for frame in self._values_of([self._subjects.subject(topic).decode()], None):
-            return frame
-        return None
+        found = await newest(
+            self, self._values, self._value_prefix + self._subjects.subject(topic).decode()
+        )
+        return None if found is None else self._value(found, None)
 
     async def repeat_retained(self, want: WireSub) -> None:
         """Deliver what is retained for a subscription."""
@@ -623,18 +631,20 @@ class StreamMode:
     async def _values_of(
         self, subjects: list[str], want: WireSub | None
     ) -> AsyncGenerator[InFrame, None]:
-        skip = len(self._value_prefix)
         found = read_last_of_each(
             self, self._values, [self._value_prefix + subject for subject in subjects]
         )
         try:
             async for stored in found:
-                block = parse_block(stored.message.header)
-                if block.get("KV-Operation") or block.get("Nats-Marker-Reason"):
-                    continue  # it was cleared, or has expired
-                subject = stored.message.subject[skip:]
-                frame = self._stored(stored, Origin.RETAINED, subject, "r", want)
+                frame = self._value(stored, want)
                 if frame is not None:
                     yield frame
         finally:
             await found.aclose()
+
+    def _value(self, stored: Stored, want: WireSub | None) -> InFrame | None:
+        block = parse_block(stored.message.header)
+        if block.get("KV-Operation") or block.get("Nats-Marker-Reason"):
+            return None  # it was cleared, or has expired
+        subject = stored.message.subject[len(self._value_prefix) :]
+        return self._stored(stored, Origin.RETAINED, subject, "r", want)
