@@ -73,6 +73,7 @@ async def main(port, user, password, heartbeat, tls):
         name, *given = json.loads(line)
         if name == "rights":
             rights[given[0]] = set(given[1])
+            tell("rights")
         elif name in ("publish", "send"):
             data = given.pop()
             if name == "send":
@@ -249,6 +250,7 @@ async def test_login_and_authorization(locked: Site) -> None:
     async with locked.peer(user="warden") as warden, locked.peer(user="tom") as tom:
         async with locked.peer(user="dick") as dick:
             warden.do("rights", "tom", [1, 2])
+            assert await warden.next() == ["rights"], "or it answers before it has them"
             await eventually(lambda: locked.server.stats()["clients"] == 3)
             tom.do("add_subscription", "AUTH", "T")
             assert await warden.next() == ["authorization", "tom", "AUTH", "T"]
