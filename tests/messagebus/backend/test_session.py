@@ -58,6 +58,9 @@ class Wire:
     def set_write_buffer_limits(self, high: int) -> None:
         pass
 
+    def get_extra_info(self, name: str) -> Any:
+        return None
+
     def write(self, data: bytes) -> None:
         self.written.append(data)
 

@@ -6,9 +6,10 @@ import asyncio
 import math
 import socket
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from pubsub_messagebus.protocol import Decoder, Message, ProtocolError
+from pubsub_messagebus.sockets import Acknowledger
 
 __all__ = ["Link", "Receiver"]
 
@@ -47,11 +48,15 @@ class Link(asyncio.Protocol):
         self.heard_at = now()
         self.error: BaseException | None = None
         self._handshake = b""
+        self._socket: Any = None
+        self._acknowledger = Acknowledger(None)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=_HIGH)
+        self._socket = transport.get_extra_info("socket")
+        self._acknowledger = Acknowledger(self._socket)
 
     def data_received(self, data: bytes) -> None:
         """Hand complete messages over."""
@@ -64,6 +69,8 @@ class Link(asyncio.Protocol):
                 take(self, message)
         except ProtocolError as error:
             self.fail(error)
+        else:
+            self._acknowledger.arrived(len(data), inside=decoder.inside)
 
     def pause_writing(self) -> None:
         """Make publishers wait."""
@@ -111,8 +118,7 @@ class Link(asyncio.Protocol):
         For peers that cannot be asked for a sign of life. It does not notice a process that
         has stopped on a machine that lives.
         """
-        sock = None if self.transport is None else self.transport.get_extra_info("socket")
-        if sock is None:
+        if self._socket is None:
             return
         whole = max(1, math.ceil(seconds))
         for level, option, value in (
@@ -122,7 +128,7 @@ class Link(asyncio.Protocol):
             (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
             (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1500 * seconds)),
         ):
-            sock.setsockopt(level, option, value)
+            self._socket.setsockopt(level, option, value)
 
     async def finish(self, within: float) -> None:
         """Close once the transport has sent its buffer, or after so many seconds."""

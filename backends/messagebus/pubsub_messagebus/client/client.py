@@ -53,6 +53,7 @@ from pubsub_messagebus.protocol import (
     encode_subscription_request,
     encode_unicast,
 )
+from pubsub_messagebus.sockets import Acknowledger
 
 __all__ = ["CallbackClient", "Client"]
 
@@ -513,6 +514,7 @@ class Client(abc.ABC):
         """Decode until the connection ends; return why."""
         decoder = Decoder("client", dialect=self._dialect, limits=self._limits)
         stream = self._reader.reader
+        acknowledger = Acknowledger(self._writer.writer.get_extra_info("socket"))
         try:
             while data := await stream.read(_CHUNK):
                 decoder.feed(data)
@@ -524,6 +526,7 @@ class Client(abc.ABC):
                         self._arrived.set()
                         await self._until_taken()
                 self._arrived.set()
+                acknowledger.arrived(len(data), inside=decoder.inside)
             decoder.eof()
             decoder.next_message()
             return ConnectionError("the server closed the connection")
