@@ -468,7 +468,7 @@ def show(found: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few messages, one round")
     parser.add_argument("--profile", action="store_true", help="where our bus spends its time")
     options = parser.parse_args()

@@ -137,6 +137,7 @@ async def test_what_is_published_during_an_election_is_stored_once(cluster: Nats
     assert sorted(number for _, number in found) == list(range(300))
 
 
+@pytest.mark.slow
 async def test_a_subscriber_goes_on_when_a_node_is_killed(cluster: NatsServer) -> None:
     async with at(cluster, 0), at(cluster, 1, offline="buffer") as publisher:
         leader = await leader_of(cluster)
@@ -162,6 +163,7 @@ async def test_a_subscriber_goes_on_when_a_node_is_killed(cluster: NatsServer) -
             assert backend(bus)._server is not None
 
 
+@pytest.mark.slow
 async def test_without_a_majority_publishes_end_and_core_mode_goes_on(
     cluster: NatsServer,
 ) -> None:

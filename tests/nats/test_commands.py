@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from pubsub_core import connect
+from tests.servers import eventually
 
 
 async def serving(*arguments: str) -> tuple[asyncio.subprocess.Process, dict[str, Any]]:
@@ -50,6 +53,22 @@ async def test_serve_a_cluster() -> None:
     async with connect(ready["url"], **options) as bus:
         assert (await bus.publish("a", b"x")).id == "1"
     assert await ended(process) == 0
+
+
+async def test_a_killed_command_takes_its_server_along() -> None:
+    process, ready = await serving()
+    process.kill()
+    await process.communicate()
+
+    def gone() -> bool:
+        try:
+            os.kill(ready["pid"], 0)
+        except ProcessLookupError:
+            return True
+        # Where nobody reaps what lost its parent, it stays as a name.
+        return "Z" in Path(f"/proc/{ready['pid']}/stat").read_text().rpartition(")")[2].split()[:1]
+
+    await eventually(gone, within=20)
 
 
 async def test_the_demonstration_includes_nats() -> None:
