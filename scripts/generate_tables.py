@@ -187,7 +187,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "configuration.md": {"options": bus_option_table},
     **{
         ROOT / "backends" / name / "README.md": {"options": partial(backend_option_table, name)}
-        for name in ("losant", "mqtt")
+        for name in ("losant", "mqtt", "nats")
     },
 }
 
