@@ -251,6 +251,31 @@ async def test_a_bus_is_a_select_feed(url: str, feed: str) -> None:
                         await anext(aiter(presence))
 
 
+async def test_a_bus_tells_when_a_listed_subscriber_leaves(url: str, feed: str) -> None:
+    async with connect(url) as bus, Peer(url) as early:
+        for topic in ("A", "B"):
+            await early.client.add_subscription(feed, topic)
+        await early.sync()
+        async with bus.notifications(f"{feed}/#") as interest:
+
+            async def told(count: int) -> list[tuple[str, str]]:
+                seen = [await interest.get(WITHIN) for _ in range(count)]
+                return sorted((event.kind.value, event.topic) for event in seen)
+
+            assert await told(3) == [
+                ("joined", f"{feed}/A"),
+                ("joined", f"{feed}/B"),
+                ("synced", f"{feed}/#"),
+            ]
+            # The original goes on listing it until its connection ends.
+            await early.client.remove_subscription(feed, "A")
+            assert await told(1) == [("left", f"{feed}/A")]
+            await early.client.add_subscription(feed, "A")
+            assert await told(1) == [("joined", f"{feed}/A")]
+            await early.client.aclose()
+            assert await told(2) == [("left", f"{feed}/A"), ("left", f"{feed}/B")]
+
+
 async def test_a_bus_tells_of_a_publisher_that_left(url: str, feed: str) -> None:
     async with connect(url) as subscriber:
         async with subscriber.events() as events, subscriber.subscribe(f"{feed}/T") as messages:
@@ -287,7 +312,7 @@ def test_these_tests_find_a_distributor_of_another_process(dialect: str) -> None
             check=False,
         )
         assert done.returncode == 0, done.stdout
-        assert "11 passed" in done.stdout
+        assert "12 passed" in done.stdout
         assert "skipped" not in done.stdout
     finally:
         server.terminate()
