@@ -57,6 +57,9 @@ async def test_serve_a_cluster() -> None:
 
 async def test_a_killed_command_takes_its_server_along() -> None:
     process, ready = await serving()
+    config = Path(f"/proc/{ready['pid']}/cmdline").read_text().split("\0")[2]
+    root = Path(config).parent.parent
+    assert root.name.startswith("pubsub-nats-")
     process.kill()
     await process.communicate()
 
@@ -69,6 +72,7 @@ async def test_a_killed_command_takes_its_server_along() -> None:
         return "Z" in Path(f"/proc/{ready['pid']}/stat").read_text().rpartition(")")[2].split()[:1]
 
     await eventually(gone, within=20)
+    await eventually(lambda: not root.exists(), within=20)
 
 
 async def test_the_demonstration_includes_nats() -> None:

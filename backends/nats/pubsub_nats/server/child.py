@@ -40,7 +40,9 @@ class Child:
         script = (
             "read -r _; "
             '{ tr "\\0" " " <"/proc/$0/cmdline" || ps -o args= -p "$0"; } | grep -qF "$1" '
-            '&& kill -9 "$0"; rm -rf "$1"'
+            '&& kill -9 "$0"; rm -rf "$1" || { sleep 1; rm -rf "$1"; }; '
+            # That of all nodes, once the last of them is gone.
+            'rmdir "${1%/*}" 2>/dev/null'
         )
         self._guard = subprocess.Popen(  # noqa: S603 - our own script; both arguments are ours
             ["/bin/sh", "-c", script, str(self._process.pid), str(directory)],
