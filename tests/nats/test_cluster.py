@@ -46,7 +46,7 @@ def at(server: NatsServer, node: int, **options: Any) -> Bus:
 async def leader_of(server: NatsServer) -> int:
     client = await nats.connect(server.urls[0])
     try:
-        info = await client.jetstream().stream_info("S")
+        info = await client.jetstream(timeout=30).stream_info("S")
         assert info.cluster is not None
         assert info.cluster.leader is not None
         return int(info.cluster.leader.removeprefix("n")) - 1
@@ -59,7 +59,7 @@ async def stored(server: NatsServer) -> list[tuple[str, int]]:
     alive = next(url for url, pid in zip(server.urls, server.pids, strict=True) if pid)
     client = await nats.connect(alive)
     try:
-        stream = client.jetstream()
+        stream = client.jetstream(timeout=30)
         reader = await stream.subscribe("s.>", ordered_consumer=True)
         info = await stream.stream_info("S")
         found: list[tuple[str, int]] = []

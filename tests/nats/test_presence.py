@@ -89,7 +89,9 @@ async def test_a_thousand_members(server: NatsServer) -> None:
             for n in range(1000):
                 await client.publish(f"$KV.M_who.member{n}", json.dumps(said).encode())
             # Stored somewhat later than published, and nobody tells when.
-            while (await client.jetstream().stream_info("KV_M_who")).state.messages < 1000:
+            while (
+                await client.jetstream(timeout=30).stream_info("KV_M_who")
+            ).state.messages < 1000:
                 pass
             assert len(await bus.members("a/b")) == 1000
             async with bus.presence("a/b") as room:

@@ -63,7 +63,7 @@ async def theirs(server: NatsServer) -> AsyncIterator[Any]:
 
 
 async def names(theirs: Any, stream: str) -> list[str]:
-    return [each.name for each in await theirs.jetstream().consumers_info(stream)]
+    return [each.name for each in await theirs.jetstream(timeout=30).consumers_info(stream)]
 
 
 # --- publishing ----------------------------------------------------------------------------
@@ -75,7 +75,7 @@ async def test_a_receipt_has_the_number_of_the_message(
     async with at(server, stream) as bus:
         receipts = [await bus.publish("a/b", b"%d" % n) for n in range(3)]
         assert [receipt.id for receipt in receipts] == ["1", "2", "3"]
-        message = await theirs.jetstream().get_msg(stream, 2)
+        message = await theirs.jetstream(timeout=30).get_msg(stream, 2)
         assert (message.subject, message.data) == (f"{stream.lower()}.a.b", b"1")
 
 
@@ -236,7 +236,7 @@ async def test_streams_that_cannot_be_used(server: NatsServer, stream: str, thei
     assert error.retryable is False
     error = await refused(at(server, f"{stream}three", replicas=3))
     assert "10074" in str(error)
-    stream_api = theirs.jetstream()
+    stream_api = theirs.jetstream(timeout=30)
     await stream_api.add_stream(name=f"{stream}mute", subjects=[f"{stream}mute"], no_ack=True)
     error = await refused(at(server, f"{stream}mute"))
     assert "no_ack" in error.hint
@@ -367,7 +367,7 @@ async def test_what_was_purged_meanwhile_is_told(
                 await eventually(lambda: bus.status is Status.RECONNECTING)
                 for n in range(5):
                     await publisher.publish("a", b"gone %d" % n)
-                await theirs.jetstream().purge_stream(stream)
+                await theirs.jetstream(timeout=30).purge_stream(stream)
                 await publisher.publish("a", b"2")
                 proxy.refuse(False)
                 await eventually(lambda: bus.stats.sessions == 2)
@@ -391,7 +391,7 @@ async def test_a_consumer_that_vanishes_is_made_again(
             await manual.get(timeout=5)
             await plain.get(timeout=5)
             for name in await names(theirs, stream):
-                await theirs.jetstream().delete_consumer(stream, name)
+                await theirs.jetstream(timeout=30).delete_consumer(stream, name)
             for n in range(1, 50):
                 await publisher.publish("a", b"%d" % n)
             got = [int((await plain.get(timeout=10)).payload) for _ in range(49)]
@@ -689,7 +689,7 @@ async def test_retained_values(server: NatsServer, stream: str, theirs: Any) -> 
             await bus.publish("v/1", b"live", retain=True)
             assert (await messages.get(timeout=5)).origin is Origin.LIVE
         # What their tools see as a key-value store.
-        values = await theirs.jetstream().key_value(f"{stream}_last")
+        values = await theirs.jetstream(timeout=30).key_value(f"{stream}_last")
         assert (await values.get(f"{stream.lower()}.v.1")).value == b"live"
 
 
@@ -709,7 +709,7 @@ async def test_expired_messages_are_gone(server: NatsServer, stream: str, theirs
         assert message.expires_in is not None
         assert 50 < message.expires_in <= 60
         # The server removes it itself, after whole seconds.
-        while (await theirs.jetstream().stream_info(stream)).state.messages > 1:
+        while (await theirs.jetstream(timeout=30).stream_info(stream)).state.messages > 1:
             pass
 
 
@@ -778,7 +778,7 @@ async def test_cancelled_operations_leave_nothing(server: NatsServer, stream: st
 async def test_a_stream_that_allows_few_consumers(
     server: NatsServer, stream: str, theirs: Any
 ) -> None:
-    await theirs.jetstream().add_stream(
+    await theirs.jetstream(timeout=30).add_stream(
         name=stream, subjects=[f"{stream.lower()}.>"], max_consumers=2
     )
     async with at(server, stream) as bus:
@@ -795,7 +795,7 @@ async def test_a_stream_that_allows_few_consumers(
 async def test_another_stream_that_covers_the_topic_is_noticed(
     server: NatsServer, stream: str, theirs: Any
 ) -> None:
-    jetstream = theirs.jetstream()
+    jetstream = theirs.jetstream(timeout=30)
     await jetstream.add_stream(name=stream, subjects=[f"{stream.lower()}.>"])
     async with at(server, stream) as bus:
         assert bus.supports(Cap.TTL).level == "emulated"
