@@ -511,7 +511,7 @@ async def test_a_refused_message_is_found_out_by_sending_it_again() -> None:
         assert any(isinstance(each, Notice) for each in events)
         await bus.publish("state", {"a": 1}, timeout=5)
         reasons = [each.get("disconnectReason") for each in server.connection_log(A)]
-        assert reasons.count("Publish Error - Not allowed to publish to mine/x") == 3
+        assert reasons.count("Publish Error - Not allowed to publish to mine/x") == 2
 
 
 async def test_what_ended_the_connection_is_told_as_well_as_it_is_known() -> None:

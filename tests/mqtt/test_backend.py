@@ -521,6 +521,27 @@ async def test_refused_publish_through_a_bus(mosquitto_users: MosquittoServer) -
         assert caught.value.outcome is Outcome.REJECTED
 
 
+async def test_a_message_that_mosquitto_cannot_stand_harms_itself_only(
+    mosquitto_installed: None,
+) -> None:
+    # Mosquitto resets the connection over a longer packet; 3.1.1 has no words for it.
+    async with (
+        MosquittoServer(extra_config="max_packet_size 50000") as server,
+        connect(server.url, protocol="3.1.1", client_id="own", reconnect_first=0.05) as bus,
+    ):
+        sessions = bus.stats.sessions
+        others = [asyncio.create_task(bus.publish("t", b"x", qos=1 + n % 2)) for n in range(100)]
+        with pytest.raises(PublishFailed, match=r"'large' \(60000 bytes\)") as caught:
+            await bus.publish("large", b"x" * 60_000, qos=1)
+        assert caught.value.retryable is False
+        assert not isinstance(caught.value, TimeoutError)
+        assert caught.value.topic == "large"
+        await asyncio.gather(*others)
+        await bus.wait_for(Status.ONLINE, timeout=20)
+        assert bus.stats.sessions - sessions == 2, "each sending ended one session"
+        await bus.publish("t", b"z", qos=1)
+
+
 # --- subscribing ----------------------------------------------------------------------
 
 

@@ -6,9 +6,12 @@ cannot hide.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from pubsub_core.errors import (
+    ConnectError,
     NotConnected,
     Outcome,
     PayloadTooLarge,
@@ -16,7 +19,7 @@ from pubsub_core.errors import (
     PublishNotAuthorized,
 )
 from pubsub_mqtt.errors import ProtocolError
-from pubsub_mqtt.packets import publish_properties
+from pubsub_mqtt.packets import NO_PROPERTIES, publish_properties
 from tests.mqtt.lines import (
     ACCEPT,
     ACCEPT_PRESENT,
@@ -506,21 +509,113 @@ def test_an_abandoned_message_is_forgotten_with_the_broker_s_session(
 def test_a_message_that_ends_each_session_is_given_up(lines: type[Line]) -> None:
     line = lines(clean_start=False, client_id=None)
     line.open()
+    line.now += 60  # it is the message's own time that counts, not that of the session
     poison = line.publish("t", b"poison", qos=1)
     good = line.publish("t", b"good", qos=1)
     line.sent()
     line.hang_up()
-    for _ in range(2):
-        assert not poison.done
-        line.now += 1
-        line.open(ACCEPT_PRESENT)
-        line.sent()
-        line.hang_up()
+    assert not poison.done
+    line.now += 1
+    line.open(ACCEPT_PRESENT)
+    line.sent()
+    line.hang_up()
     assert isinstance(poison.error, PublishFailed)
     assert poison.error.outcome is Outcome.UNKNOWN
-    assert line.notices[0][0] == "publish_refused"
+    assert poison.error.retryable is False
+    assert "'t' (6 bytes)" in str(poison.error)
+    assert [(kind, topic) for kind, _, topic in line.notices] == [("publish_refused", "t")]
     line.open(ACCEPT_PRESENT)
     (packet,) = line.packets()
     assert packet.endswith(b"good")
     line.say(b"\x40\x02" + packet_id(packet).to_bytes(2, "big"))
     assert good.error is None
+
+
+def reset(line: Line) -> None:
+    """Let the broker leave what we wrote unread, which makes its close a reset."""
+    line.connection.flush()
+    line.close_peer()
+    line.connection.feed()
+
+
+def broken_pipe(line: Line) -> None:
+    """Let the broker be gone when we write."""
+    line.close_peer()
+    line.connection.flush()
+
+
+@pytest.mark.parametrize("end", [reset, broken_pipe])
+@pytest.mark.parametrize("qos", [1, 2])
+def test_any_way_of_hanging_up_counts(
+    lines: type[Line], end: Callable[[Line], None], qos: int
+) -> None:
+    line = lines(client_id=None)
+    line.open()
+    before = line.publish("a", qos=1)  # the broker answers those before it
+    line.say(b"\x40\x02" + packet_id(line.sent()).to_bytes(2, "big"))
+    poison = line.publish("b", b"x" * 9000, qos=qos)
+    behind = line.publish("c", qos=1)
+    end(line)
+    line.open()
+    end(line)
+    assert len(line.lost) == 2
+    assert isinstance(poison.error, PublishFailed)
+    assert "9000 bytes" in str(poison.error)
+    assert before.error is None
+    assert not behind.done
+
+
+@pytest.mark.parametrize("properties", [NO_PROPERTIES, publish_properties(user=[("k", "v" * 300)])])
+def test_the_size_is_that_of_the_payload(lines: type[Line], properties: bytes) -> None:
+    line = lines(versions=(5,))
+    poison = None
+    for _ in range(2):
+        line.open()
+        poison = poison or line.publish("b", b"x" * 77, qos=1, properties=properties)
+        line.sent()
+        line.say(unhex("e0 01 95"))
+    assert poison is not None
+    assert "(77 bytes)" in str(poison.error)
+    assert "reason 0x95" in str(poison.error)
+
+
+def test_a_message_that_waited_long_for_its_answer_ended_nothing(lines: type[Line]) -> None:
+    line = lines(client_id=None)
+    out = None
+    for _ in range(5):
+        line.open()
+        out = out or line.publish("t", b"x", qos=1)
+        line.sent()
+        line.now += 2
+        line.hang_up()
+    assert out is not None
+    assert not out.done
+    assert out.refusals == 0
+
+
+def test_a_link_that_breaks_is_no_answer_of_the_broker(lines: type[Line]) -> None:
+    line = lines(client_id=None)
+    out = None
+    for _ in range(5):
+        line.open()
+        out = out or line.publish("t", b"x", qos=1)
+        line.sent()
+        line.connection.end(ConnectError("no route"))
+    assert out is not None
+    assert not out.done
+    assert out.refusals == 0
+
+
+def test_what_the_broker_has_taken_is_not_suspected(lines: type[Line]) -> None:
+    line = lines(clean_start=False)
+    line.open()
+    taken = line.publish("t", b"taken", qos=2)
+    poison = line.publish("t", b"poison", qos=1)
+    line.say(b"\x50\x02" + packet_id(line.packets()[0]).to_bytes(2, "big"))
+    line.sent()
+    line.hang_up()
+    line.open(ACCEPT_PRESENT)
+    line.sent()
+    line.hang_up()
+    assert poison.done
+    assert not taken.done

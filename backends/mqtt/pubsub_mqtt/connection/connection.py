@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable
@@ -68,7 +69,15 @@ _SOON: Final = 0.01
 _SHORT_SESSION: Final = 2.0
 _TAKEOVERS: Final = 3
 _TAKEOVER_WINDOW: Final = 60.0
-_QUICK_CLOSE: Final = 1.0
+
+_HUNG_UP: Final = (
+    ConnectionResetError,
+    ConnectionAbortedError,
+    BrokenPipeError,
+    ssl.SSLEOFError,
+    ssl.SSLZeroReturnError,
+)
+"""Errors of a socket whose peer has ended the connection, and not the network."""
 
 _REFUSING: Final = frozenset({0x80, 0x81, 0x82, 0x83, 0x87, 0x90, 0x95, 0x99, 0x9A, 0x9B})
 """Reasons of a DISCONNECT that a single packet can have caused."""
@@ -255,14 +264,7 @@ class Connection(ConnectionState):
         except PeerClosed as exc:
             self._peer_closed(exc)
         except (OSError, ConnectError) as exc:
-            self._lose(
-                dial_error(
-                    exc,
-                    self.where,
-                    backend=self.backend,
-                    secure=self._early_end(sock),
-                )
-            )
+            self._link_failed(exc, sock)
         if sock is self.socket and not self._woken and not sock.idle:
             self.wake_up()  # a WebSocket ping wants its answer
 
@@ -290,18 +292,23 @@ class Connection(ConnectionState):
             self._reset = True
             self._last_words(sock)
             if self.socket is sock:
-                self._lose(
-                    dial_error(
-                        exc,
-                        self.where,
-                        backend=self.backend,
-                        secure=self._early_end(sock),
-                    )
-                )
+                self._link_failed(exc, sock)
             return True
         if self.outbound.unflushed:
             self.outbound.confirm_flushed(sock.done)
         return empty
+
+    def _link_failed(self, exc: OSError | ConnectError, sock: BufferedSocket) -> None:
+        # Mosquitto resets the connection over what it cannot stand, since it leaves the rest of
+        # the packet unread; then a write may fail before the read does.
+        if isinstance(exc, _HUNG_UP):
+            self._suspect("reset the connection")
+        error = dial_error(exc, self.where, backend=self.backend, secure=self._early_end(sock))
+        self._lose(error)
+
+    def _suspect(self, how: str, *, named: bool = False) -> None:
+        if self.usable:  # after our DISCONNECT the broker is to hang up
+            self.outbound.suspect(how, named=named)
 
     def _early_end(self, sock: BufferedSocket | None) -> bool | None:
         """Return whether *sock* is encrypted, or None once the broker has let us in."""
@@ -437,11 +444,7 @@ class Connection(ConnectionState):
             backend=self.backend,
         )
         error.__cause__ = exc
-        # A broker of 3.1.1 that cannot stand a message just closes. Held against the message
-        # where it happened right after the release and before any answer.
-        quick = self.connected and self.clock() - self.outbound.released_at < _QUICK_CLOSE
-        if quick and self.outbound.released and self.outbound.last_ack < self.outbound.released_at:
-            self.outbound.suspect("closed the connection")
+        self._suspect("closed the connection")  # all that a broker of 3.1.1 can say
         # Behind a failed write the end of the stream only repeats that the link broke.
         if self.connected and not self._reset and self.short_life_policy():
             self._lose(self._count_short_life(error, taken=False))
@@ -579,8 +582,8 @@ class Connection(ConnectionState):
         reason = body[0] if body else 0
         said = reason_text(body[1:], PacketTypes.DISCONNECT) if len(body) > 1 else ""
         error = disconnect_error(reason, backend=self.backend, said=said)
-        if reason in _REFUSING and self.outbound.released:
-            self.outbound.suspect(f"ended the session with reason 0x{reason:02X}")
+        if reason in _REFUSING:
+            self._suspect(f"ended the session with reason 0x{reason:02X}", named=True)
         if reason == 0x8E:
             error = self._count_short_life(error, taken=True)
         self._lose(error)

@@ -33,6 +33,7 @@ from pubsub_mqtt.packets import (
     PUBREC,
     PUBREL,
     encode_length,
+    read_length,
 )
 
 from .paho_client import reason_text
@@ -42,8 +43,11 @@ from .transport import BufferedSocket
 __all__ = ["Outbound"]
 
 _TOPICS_CACHED: Final = 4096
-_REFUSED_REPLAYS: Final = 2
-"""Sessions that a message may end when it is sent again, before it is given up."""
+_REFUSALS: Final = 2
+"""Sessions that a message may end before it is given up."""
+
+_QUICK_END: Final = 1.0
+"""Seconds after a sending within which the end of the session is held against the message."""
 
 _JOINED: Final = 4096
 """Longest payload that is copied into one piece with its header; beyond it copying costs more
@@ -65,7 +69,6 @@ class Outbound:
     Attributes:
         released: Whether publishes may go; see `release`.
         released_at: When they last began to.
-        last_ack: When the broker last answered a publish.
         window: Most publishes above QoS 0 that may wait for the broker.
         queue: Those that wait for the window, in the order of the calls.
         unflushed: QoS 0 messages in the socket's buffer.
@@ -75,7 +78,6 @@ class Outbound:
         self._state = state
         self.released = False
         self.released_at = 0.0
-        self.last_ack = 0.0
         self.window = state.settings.max_inflight
         self.queue: deque[Outgoing] = deque()
         self.unflushed: deque[Outgoing] = deque()
@@ -182,38 +184,61 @@ class Outbound:
         error.__cause__ = why
         return error
 
-    def suspect(self, how: str) -> None:
-        """Notice that the broker ended the session over a message that was sent again.
+    def suspect(self, how: str, *, named: bool = False) -> None:
+        """Notice that the broker ended the session, perhaps over a message.
 
         Without this a message that the broker cannot stand would end every session: MQTT has
-        it sent again first thing in the next one. The oldest is suspected, since a broker
-        handles messages in order, and only where it was sent again: a new one has ended no
-        session before this.
+        it sent again first thing in the next one. The oldest without an answer is suspected,
+        since a broker handles messages in order and answers those before it. The second time
+        it is given up; the others go on.
+
+        Args:
+            how: What the broker did, as a verb with its object.
+            named: Whether the broker gave a reason that a message can have caused. Without one
+                the end must have come soon after a sending, or it says nothing about it.
         """
+        state = self._state
         for out in self._inflight.values():
-            if out.resent_in != self._state.generation:
+            if out.phase is Phase.RELEASED:
+                continue  # the broker has taken it
+            # What was sent again went out with the release. For a new one no time is kept, which
+            # would cost each message a look at the clock: the last byte of any kind stands for it.
+            again = out.sent_in != state.generation
+            sent_at = self.released_at if again else state.last_out
+            if not named and state.clock() - sent_at >= _QUICK_END:
                 return
             out.refusals += 1
-            if out.refusals >= _REFUSED_REPLAYS:
-                del self._inflight[out.packet_id]
-                self._state.stats.refused_replays += 1
-                text = (
-                    f"the broker {how} each time the message for {out.topic!r} was sent again; "
-                    "it is given up"
-                )
-                self._state.on_notice("publish_refused", text, out.topic)
-                self._finish(
-                    out,
-                    PublishFailed(
-                        text,
-                        outcome=Outcome.UNKNOWN,
-                        hint="look into the broker's log",
-                        backend=self._state.backend,
-                        topic=out.topic,
-                        retryable=False,
-                    ),
-                )
+            if out.refusals < _REFUSALS:
+                return
+            del self._inflight[out.packet_id]
+            state.stats.refused_replays += 1
+            text = (
+                f"the broker {how} {_REFUSALS} times when the message for {out.topic!r} "
+                f"({self._payload_size(out)} bytes) was sent; it is given up"
+            )
+            state.on_notice("publish_refused", text, out.topic)
+            self._finish(
+                out,
+                PublishFailed(
+                    text,
+                    outcome=Outcome.UNKNOWN,
+                    hint="the broker's log says more; most often it is too large, or may not "
+                    "be published there",
+                    backend=state.backend,
+                    topic=out.topic,
+                    retryable=False,
+                ),
+            )
             return
+
+    def _payload_size(self, out: Outgoing) -> int:
+        first = out.tail[0]
+        if len(out.tail) == 2:
+            return len(out.tail[1])
+        if self._state.version != 5:
+            return len(first)
+        properties, start = read_length(first, 0, len(first))
+        return len(first) - start - properties
 
     # --- publishing -----------------------------------------------------------------------
 
@@ -305,6 +330,7 @@ class Outbound:
         out = Outgoing(shown, 1, PUBLISH | 1 << 1, lead, tail, size, on_done)
         out.packet_id = self._state.next_id()
         out.phase = Phase.SENT
+        out.sent_in = self._state.generation
         self._inflight[out.packet_id] = out
         self._send(out, 0)
         return out
@@ -387,7 +413,6 @@ class Outbound:
                 self._under_way2 += 1
             del self._resend[packet_id]
             inflight[packet_id] = out
-            out.resent_in = self._state.generation
             self._state.stats.resent += 1
             self._state.on_resend(out.topic)
             if out.phase is Phase.RELEASED:
@@ -417,6 +442,7 @@ class Outbound:
             queue.popleft()
             out.packet_id = self._state.next_id()
             out.phase = Phase.SENT
+            out.sent_in = self._state.generation
             inflight[out.packet_id] = out
             self._send(out, 0)
 
@@ -493,7 +519,6 @@ class Outbound:
                     f"packet 0x{kind:02X} for a message that does not wait for it", reason=0x82
                 )
             return
-        self.last_ack = self._state.last_in
         failed = reason >= 0x80 and kind != PUBCOMP
         if kind == PUBREC and not failed:
             out.phase = Phase.RELEASED

@@ -51,6 +51,8 @@ class Outgoing:
         packet_id: 0 until it is sent; kept for every resend.
         error: Why it failed; None while it is under way or when it succeeded.
         reason: The broker's code; 0x10: there were no subscribers.
+        refusals: Sessions that the broker ended, it seems, over this message.
+        sent_in: Generation of the session in which it was first sent.
         tag: Free for the publisher.
     """
 
@@ -66,7 +68,7 @@ class Outgoing:
         "qos",
         "reason",
         "refusals",
-        "resent_in",
+        "sent_in",
         "size",
         "start",
         "tag",
@@ -98,7 +100,7 @@ class Outgoing:
         self.on_done = on_done
         self.abandoned = False
         self.refusals = 0
-        self.resent_in = 0
+        self.sent_in = 0
         self.start = 0
         self.end = 0
 
