@@ -327,8 +327,7 @@ class Bus:
         Raises:
             NotSupported: This bus has another backend.
         """
-        if not isinstance(cls, type):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
-            raise BadType(f"native({cls!r:.40})", hint="pass the class of the client")
+        _check_class(cls)
         native = self._engine.backend.native
         if not isinstance(native, cls):
             raise NotSupported(
@@ -924,6 +923,11 @@ def _check_names(where: str, options: Mapping[str, Any]) -> None:
                 place=f"argument {name}",
                 backend=backend,
             )
+
+
+def _check_class(cls: object) -> None:
+    if not isinstance(cls, type):
+        raise BadType(f"native({cls!r:.40})", hint="pass the class of the client")
 
 
 def _known_cap(name: Cap | str) -> Cap:

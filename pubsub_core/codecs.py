@@ -19,7 +19,7 @@ import difflib
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast, get_args, runtime_checkable
@@ -569,9 +569,9 @@ def _has_no_number(value: Any) -> bool:
             if not math.isfinite(each):
                 return True
         elif isinstance(each, dict):
-            waiting.extend(each.values())
+            waiting += cast("Mapping[Any, Any]", each).values()
         elif isinstance(each, (list, tuple)):
-            waiting.extend(each)
+            waiting += cast("Sequence[Any]", each)
     return False
 
 

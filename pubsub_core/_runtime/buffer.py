@@ -113,7 +113,7 @@ class SubscriptionSettings:
         _check_word("ack", self.ack, Literal["auto", "manual"])
         _check_word("on_decode_error", self.on_decode_error, DecodePolicy)
         group = self.group
-        if group is not None and not isinstance(group, str):
+        if group is not None and not isinstance(group, str):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
             raise BadType(f"group={group!r}", hint="pass a str", option="group")
         if group is not None and (not group or any(each in group for each in "/+#\0")):
             raise BadOption(
@@ -140,7 +140,7 @@ class SubscriptionSettings:
         """
         check_names(given, SubscribeOptions, "subscribe")
         replay = given.get("replay")
-        if replay is not None and not isinstance(replay, (int, HistoryQuery)):
+        if replay is not None and not isinstance(replay, (int, HistoryQuery)):  # pyright: ignore[reportUnnecessaryIsInstance] # callers without types
             raise BadType(
                 f"replay={replay!r}",
                 hint="pass a number of messages, or a HistoryQuery",
