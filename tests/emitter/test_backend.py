@@ -898,7 +898,12 @@ async def test_links_are_there_again_after_a_reconnect(place: Place) -> None:
         assert await stored(other, at("a/b")) == [b"1", b"2"]
         with pytest.raises(PublishFailed, match="400"):
             await backend.publish_link("zz", b"3")
-        with pytest.raises(ValueError, match="link name"):
+        for name in ("", "abc", f"{place.key}/a/"):
+            with pytest.raises(BadOption, match="name of a link"):
+                await backend.publish_link(name, b"3")
+        with pytest.raises(BadOption, match="key is empty"):
+            await backend.keygen("a/", "r", key="")
+        with pytest.raises(BadOption, match="name of a link"):
             await backend.link("too-long", at("a/b"))
 
 

@@ -22,7 +22,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from pubsub_core.errors import ConnectError, NotConnected, PayloadTooLarge
+from pubsub_core.errors import BadOption, ConnectError, NotConnected, PayloadTooLarge
 from pubsub_core.testing.stopwatch import Stopwatch
 from pubsub_emitter import (
     BadRequestError,
@@ -414,6 +414,58 @@ def test_what_no_broker_takes_is_not_sent(place: Place) -> None:
         assert not lost
 
 
+WIDER: dict[str, Callable[[Client], Any]] = {
+    "a group that is empty": lambda c: c.subscribe_with_group("K", "jobs", ""),
+    "a group of slashes": lambda c: c.subscribe_with_group("K", "jobs", "//"),
+    "a group of two segments": lambda c: c.subscribe_with_group("K", "jobs", "g/x"),
+    "a group that is a wildcard": lambda c: c.subscribe_with_group("K", "jobs", "+"),
+    "leaving an empty group": lambda c: c.unsubscribe_with_group("K", "jobs", ""),
+    "a group in the channel": lambda c: c.subscribe("K", "$share//jobs"),
+    "a group without a channel": lambda c: c.subscribe("K", "$share/jobs"),
+    "no channel in a group": lambda c: c.subscribe_with_group("K", "", "g"),
+    "no channel": lambda c: c.subscribe("K", "/"),
+    "an empty segment": lambda c: c.subscribe("K", "rooms//private"),
+    "an empty key": lambda c: c.subscribe("", "a"),
+    "a key with a channel": lambda c: c.subscribe("K/a", "b"),
+    "publishing, an empty key": lambda c: c.publish("", "a", "x"),
+    "publishing with options, an empty key": lambda c: c.publish("/", "a", "x", {"ttl": 5}),
+    "publishing, no channel": lambda c: c.publish("K", "", "x"),
+    "leaving, an empty key": lambda c: c.unsubscribe("", "a"),
+    "presence, an empty key": lambda c: c.presence("", "a", True),
+    "presence, no channel": lambda c: c.presence("K", "", True, True, lambda e: None),
+    "history, an empty key": lambda c: c.history("", "a"),
+    "keygen, an empty key": lambda c: c.keygen("", "a/", "r"),
+    "a ban with an empty secret": lambda c: c.keyban("", "T", True),
+    "a ban of nothing": lambda c: c.keyban("M", "", True),
+    "a link with an empty key": lambda c: c.link("", "a", "a0", True),
+    "a link without a name": lambda c: c.link("K", "a", "", True),
+    "a link with a long name": lambda c: c.link("K", "a", "a00", True),
+    "publishing through no link": lambda c: c.publish_with_link("", "x"),
+    "publishing through a topic": lambda c: c.publish_with_link("K/a/", "x"),
+    "an empty option": lambda c: c.publish("K", "a", "x", [""]),
+    "an empty option alone": lambda c: c.subscribe("K", "a", options=""),
+    "an option without a value": lambda c: c.subscribe("K", "a", options=["last="]),
+    "a value with another option": lambda c: c.history("K", "a", {"last": "1&from=0"}),
+    "a negative time to live": lambda c: c.link("K", "a", "a0", True, [c.with_ttl(-1)]),
+    "an unknown flag": lambda c: c.publish("K", "a", "x", ["+2"]),
+}
+
+
+@pytest.mark.parametrize("call", WIDER.values(), ids=WIDER)
+def test_what_would_mean_more_or_other_than_was_asked_is_refused(
+    call: Callable[[Client], Any], leaks: None
+) -> None:
+    recorder = Recorder()
+    with Running(EndpointServer(recorder)) as running, linked(running) as client:
+        with pytest.raises(BadOption, match=r"empty|no |not |has ") as caught:
+            call(client)
+        assert isinstance(caught.value, ValueError)
+        client.publish("K", "after", "x")
+        wait(lambda: recorder.packets)
+        assert [each.topic for each in recorder.packets] == ["K/after/"]
+        assert not client.remove_presence_handler("")
+
+
 def test_requests_return_their_answers(place: Place) -> None:
     with linked(place, username="alice") as client:
         room = place.at("room")
@@ -479,7 +531,7 @@ def test_refusals_are_typed_and_hold_no_key(place: Place) -> None:
             (lambda: client.unsubscribe(place.key, "other"), UnauthorizedError, 401),
             (lambda: client.presence(place.key, "other", True), UnauthorizedError, 401),
             (lambda: client.history(place.key, "other"), UnauthorizedError, 401),
-            (lambda: client.link("", f"{place.root}/", "a", False), BadRequestError, 400),
+            (lambda: client.link(place.key, "a b", "a", False), BadRequestError, 400),
         ):
             reply: Any = call()
             with pytest.raises(kind) as caught:
@@ -627,7 +679,7 @@ def test_q5_an_error_reaches_its_own_handler_and_on_error(place: Place) -> None:
         client.on_error = errors.append
         client.keygen(place.key, "a/", "r")
         client.keyban(place.key, place.key, True)
-        client.link(place.key, place.root, "too long", False)
+        client.link(place.key, place.at("a b"), "a0", False)
         wait(lambda: len(errors) == 3)
         assert [each["status"] for each in own] == [401, 401, 400]
 

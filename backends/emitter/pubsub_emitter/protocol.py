@@ -52,6 +52,7 @@ __all__ = [
     "answer",
     "build_topic",
     "is_link_name",
+    "is_option",
     "normalize_subscription",
     "parse_channel",
     "split_share",
@@ -139,6 +140,7 @@ _TOPIC: Final = re.compile(
     rf"(?P<query>\?(?P<options>(?:{_PAIR}(?:&{_PAIR})*&?)?))?",
     re.ASCII,
 )
+_OPTION: Final = re.compile(_PAIR, re.ASCII)
 _LINK: Final = re.compile(r"[A-Za-z0-9]{1,2}", re.ASCII)
 _INT64: Final = 1 << 63
 
@@ -264,6 +266,11 @@ def split_share(channel: str) -> tuple[str | None, str]:
 def is_link_name(name: str) -> bool:
     """Whether *name* can be the name of a link: one or two letters or digits."""
     return _LINK.fullmatch(name) is not None
+
+
+def is_option(name: str, value: str) -> bool:
+    """Whether a topic can have that option: letters and digits on both sides."""
+    return _OPTION.fullmatch(f"{name}={value}") is not None
 
 
 def build_topic(

@@ -466,10 +466,14 @@ class EmitterSession(ConnectionBackend):
 
         Raises:
             EmitterError: The broker refused.
+            BadOption: *key* is empty; that is not taken for the master key.
         """
+        if key is None:
+            key = self._need_master()
+        elif not key:
+            raise BadOption("key is empty", option="key", backend=self.name)
         answer = await self.request(
-            "keygen",
-            {"key": key or self._need_master(), "channel": target, "type": permissions, "ttl": ttl},
+            "keygen", {"key": key, "channel": target, "type": permissions, "ttl": ttl}
         )
         made = answer.get("key")
         if not isinstance(made, str):
@@ -505,16 +509,24 @@ class EmitterSession(ConnectionBackend):
             echo: Whether they come back to this connection.
 
         Raises:
-            ValueError: That cannot be the name of a link.
+            BadOption: That cannot be the name of a link.
             NotAuthorized: No key allows to publish to *topic*.
         """
-        if not is_link_name(name):
-            raise ValueError(f"link name {name!r}; use one or two letters or digits")
+        self._check_link(name)
         pairs = [] if ttl is None else [f"ttl={ttl}"]
         pairs += [] if echo else ["me=0"]
         options = f"?{'&'.join(pairs)}" if pairs else ""
         await self._link(name, topic, options)
         self._links[name] = (topic, options)
+
+    def _check_link(self, name: str) -> None:
+        if not is_link_name(name):
+            raise BadOption(
+                "the name of a link is not one or two letters or digits",
+                option="name",
+                hint="use one like 'a0'",
+                backend=self.name,
+            )
 
     async def _link(self, name: str, topic: str, options: str) -> None:
         channel = self.to_wire(topic)
@@ -535,9 +547,11 @@ class EmitterSession(ConnectionBackend):
         """Publish through a link; the receipt has the topic that it stands for.
 
         Raises:
+            BadOption: That cannot be the name of a link.
             PublishFailed: The broker refused, or the session ended before it answered.
             NotConnected: There is no session; nothing was sent.
         """
+        self._check_link(name)
         topic = self._links.get(name, (name, ""))[0]
         if not self.connection.connected:
             raise self._not_connected()

@@ -14,7 +14,14 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias, cast
 
 from pubsub_core.errors import BadOption
-from pubsub_emitter.protocol import OLDEST_TIME, YOUNGEST_TIME, build_topic
+from pubsub_emitter.protocol import (
+    OLDEST_TIME,
+    SHARE,
+    YOUNGEST_TIME,
+    build_topic,
+    is_link_name,
+    is_option,
+)
 from pubsub_mqtt.connection.address import BrokerAddress, TLSSettings, WebSocketTarget
 
 __all__ = [
@@ -22,6 +29,10 @@ __all__ = [
     "Payload",
     "Seconds",
     "Subscription",
+    "checked_channel",
+    "checked_group",
+    "checked_key",
+    "checked_link",
     "endpoint_of",
     "payload_bytes",
     "split_options",
@@ -33,6 +44,8 @@ Options: TypeAlias = Iterable[str] | Mapping[str, Any] | None
 """Results of ``with_…`` helpers in a list, tuple or set; or a dictionary of names and values."""
 
 Seconds: TypeAlias = float | datetime
+
+_FLAGS: Final = frozenset({"+r", "+0", "+1"})
 
 Payload: TypeAlias = str | bytes | bytearray | float | None
 """Text is sent as UTF-8, a number as its text, and None as nothing."""
@@ -48,26 +61,112 @@ class Subscription:
     options: tuple[tuple[str, str], ...]
 
 
+def checked_key(key: str, option: str = "key") -> str:
+    """Return *key* as it is sent, without slashes around it.
+
+    Raises:
+        BadOption: Nothing is left of it, or it has a slash, after which the channel would begin.
+    """
+    text = key.strip("/")
+    if not text or "/" in text:
+        raise BadOption(
+            f"{option} is {'no key: it has a slash within' if text else 'empty'}",
+            option=option,
+            hint="give the 32 characters that keygen returned",
+            backend="emitter",
+        )
+    return text
+
+
+def checked_group(group: str) -> str:
+    """Return the name of a share group as it is sent, without slashes around it.
+
+    Raises:
+        BadOption: Nothing is left of it, so that every member would get every message, or it is
+            more than one segment, so that the channel would be another one.
+    """
+    name = group.strip("/")
+    if not name or any(character in name for character in "/+#*"):
+        raise BadOption(
+            f"share_group {group!r} is no name" if name else "share_group is empty",
+            option="share_group",
+            hint="use one segment of A-Z a-z 0-9 and $ - . : [ \\ ] ^ _ `; for an ordinary "
+            "subscription call subscribe",
+            backend="emitter",
+        )
+    return name
+
+
+def checked_channel(channel: str) -> str:
+    """Return *channel*; what else the broker refuses, the broker tells.
+
+    Raises:
+        BadOption: It is empty, or has an empty segment, which SUBSCRIBE drops: another channel
+            would be meant, and of ``$share//jobs`` every channel.
+    """
+    inner = channel.strip("/")
+    segments = inner.partition("/?")[0].split("/")
+    incomplete = segments[0] == SHARE and len(segments) < 3
+    if not all(segments) or incomplete:
+        raise BadOption(
+            f"channel {channel!r} "
+            + ("has no channel after its group" if incomplete else "has an empty segment")
+            if inner
+            else "channel is empty",
+            option="channel",
+            hint="name every segment, as in demo/room/",
+            backend="emitter",
+        )
+    return channel
+
+
+def checked_link(name: str) -> str:
+    """Return the name of a link.
+
+    Raises:
+        BadOption: It can be none: the broker takes what is longer for a key and a channel.
+    """
+    if not is_link_name(name):
+        raise BadOption(
+            "the name of a link is not one or two letters or digits",
+            option="name",
+            hint="use one like 'a0'",
+            backend="emitter",
+        )
+    return name
+
+
 def split_options(options: Options) -> tuple[frozenset[str], list[tuple[str, str]]]:
-    """Return the flags of the packet, and the options of the channel."""
-    if not options:
+    """Return the flags of the packet, and the options of the channel.
+
+    Raises:
+        BadOption: One of them is no ``name=value`` of letters and digits, and no flag.
+    """
+    if options is None:
         return frozenset(), []
+    flags: set[str] = set()
+    query: list[tuple[str, str]] = []
     if isinstance(options, Mapping):
         given = cast("Mapping[str, Any]", options)
-        return frozenset(), [
+        query = [
             (name, str(int(value) if isinstance(value, bool) else value))
             for name, value in given.items()
         ]
-    if isinstance(options, str):
-        options = [options]
-    flags: set[str] = set()
-    query: list[tuple[str, str]] = []
-    for option in options:
-        if option.startswith("+"):
-            flags.add(option)
-        else:
-            name, _, value = option.partition("=")
-            query.append((name, value))
+    else:
+        for option in [options] if isinstance(options, str) else options:
+            if option in _FLAGS:
+                flags.add(option)
+            else:
+                name, _, value = option.partition("=")
+                query.append((name, value))
+    for name, value in query:
+        if not is_option(name, value):
+            raise BadOption(
+                f"option {name!r} has the value {value!r}" if name else "an option is empty",
+                option="options",
+                hint="use the with_… helpers, or name=value of letters and digits",
+                backend="emitter",
+            )
     return frozenset(flags), query
 
 

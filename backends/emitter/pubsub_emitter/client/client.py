@@ -47,6 +47,10 @@ from .arguments import (
     Payload,
     Seconds,
     Subscription,
+    checked_channel,
+    checked_group,
+    checked_key,
+    checked_link,
     endpoint_of,
     payload_bytes,
     split_options,
@@ -379,24 +383,29 @@ class Client:
 
         The reply is there when the broker has confirmed (`with_at_least_once`), else as soon
         as the message is sent.
+
+        Raises:
+            BadOption: As from every call here: a key, channel, share group, link name or option
+                is empty, or would be taken for another. Nothing was sent.
         """
         if options:
             header, query = split_options(options)
-            topic = build_topic(key, channel, query)
+            topic = build_topic(checked_key(key), checked_channel(channel), query)
         else:
             header = _NO_FLAGS
             topic = self._topics.get((key, channel), "") or self._new_topic(key, channel)
         return self._publish(topic, message, header, channel)
 
     def _new_topic(self, key: str, channel: str) -> str:
-        return self._topics.keep((key, channel), build_topic(key, channel))
+        topic = build_topic(checked_key(key), checked_channel(channel))
+        return self._topics.keep((key, channel), topic)
 
     def publish_with_link(
         self, link: str, message: Payload, options: Options = None
     ) -> Reply[None]:
         """Publish through a link; only retain and the quality of service have an effect here."""
         header, _ = split_options(options)
-        return self._publish(link, message, header, f"link {link}")
+        return self._publish(checked_link(link), message, header, f"link {link}")
 
     def _publish(
         self, topic: str, message: Payload, header: frozenset[str], shown: str
@@ -465,7 +474,8 @@ class Client:
 
         The key's target must cover ``$share/<group>/<channel>/``, for example ``$share/#/``.
         """
-        return self._subscribe(key, channel, share_group, optional_handler, options)
+        group = checked_group(share_group)
+        return self._subscribe(key, channel, group, optional_handler, options)
 
     def _subscribe(
         self,
@@ -476,7 +486,7 @@ class Client:
         options: Options,
     ) -> Reply[None]:
         _, query = split_options(options)
-        wanted = Subscription(key, channel, group.strip("/"), tuple(query))
+        wanted = Subscription(checked_key(key), checked_channel(channel), group, tuple(query))
         topic = subscription_topic(wanted)
         handler = None if call is None else self._messages.add(channel, call, wanted.group)
         place = (canonical(channel), wanted.group)
@@ -524,11 +534,13 @@ class Client:
 
     def unsubscribe_with_group(self, key: str, channel: str, share_group: str) -> Reply[None]:
         """Leave a share group; handlers of an ordinary subscription to the channel stay."""
-        return self._unsubscribe(key, channel, share_group.strip("/"))
+        return self._unsubscribe(key, channel, checked_group(share_group))
 
     def _unsubscribe(self, key: str, channel: str, group: str) -> Reply[None]:
         reply: Reply[None] = Reply(self, f"unsubscribing from {channel}")
-        topic = subscription_topic(Subscription(key, channel, group, ()))
+        topic = subscription_topic(
+            Subscription(checked_key(key), checked_channel(channel), group, ())
+        )
         place = (canonical(channel), group)
         # Those of a subscription that follows at once stay.
         claimed = self._messages.claimed(channel, group)
@@ -574,12 +586,16 @@ class Client:
                 ``p`` presence, ``e`` extend.
             ttl: Seconds until it expires; 0 for never.
         """
-        body = {"key": key, "channel": channel, "type": permissions, "ttl": ttl}
+        body = {"key": checked_key(key), "channel": channel, "type": permissions, "ttl": ttl}
         return self._request("keygen", body, f"a key for {channel}", lambda got: str(got["key"]))
 
     def keyban(self, master_key: str, target_key: str, ban: bool) -> Reply[bool]:
         """Ban a key or lift its ban; the reply is whether it is banned now."""
-        body = {"secret": master_key, "target": target_key, "banned": ban}
+        body = {
+            "secret": checked_key(master_key, "master_key"),
+            "target": checked_key(target_key, "target_key"),
+            "banned": ban,
+        }
         return self._request("keyban", body, "a ban", lambda got: bool(got["banned"]))
 
     def link(
@@ -597,9 +613,9 @@ class Client:
         """
         _, query = split_options(options)
         body = {
-            "key": key,
-            "channel": build_topic("", channel, query),
-            "name": name,
+            "key": checked_key(key),
+            "channel": build_topic("", checked_channel(channel), query),
+            "name": checked_link(name),
             "subscribe": subscribe,
         }
 
@@ -627,10 +643,14 @@ class Client:
         default of False stopped them). Answers and events of the channel and those below it go
         to *optional_handler*, else to `on_presence`.
         """
+        body: dict[str, Any] = {
+            "key": checked_key(key),
+            "channel": checked_channel(channel),
+            "status": status,
+        }
         handler = None
         if optional_handler is not None:
             handler = self._presence.add(channel, optional_handler)
-        body: dict[str, Any] = {"key": key, "channel": channel, "status": status}
         if changes is not None:
             body["changes"] = changes
 
@@ -661,7 +681,7 @@ class Client:
         With *before*, the id of the oldest message known already, those before it come.
         """
         _, query = split_options(options)
-        body = {"channel": build_topic(key, channel, query)}
+        body = {"channel": build_topic(checked_key(key), checked_channel(channel), query)}
         if before:
             body["startFromID"] = before
 
