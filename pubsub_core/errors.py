@@ -244,7 +244,7 @@ class ServerRefused(ConnectError):
 
 
 class TakenOver(ConnectError):
-    """Another client connects with our client id again and again; we stopped fighting."""
+    """The broker says that another client takes our client id again and again; we stopped."""
 
     code = "taken_over"
     retryable = False

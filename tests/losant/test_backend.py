@@ -32,7 +32,6 @@ from pubsub_core import (
     Secret,
     Status,
     SubscribeNotAuthorized,
-    TakenOver,
     connect,
 )
 from pubsub_core.config.options import build, parse_url
@@ -532,18 +531,22 @@ async def test_a_forbidden_message_again_and_again_is_no_takeover() -> None:
             await bus.publish("mine/x", b"1", qos=0)
             await lost(events, count)
         await bus.wait_for(Status.ONLINE, timeout=5)
-        assert not any(isinstance(each, TakenOver) for each in errors(events))
+        assert not any("connect elsewhere" in each.hint for each in errors(events))
 
 
 async def test_two_clients_with_one_device() -> None:
-    async with broker() as server:
-        async with opened(server, **SOON) as one, opened(server, **SOON) as two:
-            await eventually(lambda: Status.FAILED in (one.status, two.status), within=10)
-            failed, lives = (one, two) if one.status is Status.FAILED else (two, one)
-            with pytest.raises(TakenOver, match="same device connect elsewhere"):
-                await failed.publish("state", {"a": 1})
-            await lives.wait_for(Status.ONLINE, timeout=5)
-            await lives.publish("state", {"a": 1})
+    async with broker() as server, opened(server, **SOON) as one, told(one) as events:
+        async with opened(server, **SOON) as two:
+            await eventually(
+                lambda: any(
+                    "same device connect elsewhere" in each.hint for each in errors(events)
+                ),
+                what="it says what it looks like",
+            )
+            # The platform has no word for it, so none of them gives up.
+            assert Status.FAILED not in (one.status, two.status)
+        await one.wait_for(Status.ONLINE, timeout=20)
+        await one.publish("state", {"a": 1})
 
 
 async def test_quality_of_service_two() -> None:

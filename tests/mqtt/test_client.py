@@ -1334,27 +1334,20 @@ class TestReconnecting:
             await one.disconnect()
             assert (await publishing).pubcomp_packet is not None
 
-    async def test_the_same_identifier_used_twice_is_noticed(
-        self, mosquitto: MosquittoServer, unique: Unique
+    async def test_the_same_identifier_used_twice_is_told(
+        self, mosquitto: MosquittoServer, unique: Unique, caplog: pytest.LogCaptureFixture
     ) -> None:
+        caplog.set_level("INFO", "pubsub_mqtt")
         name = unique("").strip("/")
-        # Both reconnect at once; one of them must give up.
-        async with asyncio.timeout(30):
-            one, two = MQTTClient(name), MQTTClient(name)
-            try:
-                await one.connect(mosquitto.url)
-                await two.connect(mosquitto.url)
-                receiving = [asyncio.create_task(each.deliver_message()) for each in (one, two)]
-                done, pending = await asyncio.wait(receiving, return_when=asyncio.FIRST_COMPLETED)
-                error = done.pop().exception()
-                assert isinstance(error, ConnectError)
-                assert isinstance(error.__cause__, core.TakenOver)
-                for task in pending:
-                    task.cancel()
-                await asyncio.wait(receiving)
-            finally:
-                await one.disconnect()
-                await two.disconnect()
+        one, two = MQTTClient(name), MQTTClient(name)
+        try:
+            await one.connect(mosquitto.url)
+            await two.connect(mosquitto.url)
+            # It looks like a broker that crashes, so none of them may give up.
+            await eventually(lambda: "does another client use this client_id?" in caplog.text)
+        finally:
+            await one.disconnect()
+            await two.disconnect()
 
 
 class TestWithAmqttsBroker:

@@ -132,9 +132,6 @@ async def test_replay_stays_within_the_window_and_gets_further(
                 await asyncio.sleep(0)
                 if all(task.done() for task in publishing):
                     break
-                # Our own identifier and short lives one after the other: see `TakenOver`,
-                # which is not what this is about.
-                bus.native(MQTTBackend).connection._short_lives.clear()
                 sessions = bus.stats.sessions
                 peer.holding = True
                 broker.cut()

@@ -31,7 +31,6 @@ from pubsub_core.errors import (
     PubSubError,
     ServerRefused,
     SubscribeNotAuthorized,
-    TakenOver,
 )
 from pubsub_core.interfaces import Address, BackendContext, SessionFacts, Sink, WireSub
 from pubsub_core.keyed import BoundedCache
@@ -263,11 +262,6 @@ class LosantBackend(ConnectionBackend):
         The platform closes the connection without a word, so the cause is a guess: a limit,
         where one may be exceeded; else a message that went out just before.
         """
-        if isinstance(error, TakenOver):
-            error.hint = (
-                "does the same device connect elsewhere? each connection ends the one before"
-            )
-            return error
         if not isinstance(error.__cause__, (PeerClosed, ConnectionResetError)):
             return error
         now = self._clock.monotonic()
@@ -289,6 +283,11 @@ class LosantBackend(ConnectionBackend):
             error.hint = (
                 "the platform does that when the device may not publish there, sends too much, or "
                 "connects a second time; its connection log has the reason"
+            )
+        elif self.connection.flapping:
+            error.hint = (
+                "does the same device connect elsewhere? each connection ends the one before; its "
+                "connection log has the reason"
             )
         return error
 

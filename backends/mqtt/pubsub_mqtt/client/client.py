@@ -177,6 +177,7 @@ class MQTTClient:
         self._driver: AsyncioDriver | None = None
         self._renewing: asyncio.Task[None] | None = None
         self._backoff = Backoff(FIRST_DELAY, self.config.reconnect_max_interval)
+        self._outage_began: float | None = None
         self._online_since = 0.0
         self._session_present = False
         self._subscriptions: dict[str, int] = {}
@@ -818,8 +819,11 @@ class MQTTClient:
         if self._state is not _State.ONLINE:
             return  # an attempt under way, which fails by itself, or the end
         logger.info("the connection was lost: %s", error)
-        if self._clock.monotonic() - self._online_since >= HEALTHY_AFTER:
+        now = self._clock.monotonic()
+        if self._outage_began is None or now - self._online_since >= HEALTHY_AFTER:
+            # Sessions that end young belong to one outage, or its delays would never grow.
             self._backoff.reset()
+            self._outage_began = now
         if not self.config.auto_reconnect or error.retryable is False:
             self._fail(_native(error))
             return
@@ -830,7 +834,7 @@ class MQTTClient:
 
     async def _renew(self) -> None:
         retries = self.config.reconnect_retries
-        began = self._clock.monotonic()
+        began = self._clock.monotonic() if self._outage_began is None else self._outage_began
         failures = 0
         try:
             while True:

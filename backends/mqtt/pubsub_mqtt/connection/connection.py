@@ -67,8 +67,8 @@ _SOON: Final = 0.01
 """Least seconds between two looks at the clock, or rounding could make a busy loop of them."""
 
 _SHORT_SESSION: Final = 2.0
-_TAKEOVERS: Final = 3
-_TAKEOVER_WINDOW: Final = 60.0
+_TIMES: Final = 3
+_WINDOW: Final = 60.0
 
 _HUNG_UP: Final = (
     ConnectionResetError,
@@ -109,13 +109,17 @@ class Connection(ConnectionState):
 
     * ``keepalive_policy(quiet)``: when to ping, and when silence means a dead link; see
       `pubsub_mqtt.connection.keepalive`.
-    * ``short_life_policy()``: whether a stream that the peer closed right after CONNACK may
+    * ``short_life_policy()``: whether a session that the peer ended right after CONNACK may
       mean that another client uses our identifier. It is asked once for each such end.
     * `ask` and `subscribe_verbatim`: packets that go past window, gate and paho's checks.
 
     Args:
         backend: Name of the backend that errors belong to.
         clock: Seconds; only differences count.
+
+    Attributes:
+        flapping: Whether the last session was one of several in a minute that the peer ended
+            soon after they began, as it looks when another client uses our identifier.
     """
 
     def __init__(
@@ -155,8 +159,9 @@ class Connection(ConnectionState):
         self._had_session = False
         self._said_connect = False
         self._short_lives: deque[float] = deque()
+        self._takeovers: deque[float] = deque()
+        self.flapping = False
         self._offered: BufferedSocket | None = None
-        self._reset = False
         self._keepalive = 0
         self._pinged_at: float | None = None
         self._accepted_at = 0.0
@@ -228,7 +233,6 @@ class Connection(ConnectionState):
         self._said_connect = True
         self.generation += 1
         self._woken = False
-        self._reset = False
         self._reader.begin()
         self.connected = self.usable = self.outbound.released = False
         self.session = None
@@ -289,7 +293,6 @@ class Connection(ConnectionState):
         except OSError as exc:
             # The write that fails comes after what the peer said before it closed: a CONNACK
             # that refuses, or a DISCONNECT with the reason. That is the better error.
-            self._reset = True
             self._last_words(sock)
             if self.socket is sock:
                 self._link_failed(exc, sock)
@@ -301,9 +304,10 @@ class Connection(ConnectionState):
     def _link_failed(self, exc: OSError | ConnectError, sock: BufferedSocket) -> None:
         # Mosquitto resets the connection over what it cannot stand, since it leaves the rest of
         # the packet unread; then a write may fail before the read does.
+        error = dial_error(exc, self.where, backend=self.backend, secure=self._early_end(sock))
         if isinstance(exc, _HUNG_UP):
             self._suspect("reset the connection")
-        error = dial_error(exc, self.where, backend=self.backend, secure=self._early_end(sock))
+            error = self._short_life(error)
         self._lose(error)
 
     def _suspect(self, how: str, *, named: bool = False) -> None:
@@ -445,32 +449,40 @@ class Connection(ConnectionState):
         )
         error.__cause__ = exc
         self._suspect("closed the connection")  # all that a broker of 3.1.1 can say
-        # Behind a failed write the end of the stream only repeats that the link broke.
-        if self.connected and not self._reset and self.short_life_policy():
-            self._lose(self._count_short_life(error, taken=False))
-        else:
-            self._lose(error)
+        self._lose(self._short_life(error))
 
-    def _count_short_life(self, error: ConnectError, *, taken: bool) -> ConnectError:
-        """Return *error*, or `TakenOver` when somebody else keeps using our identifier.
+    def _short_life(self, error: ConnectError) -> ConnectError:
+        """Return *error*, which says what it looks like where sessions end soon again and again.
 
         Two clients with one identifier end each other's sessions without end, and each of them
-        sees nothing but a broken link. Three short lives in a minute are taken for that;
-        *taken* says that the broker named it, so that the length of the life does not matter.
+        sees nothing but a broken link. A broker that crashes, or a proxy before it that cannot
+        reach it, looks the same, so it is tried again: only the broker's word is final.
         """
+        self.flapping = False
+        if not self.connected or not self.short_life_policy():
+            return error
         now = self.clock()
-        if not taken and now - self._accepted_at > _SHORT_SESSION:
+        if now - self._accepted_at > _SHORT_SESSION or _often(self._short_lives, now) < _TIMES:
             return error
-        lives = self._short_lives
-        lives.append(now)
-        while now - lives[0] > _TAKEOVER_WINDOW:
-            lives.popleft()
-        if len(lives) < _TAKEOVERS:
+        self.flapping = True
+        error.message += (
+            f", {len(self._short_lives)} times within {_WINDOW:.0f} s soon after it had accepted "
+            f"client id {printable(self.client_id)!r}"
+        )
+        error.hint = (
+            "does another client use this client_id? or the broker crashes, or a proxy before it "
+            "fails; the log of the broker says more"
+        )
+        return error
+
+    def _taken_over(self, error: ConnectError) -> ConnectError:
+        """Return *error*, or `TakenOver` when the broker says again and again that it is that."""
+        if _often(self._takeovers, self.clock()) < _TIMES:
             return error
-        lives.clear()
+        self._takeovers.clear()
         over = TakenOver(
-            f"the session of client id {printable(self.client_id)!r} was ended {_TAKEOVERS} times "
-            f"within {_TAKEOVER_WINDOW:.0f} s right after connecting",
+            f"the session of client id {printable(self.client_id)!r} was taken over {_TIMES} times "
+            f"within {_WINDOW:.0f} s",
             hint="give each client its own client_id",
             backend=self.backend,
         )
@@ -585,5 +597,13 @@ class Connection(ConnectionState):
         if reason in _REFUSING:
             self._suspect(f"ended the session with reason 0x{reason:02X}", named=True)
         if reason == 0x8E:
-            error = self._count_short_life(error, taken=True)
+            error = self._taken_over(error)
         self._lose(error)
+
+
+def _often(times: deque[float], now: float) -> int:
+    """Add *now*, and return how many there are within the window."""
+    times.append(now)
+    while now - times[0] > _WINDOW:
+        times.popleft()
+    return len(times)
