@@ -23,6 +23,7 @@ import msgspec
 import pytest
 
 from pubsub_core.errors import BadOption, ConnectError, NotConnected, PayloadTooLarge
+from pubsub_core.interfaces import Address, BackendContext
 from pubsub_core.testing.stopwatch import Stopwatch
 from pubsub_emitter import (
     BadRequestError,
@@ -37,9 +38,13 @@ from pubsub_emitter import (
     UnauthorizedError,
     connect,
 )
+from pubsub_emitter.backend import EmitterBackend
 from pubsub_emitter.client.handlers import Handlers
+from pubsub_emitter.options import EmitterOptions
+from pubsub_emitter.plugin import INFO
 from pubsub_emitter.protocol import OLDEST_TIME, YOUNGEST_TIME
 from pubsub_mqtt.connection import Will
+from pubsub_mqtt.connection.keepalive import Quiet, standard_keepalive
 from pubsub_mqtt.server.endpoint import Client as Peer
 from pubsub_mqtt.server.endpoint import EndpointServer
 from pubsub_mqtt.server.endpoint.packets import Connect, Publish, Subscribe, Unsubscribe
@@ -127,8 +132,10 @@ class Recorder(SmallDialect):
     def __init__(self) -> None:
         super().__init__()
         self.packets: list[Any] = []
+        self.keepalives: list[int] = []
 
     def connect(self, client: Peer, packet: Connect) -> int:
+        self.keepalives.append(packet.keepalive)
         client.state = set[str]()
         return 0
 
@@ -412,6 +419,30 @@ def test_what_no_broker_takes_is_not_sent(place: Place) -> None:
             client.publish(place.key, "ä" * 40_000, "x").result()
         client.me().result()
         assert not lost
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"), [(0, 90), (1, 1), (60, 60), (90, 90), (91, 90), (120, 90), (65_535, 90)]
+)
+def test_a_keepalive_keeps_an_idle_link_at_a_broker_that_waits_for_120_seconds(
+    given: int, sent: int, leaks: None
+) -> None:
+    recorder = Recorder()
+    with Running(EndpointServer(recorder)) as running, linked(running, keepalive=given):
+        assert recorder.keepalives == [sent]
+    # As a bus says it in CONNECT, and looks after it.
+    options = EmitterOptions(keepalive=given)
+    backend = EmitterBackend(BackendContext(INFO, Address("emitter", "127.0.0.1"), options))
+    assert backend.connection.settings.keepalive == sent
+    quiet = Quiet(sent, 0.0, 0.0, None, reading=True)
+    due = standard_keepalive(quiet).due
+    assert due <= 70
+    assert standard_keepalive(quiet._replace(inbound=due, outbound=due)).ping
+
+
+def test_a_negative_keepalive_is_refused() -> None:
+    with pytest.raises(BadOption, match="keepalive=-1"):
+        Client().connect("127.0.0.1", keepalive=-1)
 
 
 WIDER: dict[str, Callable[[Client], Any]] = {

@@ -134,7 +134,10 @@ class EmitterOptions(TransportOptions):
     )
     keepalive: int = field(
         default=60,
-        metadata=_help("seconds; the peer is dead after 1.5 times that in silence; 0: never"),
+        metadata=_help(
+            "seconds; the peer is dead after 1.5 times that in silence; 0 and more than 90 are "
+            "90, since brokers close links that were silent for 120"
+        ),
     )
     max_inflight: int = field(
         default=100, metadata=_help("most publishes that wait for the broker's confirmation")

@@ -26,6 +26,7 @@ __all__ = [
     "ERROR_TOPIC",
     "FORBIDDEN",
     "LINK_INVALID",
+    "LONGEST_KEEPALIVE",
     "MAX_PACKET",
     "MAX_TTL",
     "NOT_FOUND",
@@ -51,6 +52,7 @@ __all__ = [
     "PresenceRequest",
     "answer",
     "build_topic",
+    "effective_keepalive",
     "is_link_name",
     "is_option",
     "normalize_subscription",
@@ -69,6 +71,9 @@ SHARE: Final = "$share"
 
 MAX_PACKET: Final = 65536
 """Longest MQTT packet, as its remaining length counts it, in both directions."""
+
+LONGEST_KEEPALIVE: Final = 90
+"""Seconds. A broker in Go closes links that were silent for 120 s, whatever CONNECT said."""
 
 OLDEST_TIME: Final = 1_514_764_800
 """2018-01-01: ``from`` and ``until`` before that count as absent."""
@@ -261,6 +266,11 @@ def split_share(channel: str) -> tuple[str | None, str]:
         return None, channel
     group, _, inner = rest.partition("/")
     return group, inner
+
+
+def effective_keepalive(seconds: int) -> int:
+    """Return a keepalive that no broker takes for an idle link; 0, for none, is no such."""
+    return min(seconds or LONGEST_KEEPALIVE, LONGEST_KEEPALIVE)
 
 
 def is_link_name(name: str) -> bool:

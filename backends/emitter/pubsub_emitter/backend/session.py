@@ -41,7 +41,14 @@ from pubsub_core.message import Receipt
 from pubsub_emitter.errors import EmitterError, refusal
 from pubsub_emitter.options import EmitterOptions, MatcherOption, read_license
 from pubsub_emitter.plugin import MAX_STORED_PAYLOAD
-from pubsub_emitter.protocol import API, ERROR_TOPIC, SHARE, Fault, is_link_name
+from pubsub_emitter.protocol import (
+    API,
+    ERROR_TOPIC,
+    SHARE,
+    Fault,
+    effective_keepalive,
+    is_link_name,
+)
 from pubsub_mqtt.backend.connection_backend import ConnectionBackend
 from pubsub_mqtt.connection import Connection, Outgoing, Will
 from pubsub_mqtt.connection.address import broker_address
@@ -124,6 +131,7 @@ class EmitterSession(ConnectionBackend):
             path=(address.path or "/") if scheme in ("ws", "wss") else "",
         )
         mqtt = options.mqtt(backend=self.name, protocol="3.1.1", will=None)
+        mqtt = replace(mqtt, keepalive=effective_keepalive(mqtt.keepalive))
         license_ = options.license
         self._license = None if license_ is None else read_license(license_.reveal())
         self._master = options.master_key

@@ -32,11 +32,11 @@ from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
-from pubsub_core.errors import ConnectError, NotConnected, PayloadTooLarge, PubSubError
+from pubsub_core.errors import BadOption, ConnectError, NotConnected, PayloadTooLarge, PubSubError
 from pubsub_core.keyed import BoundedCache
 from pubsub_core.secrets import Secret
 from pubsub_emitter.errors import EmitterError, refusal
-from pubsub_emitter.protocol import MAX_PACKET, build_topic
+from pubsub_emitter.protocol import MAX_PACKET, build_topic, effective_keepalive
 from pubsub_mqtt.connection import Outgoing, Request, Session, SessionSettings, Subscribe, Will
 from pubsub_mqtt.connection.address import TLSSettings
 from pubsub_mqtt.connection.blocking_driver import BlockingDriver
@@ -259,11 +259,20 @@ class Client:
         ``ws`` or ``wss``, which then says whether TLS and WebSocket are used. The default is
         the SDK's; that service was shut down in 2019. *username* is shown in presence. The topic
         of a *will* is ``key/channel/``; the broker publishes it when the connection ends, for any
-        reason.
+        reason. A *keepalive* of 0 or of more than 90 seconds is 90: brokers close links that
+        were silent for 120.
 
         Raises:
+            BadOption: *keepalive* is negative, or *host* is none.
             ConnectError: Typed by what went wrong; nothing is left open.
         """
+        if keepalive < 0:
+            raise BadOption(
+                f"keepalive={keepalive} does not fit",
+                option="keepalive",
+                hint="use seconds, 0 or more",
+                backend="emitter",
+            )
         endpoint = endpoint_of(
             host,
             port,
@@ -280,7 +289,7 @@ class Client:
             client_id=client_id,
             username=username,
             password=None if password is None else Secret(password),
-            keepalive=keepalive,
+            keepalive=effective_keepalive(keepalive),
             versions=(4,),
             will=will,
         )
