@@ -9,7 +9,8 @@ from pubsub_messagebus.handlers import (
     NotificationHandler,
 )
 
-from .client import CallbackClient, Client
+from .callback_client import CallbackClient
+from .client import Client
 
 __all__ = [
     "AuthorizationHandler",

@@ -1,9 +1,9 @@
 """A messagebus client with the interface of ``jetblack-messagebus-python3`` 3.0.1.
 
-`CallbackClient` takes handlers, `Client` is for subclasses. Unlike the package it ends when
-the connection does, closes its socket, loses nothing that was queued before `stop`, writes
-while a handler runs, and never writes part of a message. It can also reconnect, learn its own
-id (`Client.sync`) and drop data that still comes after an unsubscribe.
+`Client` is for subclasses; `CallbackClient`, in the module beside, takes handlers. Unlike the
+package's, it ends when the connection does, closes its socket, loses nothing that was queued
+before `stop`, writes while a handler runs, and never writes part of a message. It can also
+reconnect, learn its own id (`Client.sync`) and drop data that still comes after an unsubscribe.
 
 Three tasks do the work: one decodes, one calls handlers, one after the other, and one writes
 the queue. Handlers may call anything here.
@@ -26,12 +26,6 @@ from typing import Any, Literal, Self
 from uuid import UUID
 
 from pubsub_messagebus.authentication import Authenticator
-from pubsub_messagebus.handlers import (
-    AuthorizationHandler,
-    ClosedHandler,
-    DataHandler,
-    NotificationHandler,
-)
 from pubsub_messagebus.io import DataReader, DataWriter
 from pubsub_messagebus.protocol import (
     ADMIN_FEED,
@@ -55,7 +49,7 @@ from pubsub_messagebus.protocol import (
 )
 from pubsub_messagebus.sockets import Acknowledger
 
-__all__ = ["CallbackClient", "Client"]
+__all__ = ["Client"]
 
 logger = logging.getLogger("pubsub_messagebus.client")
 
@@ -656,76 +650,3 @@ class Client(abc.ABC):
         for waiting in fences:
             if not waiting.done():
                 waiting.set_exception(ConnectionError("the connection ended"))
-
-
-class CallbackClient(Client):
-    """A client whose messages go to lists of coroutine functions.
-
-    The lists are live: append to them and remove from them at any time; the change counts
-    from the next message. Handlers run one after the other.
-    """
-
-    def __init__(
-        self,
-        reader: DataReader,
-        writer: DataWriter,
-        authenticator: Authenticator | None,
-        monitor_heartbeat: bool,
-    ) -> None:
-        super().__init__(reader, writer, authenticator, monitor_heartbeat)
-        self._authorization_handlers: list[AuthorizationHandler] = []
-        self._data_handlers: list[DataHandler] = []
-        self._notification_handlers: list[NotificationHandler] = []
-        self._closed_handlers: list[ClosedHandler] = []
-
-    @property
-    def authorization_handlers(self) -> list[AuthorizationHandler]:
-        """Called when a client waits for authorization."""
-        return self._authorization_handlers
-
-    @property
-    def data_handlers(self) -> list[DataHandler]:
-        """Called with data."""
-        return self._data_handlers
-
-    @property
-    def notification_handlers(self) -> list[NotificationHandler]:
-        """Called when somebody subscribes or unsubscribes."""
-        return self._notification_handlers
-
-    @property
-    def closed_handlers(self) -> list[ClosedHandler]:
-        """Called once at the end."""
-        return self._closed_handlers
-
-    async def on_authorization(
-        self, client_id: UUID, host: str, user: str, feed: str, topic: str
-    ) -> None:
-        """Call the handlers."""
-        for handler in tuple(self._authorization_handlers):
-            await handler(client_id, host, user, feed, topic)
-
-    async def on_data(
-        self,
-        user: str,
-        host: str,
-        feed: str,
-        topic: str,
-        data_packets: list[DataPacket] | None,
-        is_image: Any,
-    ) -> None:
-        """Call the handlers."""
-        for handler in tuple(self._data_handlers):
-            await handler(user, host, feed, topic, data_packets, is_image)
-
-    async def on_forwarded_subscription_request(
-        self, client_id: UUID, user: str, host: str, feed: str, topic: str, is_add: bool
-    ) -> None:
-        """Call the handlers."""
-        for handler in tuple(self._notification_handlers):
-            await handler(client_id, user, host, feed, topic, is_add)
-
-    async def on_closed(self, is_faulted: bool) -> None:
-        """Call the handlers."""
-        for handler in tuple(self._closed_handlers):
-            await handler(is_faulted)

@@ -15,13 +15,8 @@ from urllib.parse import quote
 from pubsub_core.capabilities import (
     Cap,
     ConfirmedBy,
-    Delivery,
-    Duplicates,
-    Durability,
     Guarantees,
     Limits,
-    Order,
-    Redelivery,
     Support,
 )
 from pubsub_core.errors import (
@@ -80,6 +75,7 @@ from pubsub_nats.subjects import Subjects
 from .connection import Connection, Denied, LimitExceeded, Lost, Unsent
 from .consumers import Tag
 from .dial import Dialer
+from .modes import CORE, DURABLE, IN_MEMORY, NAME_A_STREAM, NOTHING_STORED
 from .presence import Presence
 from .stream import RESERVE, StreamMode
 
@@ -94,42 +90,6 @@ _PORTS = {"nats+ws": 80, "nats+wss": 443}
 _BROKER = ConfirmedBy.BROKER
 _NO_HEADERS = "this server, or its configuration, carries no headers"
 _NEED_HEADERS = (Cap.HEADERS, Cap.CONTENT_TYPE, Cap.TTL, Cap.ECHO_CONTROL)
-_NOTHING_STORED = "core NATS stores nothing"
-_STREAM = "name a stream with stream="
-_ONCE = "core NATS sends a message once"
-
-_CORE = {
-    **dict.fromkeys(
-        (Cap.RETAINED, Cap.HISTORY, Cap.REPLAY, Cap.PERSISTENT_SESSION),
-        Support.none(_NOTHING_STORED, _STREAM),
-    ),
-    **dict.fromkeys((Cap.ACK, Cap.NACK, Cap.REDELIVERY), Support.none(_ONCE, _STREAM)),
-    **dict.fromkeys(
-        (Cap.PRESENCE, Cap.NOTIFICATIONS),
-        Support.none("the server tells nobody who is subscribed", f"{_STREAM} and presence=true"),
-    ),
-    Cap.TTL: Support.emulated("the receiver drops what came too late, by its own clock"),
-    Cap.FLOW_CONTROL: Support.none(
-        "the server buffers 64 MiB for a slow client, then cuts it off", _STREAM
-    ),
-}
-"""What a bus without a stream lacks."""
-
-_DURABLE = Guarantees(
-    confirmed_by=ConfirmedBy.BROKER,
-    delivery=Delivery.AT_LEAST_ONCE,
-    redelivery=Redelivery.ON_NACK_OR_TIMEOUT,
-    order=Order.PER_PUBLISHER_AND_TOPIC,
-    duplicates=Duplicates.AFTER_REDELIVERY,
-    durability=Durability.STORED_MESSAGES,
-    note="A receipt says that the stream has stored the message. With one replica a power failure "
-    "may take the last two minutes: use replicas=3, or sync_interval: always at the server.",
-)
-_IN_MEMORY = dataclasses.replace(
-    _DURABLE,
-    durability=Durability.NOTHING,
-    note="A receipt says that the stream has the message, in the memory of its servers.",
-)
 
 
 class _Sub(NamedTuple):
@@ -326,7 +286,7 @@ class NatsBackend(Backend):
 
     async def probe(self) -> Mapping[Cap, Support]:
         """Lower what this server, or the choice of a stream or none, does not give."""
-        found = {**_CORE} if self._stream is None else self._stream.probe()
+        found = {**CORE} if self._stream is None else self._stream.probe()
         if self._connection is not None and self._connection.info.get("headers") is not True:
             missing = Support.none(
                 _NO_HEADERS, "nats-server 2.2 or later, without no_header_support"
@@ -340,7 +300,7 @@ class NatsBackend(Backend):
         stream = self._stream
         if stream is None:
             return super().guarantees
-        return _DURABLE if stream.durable else _IN_MEMORY
+        return DURABLE if stream.durable else IN_MEMORY
 
     @property
     def keeps_history(self) -> bool:
@@ -589,7 +549,7 @@ class NatsBackend(Backend):
 
     def _streaming(self) -> StreamMode:
         if self._stream is None:
-            raise NotSupported(Cap.HISTORY, why=_NOTHING_STORED, hint=_STREAM, backend="nats")
+            raise NotSupported(Cap.HISTORY, why=NOTHING_STORED, hint=NAME_A_STREAM, backend="nats")
         return self._stream
 
     @contextlib.contextmanager
