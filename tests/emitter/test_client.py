@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import gc
 import inspect
@@ -42,12 +43,18 @@ from pubsub_emitter.backend import EmitterBackend
 from pubsub_emitter.client.handlers import Handlers
 from pubsub_emitter.options import EmitterOptions
 from pubsub_emitter.plugin import INFO
-from pubsub_emitter.protocol import OLDEST_TIME, YOUNGEST_TIME
+from pubsub_emitter.protocol import OLDEST_TIME, YOUNGEST_TIME, MessageId, parse_channel
 from pubsub_mqtt.connection import Will
 from pubsub_mqtt.connection.keepalive import Quiet, standard_keepalive
 from pubsub_mqtt.server.endpoint import Client as Peer
 from pubsub_mqtt.server.endpoint import EndpointServer
-from pubsub_mqtt.server.endpoint.packets import Connect, Publish, Subscribe, Unsubscribe
+from pubsub_mqtt.server.endpoint.packets import (
+    Connect,
+    Publish,
+    Subscribe,
+    Unsubscribe,
+    encode_publish,
+)
 from tests.emitter.places import Place, Running, real
 from tests.emitter.vectors import KEYS, LICENSE, MASTER_KEY, VECTORS
 from tests.mqtt.server.endpoint.wire import SmallDialect
@@ -528,6 +535,66 @@ def test_history_pages_backwards(running: Running) -> None:
         assert [each.payload for each in page] == [b"1", b"2"]
         rest = client.history(DEMO, "demo/h", {"last": 9}, before=page[0].id).result()
         assert [each.payload for each in rest] == [b"0"]
+
+
+class GoHistory(Recorder):
+    """Answers as the Go broker: newest first, and not at all what exceeds one packet."""
+
+    def __init__(self, count: int, most: int) -> None:
+        super().__init__()
+        self.ids = [str(MessageId(7, OLDEST_TIME, number)) for number in range(count)]
+        self.most = most
+        self.asked: list[int] = []
+
+    def publish(self, client: Peer, packet: Publish) -> bool:
+        body = json.loads(packet.payload)
+        last = parse_channel(body["channel"]).last
+        assert last is not None
+        self.asked.append(last)
+        end = self.ids.index(body["startFromID"]) if "startFromID" in body else len(self.ids)
+        page = [
+            {"id": self.ids[n], "channel": "a/", "payload": base64.b64encode(b"%d" % n).decode()}
+            for n in reversed(range(max(end - last, 0), end))
+        ]
+        if len(page) <= self.most:
+            answer = {"req": packet.packet_id, "messages": page}
+            client.send(encode_publish(packet.topic, json.dumps(answer).encode()))
+        return True
+
+
+@pytest.mark.parametrize(
+    ("most", "last", "asked"),
+    [(99, 4, [4]), (99, 20, [20, 10]), (3, 9, [9, 2, 2, 2, 2, 1]), (1, 2, [2, 1, 1]), (3, 0, [0])],
+)
+def test_history_is_in_order_and_whole_whatever_a_page_holds(
+    most: int, last: int, asked: list[int], leaks: None
+) -> None:
+    broker = GoHistory(10, most)
+    with Running(EndpointServer(broker)) as running, linked(running) as client:
+        found = client.history("K", "a", [client.with_last(last)]).result()
+        assert [int(each.payload) for each in found] == list(range(max(10 - last, 0), 10))
+        assert broker.asked == asked
+        if last:
+            rest = client.history("K", "a", [client.with_last(99)], before=found[0].id).result()
+            assert [int(each.payload) for each in rest + found] == list(range(10))
+
+
+def test_history_says_so_where_one_message_fits_into_no_answer(leaks: None) -> None:
+    with Running(EndpointServer(GoHistory(10, 0))) as running, linked(running) as client:
+        with pytest.raises(EmitterError, match="too long for an answer") as caught:
+            client.history("K", "a", [client.with_last(9)]).result()
+        assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("loop", [True, False])
+def test_history_of_large_messages_comes_in_several_answers(loop: bool, running: Running) -> None:
+    with linked(running, start=loop) as client:
+        once = [client.with_ttl(60), client.with_at_least_once()]
+        sent = [b"%d" % number + bytes(15_000) for number in range(9)]
+        for payload in sent:
+            client.publish(DEMO, "demo/h", payload, once).result()
+        page = client.history(DEMO, "demo/h", [client.with_last(7)]).result()
+        assert [each.payload for each in page] == sent[2:]
 
 
 @pytest.mark.timeout(120)

@@ -21,7 +21,6 @@ Source: emitter-io 2.3.0, ``emitter/emitter.py``: its public names and its packe
 
 from __future__ import annotations
 
-import base64
 import logging
 import threading
 import time
@@ -36,7 +35,8 @@ from pubsub_core.errors import BadOption, ConnectError, NotConnected, PayloadToo
 from pubsub_core.keyed import BoundedCache
 from pubsub_core.secrets import Secret
 from pubsub_emitter.errors import EmitterError, refusal
-from pubsub_emitter.protocol import MAX_PACKET, build_topic, effective_keepalive
+from pubsub_emitter.history_pages import LARGEST_PAGE, HistoryPages
+from pubsub_emitter.protocol import MAX_PACKET, build_topic, effective_keepalive, parse_channel
 from pubsub_mqtt.connection import Outgoing, Request, Session, SessionSettings, Subscribe, Will
 from pubsub_mqtt.connection.address import TLSSettings
 from pubsub_mqtt.connection.blocking_driver import BlockingDriver
@@ -687,21 +687,57 @@ class Client:
     ) -> Reply[list[HistoryMessage]]:
         """Ask for stored messages, oldest first: one, unless `with_last` says more.
 
-        With *before*, the id of the oldest message known already, those before it come.
+        With *before*, the id of the oldest message known already, those before it come. What does
+        not fit into one answer of the broker is asked for in several.
         """
         _, query = split_options(options)
-        body = {"channel": build_topic(checked_key(key), checked_channel(channel), query)}
-        if before:
-            body["startFromID"] = before
+        key, channel = checked_key(key), checked_channel(channel)
+        last = parse_channel(build_topic("k", "c", query)).last
+        wanted = 1 if last is None else last
+        window = [pair for pair in query if pair[0] != "last"]
+        pages = HistoryPages(key, channel, window, min(wanted, LARGEST_PAGE), before)
+        reply: Reply[list[HistoryMessage]] = Reply(self, f"history of {channel}")
+        self._next_page(pages, wanted, [], reply)
+        return reply
 
-        def found(got: dict[str, Any]) -> list[HistoryMessage]:
-            messages = cast("list[dict[str, str]]", got.get("messages") or [])
-            return [
-                HistoryMessage(each["id"], each["channel"], base64.b64decode(each["payload"]))
-                for each in messages
+    def _next_page(
+        self,
+        pages: HistoryPages,
+        wanted: int,
+        found: list[HistoryMessage],
+        reply: Reply[list[HistoryMessage]],
+    ) -> None:
+        """Ask for a page; its answer asks for the next, in the thread that reads."""
+
+        def arrived(answered: Reply[dict[str, Any] | None]) -> None:
+            error = answered.exception()
+            if error is not None:
+                reply.fail(error)
+                return
+            found[:0] = [
+                HistoryMessage(each.text, each.channel, each.payload)
+                for each in pages.take(answered.result())
             ]
+            missing = wanted - len(found)
+            if missing > 0 and not pages.ended:
+                pages.size = min(pages.size, missing)
+                self._next_page(pages, wanted, found, reply)
+            elif pages.too_long and not found:
+                reply.fail(
+                    EmitterError(
+                        f"a stored message of {reply.what} is too long for an answer",
+                        hint="neither it nor older ones can be read; name its time with "
+                        "with_until to get those before it",
+                        retryable=False,
+                    )
+                )
+            else:
+                reply.resolve(found[max(-missing, 0) :])
 
-        return self._request("history", body, f"history of {channel}", found)
+        page: Reply[dict[str, Any] | None] = self._request(
+            "history", pages.body(), reply.what, lambda got: got, lambda: None
+        )
+        page.add_done_callback(arrived)
 
     def _request(
         self,
@@ -709,8 +745,12 @@ class Client:
         body: dict[str, Any] | None,
         what: str,
         finish: Callable[[dict[str, Any]], T],
+        unanswered: Callable[[], T] | None = None,
     ) -> Reply[T]:
-        """Publish a request at QoS 1: the answer names its packet id."""
+        """Publish a request at QoS 1: the answer names its packet id.
+
+        Where the broker confirms without an answer, *unanswered* gives it, if there is one.
+        """
         reply: Reply[T] = Reply(self, what)
         topic = f"emitter/{name}/"
         pending = _Pending(topic, reply, finish)
@@ -725,6 +765,8 @@ class Client:
                     self._pending.remove(pending)
             if out.error is not None:
                 reply.fail(_without_key(out.error, what))
+            elif unanswered is not None:
+                reply.resolve(unanswered())
             else:  # the answer comes before the acknowledgement, or not at all
                 reply.fail(EmitterError(f"the broker did not answer {what}", retryable=True))
 
