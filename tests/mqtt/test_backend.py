@@ -36,7 +36,7 @@ from pubsub_core import (
     connect,
 )
 from pubsub_core.config.options import build, parse_url
-from pubsub_core.events import InterestEvent, Notice, StatusChanged
+from pubsub_core.events import InterestEvent, Notice, StatusChanged, SubscriptionRefused
 from pubsub_core.interfaces import (
     Address,
     AuthorizationRequest,
@@ -58,7 +58,7 @@ from pubsub_mqtt.options import MQTTOptions, TopicDefaults, WillOptions
 from pubsub_mqtt.plugin import INFO
 from pubsub_mqtt.server import AmqttServer, MosquittoServer
 from tests.conftest import PASSWORD
-from tests.mqtt.scripted import SUBSCRIBE, UNSUBSCRIBE, scripted
+from tests.mqtt.scripted import SUBSCRIBE, UNSUBSCRIBE, Packet, scripted
 from tests.servers import Authority, Certificate, eventually
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -459,6 +459,68 @@ async def test_a_broker_that_crashes_again_and_again_is_no_takeover(protocol: st
                 )
             await bus.publish("t", b"x", qos=1)
             assert any("client id 'own'" in str(each) and "crash" in each.hint for each in told)
+            task.cancel()
+
+
+async def test_a_filter_that_mosquitto_cannot_stand_harms_itself_only(
+    mosquitto: MosquittoServer, unique: Callable[..., str]
+) -> None:
+    # Mosquitto closes the connection over more than 200 levels.
+    options: dict[str, Any] = {"protocol": "3.1.1", "reconnect_first": 0.05}
+    async with connect(mosquitto.url, **options) as bus:
+        topic, deep = unique("good"), "/".join(["a"] * 250)
+        async with bus.subscribe(topic) as good:
+            with pytest.raises(SubscribeFailed, match="2 times") as caught:
+                await bus.subscribe(deep)
+            assert caught.value.retryable is False
+            await bus.wait_for(Status.ONLINE, timeout=20)
+            sessions = bus.stats.sessions
+            with pytest.raises(SubscribeFailed):
+                await bus.subscribe(deep)
+            await bus.publish(topic, b"x", qos=1)
+            assert (await good.get(timeout=20)).payload == b"x"
+            assert bus.stats.sessions == sessions
+
+
+@BOTH
+async def test_of_several_filters_the_one_that_ends_the_session_is_refused(
+    protocol: str,
+) -> None:
+    """Restored after a reconnect it would poison every session."""
+    async with scripted() as broker:
+        hostile = False
+
+        def answer(packet: Packet) -> bytes | None:
+            if packet.type != SUBSCRIBE:
+                return None
+            if hostile and b"bad/#" in packet.body:
+                broker.cut()
+                return b""
+            if protocol == "5":
+                return b"\x90\x04" + packet.body[:2] + b"\x00\x00"
+            return None
+
+        broker.answer = answer
+        broker.connack = bytes.fromhex("20020000" if protocol == "3.1.1" else "2003000000")
+        refused: list[str] = []
+        async with connect(broker.url, protocol=protocol, reconnect_first=0.05) as bus:
+
+            async def collect() -> None:
+                async for event in bus.events():
+                    if isinstance(event, SubscriptionRefused):
+                        refused.extend([event.filter])
+
+            task = asyncio.create_task(collect())
+            async with bus.subscribe("a"), bus.subscribe("bad/#") as bad, bus.subscribe("c"):
+                hostile = True
+                broker.cut()
+                with pytest.raises(SubscribeFailed, match="bad"):
+                    await bad.get(timeout=20)
+                await bus.wait_for(Status.ONLINE, timeout=20)
+                assert set(refused) == {"bad/#"}
+                last = broker.connections
+                names = [p.body for p in broker.of(SUBSCRIBE) if p.connection == last]
+                assert len(names) == 2, "the two others were restored"
             task.cancel()
 
 

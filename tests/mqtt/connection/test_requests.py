@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from pubsub_core.errors import ConnectError, NotConnected, SubscribeFailed
 from pubsub_mqtt.connection import Subscribe
+from pubsub_mqtt.connection.state import Request
 from pubsub_mqtt.errors import ProtocolError
 from tests.mqtt.lines import (
     Line,
@@ -61,3 +65,40 @@ def test_requests_and_publishes_share_the_packet_ids(lines: type[Line]) -> None:
     line.connection.subscribe([Subscribe("a")], lambda _: None)
     out = line.publish(qos=1)
     assert out.packet_id == 3
+
+
+def subscribed_twice(line: Line, end: Callable[[Line], None]) -> list[Request]:
+    """Subscribe to two filters in each of three sessions, which *end* ends; the second waits."""
+    done: list[Request] = []
+    for _ in range(3):
+        line.open()
+        for name in ("answered", "waits"):
+            try:
+                line.connection.subscribe([Subscribe(name)], done.append)
+            except SubscribeFailed:
+                continue
+        first = line.packets()[0]
+        line.say(b"\x90\x03" + first[2:4] + b"\x00")
+        end(line)
+    return [request for request in done if request.filters == ("waits",)]
+
+
+def test_a_filter_that_ends_two_sessions_is_given_up(lines: type[Line]) -> None:
+    one, two = subscribed_twice(lines(), Line.hang_up)
+    assert isinstance(one.error, NotConnected)
+    assert isinstance(two.error, SubscribeFailed)
+    assert two.error.retryable is False
+    assert two.error.topic == "waits"
+
+
+def test_a_filter_that_waits_long_or_at_a_broken_link_is_not_given_up(lines: type[Line]) -> None:
+    def late(line: Line) -> None:
+        line.now += 2
+        line.hang_up()
+
+    def broken(line: Line) -> None:
+        line.connection.end(ConnectError("no route"))
+
+    for end in (late, broken):
+        waits = subscribed_twice(lines(), end)
+        assert [type(request.error) for request in waits] == [NotConnected] * 3

@@ -80,7 +80,12 @@ _HUNG_UP: Final = (
 """Errors of a socket whose peer has ended the connection, and not the network."""
 
 _REFUSING: Final = frozenset({0x80, 0x81, 0x82, 0x83, 0x87, 0x90, 0x95, 0x99, 0x9A, 0x9B})
-"""Reasons of a DISCONNECT that a single packet can have caused."""
+"""Reasons of a DISCONNECT that a single message can have caused."""
+
+_REFUSING_FILTERS: Final = frozenset(
+    {0x80, 0x81, 0x82, 0x83, 0x87, 0x8F, 0x95, 0x97, 0x9E, 0xA1, 0xA2}
+)
+"""Reasons of a DISCONNECT that a single SUBSCRIBE can have caused."""
 
 
 class Connection(ConnectionState):
@@ -310,9 +315,10 @@ class Connection(ConnectionState):
             error = self._short_life(error)
         self._lose(error)
 
-    def _suspect(self, how: str, *, named: bool = False) -> None:
+    def _suspect(self, how: str) -> None:
         if self.usable:  # after our DISCONNECT the broker is to hang up
-            self.outbound.suspect(how, named=named)
+            self.outbound.suspect(how)
+            self.requests.suspect(how)
 
     def _early_end(self, sock: BufferedSocket | None) -> bool | None:
         """Return whether *sock* is encrypted, or None once the broker has let us in."""
@@ -594,8 +600,11 @@ class Connection(ConnectionState):
         reason = body[0] if body else 0
         said = reason_text(body[1:], PacketTypes.DISCONNECT) if len(body) > 1 else ""
         error = disconnect_error(reason, backend=self.backend, said=said)
-        if reason in _REFUSING:
-            self._suspect(f"ended the session with reason 0x{reason:02X}", named=True)
+        how = f"ended the session with reason 0x{reason:02X}"
+        if self.usable and reason in _REFUSING:
+            self.outbound.suspect(how, named=True)
+        if self.usable and reason in _REFUSING_FILTERS:
+            self.requests.suspect(how, named=True)
         if reason == 0x8E:
             error = self._taken_over(error)
         self._lose(error)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from pubsub_core.errors import ConnectError, NotConnected, PubSubError, SubscribeFailed
+from pubsub_core.keyed import BoundedCache
 from pubsub_mqtt.errors import subscribe_error
 from pubsub_mqtt.packets import SUBSCRIBE, encode_length, malformed
 
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Requests"]
 
+_REFUSALS: Final = 2
+"""Sessions that a SUBSCRIBE may end before it is given up."""
+
+_QUICK_END: Final = 1.0
+"""Seconds after a sending, or the answer to the one before, within which an end counts."""
+
+_REMEMBERED: Final = 1024
+
 
 class Requests:
     """Requests that wait for SUBACK, UNSUBACK or PINGRESP; all of them end with the session.
@@ -39,17 +48,54 @@ class Requests:
         self._state = state
         self._waiting = state.unanswered
         self.pings: deque[Callable[[ConnectError | None], None]] = deque()
+        self._last_answer = 0.0
+        self._refusals = BoundedCache[tuple[str, ...], int](_REMEMBERED)
+
+    def suspect(self, how: str, *, named: bool = False) -> None:
+        """Notice that the broker ended the session, perhaps over a SUBSCRIBE.
+
+        The oldest without an answer is suspected, as with publishes (see `Outbound.suspect`).
+        Otherwise a filter that the broker cannot stand would end every session, since it is
+        subscribed to first thing in the next one. The second time it fails for good, and from
+        then on it is not sent.
+
+        Args:
+            how: What the broker did, as a verb with its object.
+            named: Whether the broker gave a reason that a filter can have caused.
+        """
+        for request in self._waiting.values():
+            if not request.sent_at:
+                continue
+            since = max(request.sent_at, self._last_answer)
+            if named or self._state.clock() - since < _QUICK_END:
+                count = (self._refusals.get(request.filters) or 0) + 1
+                self._refusals.keep(request.filters, count)
+                if count >= _REFUSALS:
+                    request.error = self._given_up(request.filters, how)
+            return
+
+    def _given_up(self, filters: tuple[str, ...], how: str) -> SubscribeFailed:
+        shown = ", ".join(map(repr, filters))
+        return SubscribeFailed(
+            f"the broker {how} {_REFUSALS} times when {shown} was subscribed to; it is given up",
+            hint="most often it has too many levels, or the broker has no such filters: share "
+            "groups and names that begin with $ are not everywhere",
+            backend=self._state.backend,
+            topic=filters[0],
+            retryable=False,
+        )
 
     def session_ended(self, why: PubSubError) -> None:
         """Tell everybody that no answer will come."""
         requests = list(self._waiting.values())
         self._waiting.clear()
         for request in requests:
-            request.error = NotConnected(
-                "the session ended before the broker answered",
-                backend=self._state.backend,
-                retryable=True,
-            )
+            if request.error is None:
+                request.error = NotConnected(
+                    "the session ended before the broker answered",
+                    backend=self._state.backend,
+                    retryable=True,
+                )
             request.error.__cause__ = why
             request.on_done(request)
         pings, self.pings = self.pings, deque()
@@ -73,12 +119,14 @@ class Requests:
 
         Raises:
             NotConnected: There is no session.
-            SubscribeFailed: paho refuses the filter.
+            SubscribeFailed: paho refuses the filter, or it was given up; see `suspect`.
         """
         paho = self._state.paho
         if not self._state.usable or paho is None:
             raise self._state.not_connected()
         request = Request(tuple(want.filter for want in wants), on_done)
+        if (self._refusals.get(request.filters) or 0) >= _REFUSALS:
+            raise self._given_up(request.filters, "ended the session")
         try:
             if self._state.version == 5:
                 properties = None
@@ -112,6 +160,7 @@ class Requests:
         if packet_id is None:
             raise self._state.not_connected()
         request.packet_id = packet_id
+        request.sent_at = self._state.clock()
         self._waiting[packet_id] = request
         return request
 
@@ -177,6 +226,9 @@ class Requests:
         if granted and len(values) != len(request.filters):
             raise malformed("SUBACK with another number of codes than filters")
         del self._waiting[packet_id]
+        self._last_answer = self._state.last_in
+        if self._refusals.get(request.filters):
+            self._refusals.keep(request.filters, 0)  # it was another that ended the session
         request.codes = values
         request.said = str(getattr(properties, "ReasonString", ""))
         request.on_done(request)

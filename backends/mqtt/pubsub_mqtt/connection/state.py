@@ -119,9 +119,14 @@ class Outgoing:
 
 
 class Request:
-    """A SUBSCRIBE or UNSUBSCRIBE that waits for its acknowledgement."""
+    """A SUBSCRIBE or UNSUBSCRIBE that waits for its acknowledgement.
 
-    __slots__ = ("codes", "error", "filters", "on_done", "packet_id", "said")
+    Attributes:
+        sent_at: When a SUBSCRIBE was sent that may be held responsible for the session's end;
+            0.0 for others.
+    """
+
+    __slots__ = ("codes", "error", "filters", "on_done", "packet_id", "said", "sent_at")
 
     def __init__(self, filters: tuple[str, ...], on_done: Callable[[Request], None]) -> None:
         self.filters = filters
@@ -129,6 +134,7 @@ class Request:
         self.packet_id = 0
         self.codes: tuple[int, ...] = ()
         self.said = ""
+        self.sent_at = 0.0
         self.error: PubSubError | None = None
 
 
