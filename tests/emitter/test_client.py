@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 import pytest
@@ -595,6 +595,27 @@ def test_history_of_large_messages_comes_in_several_answers(loop: bool, running:
             client.publish(DEMO, "demo/h", payload, once).result()
         page = client.history(DEMO, "demo/h", [client.with_last(7)]).result()
         assert [each.payload for each in page] == sent[2:]
+
+
+@pytest.mark.parametrize(("matcher", "live"), [("emitter", ["own", "below"]), ("mqtt", ["own"])])
+def test_a_key_for_one_channel_writes_there_alone_and_reads_below(
+    matcher: Literal["emitter", "mqtt"], live: list[str], leaks: None
+) -> None:
+    server = EmitterServer(license=LICENSE, matcher=matcher)
+    with Running(server) as running, linked(running) as client:
+        key = server.make_key("demo/one/", "rwsl")
+        once = [client.with_ttl(60), client.with_at_least_once()]
+        found: list[str] = []
+        client.subscribe(key, "demo/one", lambda m: found.append(m.as_string())).result()
+        with pytest.raises(UnauthorizedError):
+            client.publish(key, "demo/one/deep", "no", once).result()
+        with pytest.raises(UnauthorizedError):
+            client.subscribe(key, "demo/one/deep").result()
+        for channel, text in (("one", "own"), ("one/deep", "below"), ("two", "beside")):
+            client.publish(DEMO, f"demo/{channel}", text, once).result()
+        assert found == live
+        page = client.history(key, "demo/one", [client.with_last(9)]).result()
+        assert [each.payload for each in page] == [b"own", b"below"]
 
 
 @pytest.mark.timeout(120)

@@ -198,7 +198,7 @@ def encode_target(channel: str) -> tuple[int, int]:
     do: characters that no channel can have give a key that allows nothing.
 
     Raises:
-        InvalidTarget: It does not end with ``/`` (``a/b/`` for that channel alone, ``a/b/#/``
+        InvalidTarget: It does not end with ``/`` (``a/b/`` for that channel, ``a/b/#/``
             for those below, too).
         TargetTooLong: It has more than 23 parts.
     """
@@ -559,8 +559,8 @@ class License:
         """Return a new key for *channel*, without asking a broker.
 
         Args:
-            channel: Ends with ``/``: ``a/b/`` for that channel alone, ``a/b/#/`` for those
-                below, too.
+            channel: Ends with ``/``: ``a/b/`` for that channel, ``a/b/#/`` for those below,
+                too. Reading reaches below in any case; the README says how far.
             permissions: Letters: ``r`` subscribe, ``w`` publish, ``s`` store, ``l`` load,
                 ``p`` presence, ``e`` extend.
             ttl: Seconds until it expires; 0 for never.

@@ -468,6 +468,7 @@ class EmitterSession(ConnectionBackend):
 
         Args:
             target: Channel with its trailing slash: ``a/b/``, or ``a/b/#/`` for those below, too.
+                Reading reaches below in any case.
             permissions: Letters of ``rwslpe``.
             ttl: Seconds until it expires, 0 for never.
             key: A master key, or an extendable one, which makes a private channel.

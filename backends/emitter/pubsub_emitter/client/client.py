@@ -589,8 +589,8 @@ class Client:
         Args:
             key: A master key. An extendable one makes a private channel instead; see
                 `on_keygen` for its name.
-            channel: Must end with ``/``: ``a/b/`` for that channel alone, ``a/b/#/`` for those
-                below, too.
+            channel: Must end with ``/``: ``a/b/`` for that channel, ``a/b/#/`` for those below,
+                too. Reading reaches below in any case; the README says how far.
             permissions: Letters: ``r`` subscribe, ``w`` publish, ``s`` store, ``l`` load,
                 ``p`` presence, ``e`` extend.
             ttl: Seconds until it expires; 0 for never.
