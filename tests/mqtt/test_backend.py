@@ -524,6 +524,17 @@ async def test_of_several_filters_the_one_that_ends_the_session_is_refused(
             task.cancel()
 
 
+@pytest.mark.parametrize("option", ["client_id", "username", "password"])
+@pytest.mark.parametrize("text", ["SECRET\ud800", "SECRET" * 10_923])
+async def test_text_that_connect_cannot_carry_is_refused_by_name(option: str, text: str) -> None:
+    options: dict[str, Any] = {option: text}
+    with pytest.raises(BadOption, match=option) as caught:
+        async with connect("mqtt://127.0.0.1:1", **options):
+            pass
+    assert caught.value.option.endswith(option)
+    assert "SECRET" not in str(caught.value)
+
+
 # --- publishing -----------------------------------------------------------------------
 
 
@@ -736,7 +747,7 @@ async def test_what_cannot_be_told_apart_is_refused_under_311(
         await made.subscribe(WireSub(2, f"{topic}/a"))
 
 
-@pytest.mark.parametrize("group", ["", "a/b", "a+", "#"])
+@pytest.mark.parametrize("group", ["", "a/b", "a+", "#", "a\nb", "a\ud800", "g" * 65536])
 async def test_a_group_that_has_no_name(mosquitto: MosquittoServer, group: str) -> None:
     async with session(mosquitto.port) as (made, _):
         with pytest.raises(InvalidFilter):

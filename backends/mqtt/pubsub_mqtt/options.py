@@ -218,7 +218,7 @@ class MQTTOptions(TransportOptions):
             raise _bad("receive_maximum", self.receive_maximum, "1 to 65535")
         if not 16 <= self.max_packet_size <= MAX_PACKET:
             raise _bad("max_packet_size", self.max_packet_size, f"16 to {MAX_PACKET}")
-        if self.client_id is not None and len(self.client_id.encode()) > 65535:
+        if self.client_id is not None and len(self.client_id.encode(errors="replace")) > 65535:
             raise _bad("client_id", "…", "at most 65535 bytes")
         if not self.clean_start and not self.client_id:
             raise BadOption(

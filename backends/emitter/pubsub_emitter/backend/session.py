@@ -143,7 +143,7 @@ class EmitterSession(ConnectionBackend):
             ttl=options.key_ttl,
             clock=self._time,
         )
-        self._settings = settings_of(below, mqtt)
+        self._settings = settings_of(below, mqtt, backend="emitter")
         super().__init__(
             context,
             broker_address(below, mqtt, backend=self.name),

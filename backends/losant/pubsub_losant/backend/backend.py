@@ -121,7 +121,11 @@ class LosantBackend(ConnectionBackend):
         super().__init__(
             context,
             broker_address(below, mqtt, backend=self.name),
-            Connection(settings_of(below, mqtt), backend=self.name, clock=context.clock.monotonic),
+            Connection(
+                settings_of(below, mqtt, backend=self.name),
+                backend=self.name,
+                clock=context.clock.monotonic,
+            ),
         )
         self.connection.on_resend = self._sent_again
         # A forbidden publish ends sessions as early as another client with our id does.

@@ -41,6 +41,7 @@ logger = logging.getLogger("pubsub_mqtt")
 
 _MAX_IDENTIFIER = 268_435_455
 _CACHED_DEFAULTS = 1024
+_LONGEST_GROUP = 1000
 
 # MQTT 5.0 section 1.5.4: a receiver may close the connection over these; Mosquitto does.
 _DISCOURAGED = "".join(
@@ -350,12 +351,18 @@ class MQTTBackend(ConnectionBackend):
         group = want.group
         if group is None:
             return want.filter
-        if not group or any(character in group for character in "/+#\0"):
+        # Brokers hang up over control characters and surrogates, as over those in topics.
+        if (
+            not group
+            or not group.isprintable()
+            or not {"/", "+", "#"}.isdisjoint(group)
+            or len(group) > _LONGEST_GROUP
+        ):
             raise InvalidFilter(
-                f"{group!r} cannot name a share group",
+                f"{group[:100]!r} cannot name a share group",
                 topic=want.filter,
                 reason="group",
-                hint="leave out / + # and NUL",
+                hint=f"use 1 to {_LONGEST_GROUP} printable characters without / + #",
                 backend=self.name,
             )
         return f"$share/{group}/{want.filter}"

@@ -9,9 +9,10 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pubsub_core.errors import BadOption
 from pubsub_core.interfaces import Address
 from pubsub_core.secrets import Secret
-from pubsub_mqtt.options import DEFAULT_MAX_PACKET, MAX_PACKET, MQTTOptions, ProtocolName
+from pubsub_mqtt.options import DEFAULT_MAX_PACKET, MAX_PACKET, NAME, MQTTOptions, ProtocolName
 
 __all__ = [
     "ConnectionStats",
@@ -134,8 +135,12 @@ class ConnectionStats:
     pings: int = 0
 
 
-def settings_of(address: Address, options: MQTTOptions) -> SessionSettings:
-    """Return what CONNECT will say; credentials of the options win over the address's."""
+def settings_of(address: Address, options: MQTTOptions, *, backend: str = NAME) -> SessionSettings:
+    """Return what CONNECT will say; credentials of the options win over the address's.
+
+    Raises:
+        BadOption: A text that no CONNECT can carry. The error names the option, never the text.
+    """
     will = None
     if options.will is not None:
         will = Will(
@@ -145,10 +150,15 @@ def settings_of(address: Address, options: MQTTOptions) -> SessionSettings:
             options.will.retain,
             options.will.delay,
         )
+    username = options.username if options.username is not None else address.username
+    password = options.password if options.password is not None else address.password
+    _check_text("client_id", options.client_id, backend)
+    _check_text("username", username, backend)
+    _check_text("password", None if password is None else password.reveal(), backend, binary=True)
     return SessionSettings(
         client_id=options.client_id,
-        username=options.username if options.username is not None else address.username,
-        password=options.password if options.password is not None else address.password,
+        username=username,
+        password=password,
         keepalive=options.keepalive,
         versions=_VERSIONS[options.protocol],
         clean_start=options.clean_start,
@@ -163,3 +173,24 @@ def settings_of(address: Address, options: MQTTOptions) -> SessionSettings:
 def random_client_id() -> str:
     """Return a random identifier: 19 characters, as short as old brokers want it."""
     return f"pubsub-{secrets.token_hex(6)}"
+
+
+def _check_text(option: str, text: str | None, backend: str, *, binary: bool = False) -> None:
+    """Refuse what MQTT cannot carry in a string, or with *binary* in its binary data."""
+    if text is None:
+        return
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        why, hint = (
+            "has a lone surrogate",
+            "decode received bytes as UTF-8, without surrogateescape",
+        )
+    else:
+        if len(data) > 65535:
+            why, hint = f"has {len(data)} bytes", "MQTT carries at most 65535"
+        elif b"\0" in data and not binary:
+            why, hint = "has a NUL", "MQTT allows none in a string"
+        else:
+            return
+    raise BadOption(f"{option} {why}", option=option, hint=hint, backend=backend)
