@@ -46,6 +46,7 @@ from pubsub_emitter.protocol import (
     ERROR_TOPIC,
     SHARE,
     Fault,
+    GeneratedKey,
     effective_keepalive,
     is_link_name,
 )
@@ -463,8 +464,10 @@ class EmitterSession(ConnectionBackend):
 
     async def keygen(
         self, target: str, permissions: str, *, ttl: int = 0, key: str | None = None
-    ) -> str:
+    ) -> GeneratedKey:
         """Have the broker make a key, from *key* or the option ``master_key``.
+
+        The key is a text with the attribute ``channel``, which has the name of a private channel.
 
         Args:
             target: Channel with its trailing slash: ``a/b/``, or ``a/b/#/`` for those below, too.
@@ -484,10 +487,10 @@ class EmitterSession(ConnectionBackend):
         answer = await self.request(
             "keygen", {"key": key, "channel": target, "type": permissions, "ttl": ttl}
         )
-        made = answer.get("key")
-        if not isinstance(made, str):
-            raise EmitterError("the broker's answer to keygen has no key")
-        return made
+        try:
+            return GeneratedKey.of(answer)
+        except ValueError as exc:
+            raise EmitterError(f"keygen: {exc}") from None
 
     async def keyban(self, target: str, *, banned: bool = True) -> None:
         """Ban the key *target*, or lift its ban; needs the option ``master_key``."""
