@@ -618,21 +618,6 @@ def test_a_key_for_one_channel_writes_there_alone_and_reads_below(
         assert [each.payload for each in page] == [b"own", b"below"]
 
 
-def test_the_key_of_a_private_channel_says_which_one_it_is(place: Place) -> None:
-    with linked(place) as client:
-        extendable = place.made(f"{place.root}/", "rwe")
-        key = client.keygen(extendable, f"{place.root}/", "rw").result()
-        identity = client.me().result()["id"]
-        assert key.channel == f"{place.root}/{identity}/"
-        found: list[str] = []
-        client.subscribe(key, key.channel, lambda m: found.append(m.as_string())).result()
-        client.publish(key, key.channel, "mine", [client.with_at_least_once()]).result()
-        wait(lambda: found == ["mine"])
-        plain = client.keygen(place.master, f"{place.root}/a/", "rw").result()
-        assert plain.channel == f"{place.root}/a/"
-        assert (type(plain).__mro__[1], len(plain)) == (str, 32)
-
-
 @pytest.mark.timeout(120)
 def test_a_banned_key_is_refused(place: Place) -> None:
     with linked(place) as client:

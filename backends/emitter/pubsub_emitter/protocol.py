@@ -43,7 +43,6 @@ __all__ = [
     "BadRequest",
     "Channel",
     "Fault",
-    "GeneratedKey",
     "HistoryRequest",
     "InvalidChannel",
     "KeybanRequest",
@@ -317,34 +316,6 @@ class KeygenRequest:
         """Read the JSON; raises `BadRequest`."""
         body = _Body(payload)
         return cls(body.text("key"), body.text("channel"), body.text("type"), body.int32("ttl"))
-
-
-class GeneratedKey(str):
-    """The text of a key that a broker made.
-
-    Attributes:
-        channel: What it is for, with its trailing slash. With an extendable key the broker makes
-            a private channel, whose name only its answer has.
-    """
-
-    __slots__ = ("channel",)
-
-    channel: str
-
-    @classmethod
-    def of(cls, answered: Mapping[str, Any]) -> GeneratedKey:
-        """Read a broker's answer.
-
-        Raises:
-            ValueError: It has no key, or no channel.
-        """
-        match answered:
-            case {"key": str(text), "channel": str(channel)}:
-                key = cls(text)
-                key.channel = channel
-                return key
-            case _:
-                raise ValueError("the answer has no key and channel")
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,13 +36,7 @@ from pubsub_core.keyed import BoundedCache
 from pubsub_core.secrets import Secret
 from pubsub_emitter.errors import EmitterError, refusal
 from pubsub_emitter.history_pages import LARGEST_PAGE, HistoryPages
-from pubsub_emitter.protocol import (
-    MAX_PACKET,
-    GeneratedKey,
-    build_topic,
-    effective_keepalive,
-    parse_channel,
-)
+from pubsub_emitter.protocol import MAX_PACKET, build_topic, effective_keepalive, parse_channel
 from pubsub_mqtt.connection import Outgoing, Request, Session, SessionSettings, Subscribe, Will
 from pubsub_mqtt.connection.address import TLSSettings
 from pubsub_mqtt.connection.blocking_driver import BlockingDriver
@@ -589,12 +583,12 @@ class Client:
 
     # --- requests -----------------------------------------------------------------------
 
-    def keygen(self, key: str, channel: str, permissions: str, ttl: int = 0) -> Reply[GeneratedKey]:
-        """Have a key made; the reply is the key, a text with the attribute ``channel``.
+    def keygen(self, key: str, channel: str, permissions: str, ttl: int = 0) -> Reply[str]:
+        """Have a key made; the reply is the key.
 
         Args:
-            key: A master key. An extendable one makes a private channel instead, whose name
-                is the reply's ``channel``.
+            key: A master key. An extendable one makes a private channel instead; see
+                `on_keygen` for its name.
             channel: Must end with ``/``: ``a/b/`` for that channel, ``a/b/#/`` for those below,
                 too. Reading reaches below in any case; the README says how far.
             permissions: Letters: ``r`` subscribe, ``w`` publish, ``s`` store, ``l`` load,
@@ -602,7 +596,7 @@ class Client:
             ttl: Seconds until it expires; 0 for never.
         """
         body = {"key": checked_key(key), "channel": channel, "type": permissions, "ttl": ttl}
-        return self._request("keygen", body, f"a key for {channel}", GeneratedKey.of)
+        return self._request("keygen", body, f"a key for {channel}", lambda got: str(got["key"]))
 
     def keyban(self, master_key: str, target_key: str, ban: bool) -> Reply[bool]:
         """Ban a key or lift its ban; the reply is whether it is banned now."""

@@ -13,8 +13,6 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pubsub_emitter.protocol import GeneratedKey
-
 from .arguments import Payload
 from .client import Client
 from .reply import Reply
@@ -89,9 +87,7 @@ class Emitter:
         """Ask who is subscribed."""
         return self.client.presence(key, channel, status=True)
 
-    def keygen(
-        self, key: str, channel: str, permissions: str = "", ttl: int = 0
-    ) -> Reply[GeneratedKey]:
+    def keygen(self, key: str, channel: str, permissions: str = "", ttl: int = 0) -> Reply[str]:
         """Have a key made. 1.x could not say for what; without *permissions* it is useless."""
         return self.client.keygen(key, channel, permissions, ttl)
 

@@ -656,7 +656,7 @@ class EmitterDialect(Dialect):
     def http(self, request: HttpRequest) -> HttpResponse:
         """Answer ``/health``, ``/keygen`` and ``/presence``."""
         match request.method, request.path:
-            case "GET" | "HEAD", "/health":
+            case "GET", "/health":
                 return HttpResponse(200)
             case "GET", "/keygen":
                 return page("")
