@@ -44,7 +44,7 @@ _LINGER: Final = 0.5
 
 # Not the executor of the loop, whose shutdown waits for a name server that never answers.
 _THREAD: Final = "pubsub-mqtt-dial"
-_AT_ONCE: Final = 32
+_AT_ONCE: Final = 128
 """Publishes in a row that leave without a turn of the loop. Without a bound a program that
 publishes in a loop, and never has to wait, would read no message and no PINGRESP."""
 
