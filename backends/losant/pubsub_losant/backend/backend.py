@@ -378,7 +378,8 @@ class LosantBackend(ConnectionBackend):
         try:
             return await self.receipt(sent)
         except PublishFailed as error:
-            if not sent.refusals:
+            # One hang-up is suspicious only; the message was given up after the second.
+            if not sent.refusals or error.retryable is not False:
                 raise
             raise PublishNotAuthorized(
                 f"the platform ended the connection each time a message to {out.topic!r} was sent",
