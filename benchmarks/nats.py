@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import cProfile
+import importlib
 import pstats
 import sys
 import time
@@ -309,8 +310,9 @@ async def our_app(url: str) -> AsyncIterator[Run]:
 async def faststream(url: str) -> AsyncIterator[Run]:
     import logging
 
-    from faststream.nats import NatsBroker
     from pydantic import BaseModel
+
+    nats: Any = importlib.import_module("faststream.nats")
 
     class Typed(BaseModel):
         sensor: str
@@ -318,7 +320,7 @@ async def faststream(url: str) -> AsyncIterator[Run]:
 
     arrivals = Arrivals()
     logging.getLogger("faststream").setLevel(logging.CRITICAL)
-    broker = NatsBroker(url, logger=None)
+    broker = nats.NatsBroker(url, logger=None)
 
     async def typed(reading: Typed) -> None:
         arrivals.arrived()
