@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pubsub_core.capabilities import Cap
 from pubsub_core.testing import Harness, suite
 
@@ -74,5 +76,7 @@ class TestNats(suite("nats")):  # type: ignore[misc]  # the base is made at run 
     harness = CORE
 
 
+# Every message is stored: CI runs it, every change need not.
+@pytest.mark.slow
 class TestNatsStream(suite("nats")):  # type: ignore[misc]  # the base is made at run time
     harness = STREAM

@@ -19,6 +19,9 @@ from tests.servers import eventually
 
 from .world import backend
 
+# Three servers a test, on two processors.
+pytestmark = pytest.mark.slow
+
 TOPICS = 10
 
 
@@ -109,7 +112,6 @@ async def killed_under_load(
     return confirmed, failures, pause
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("run", range(5))
 @pytest.mark.parametrize("where", ["leader", "follower"])
@@ -137,7 +139,6 @@ async def test_what_is_published_during_an_election_is_stored_once(cluster: Nats
     assert sorted(number for _, number in found) == list(range(300))
 
 
-@pytest.mark.slow
 async def test_a_subscriber_goes_on_when_a_node_is_killed(cluster: NatsServer) -> None:
     async with at(cluster, 0), at(cluster, 1, offline="buffer") as publisher:
         leader = await leader_of(cluster)
@@ -163,7 +164,6 @@ async def test_a_subscriber_goes_on_when_a_node_is_killed(cluster: NatsServer) -
             assert backend(bus)._server is not None
 
 
-@pytest.mark.slow
 async def test_without_a_majority_publishes_end_and_core_mode_goes_on(
     cluster: NatsServer,
 ) -> None:

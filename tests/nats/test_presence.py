@@ -124,6 +124,7 @@ async def test_nonsense_of_others_is_nobody(server: NatsServer, said: bytes) -> 
         await client.close()
 
 
+@pytest.mark.slow
 async def test_every_node_of_a_cluster_knows() -> None:
     async with NatsServer(cluster=3) as server:
         options: dict[str, Any] = {"replicas": 3, "presence_ttl": 3.0, "reconnect_first": 0.01}

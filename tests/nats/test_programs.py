@@ -56,6 +56,7 @@ async def test_on_one_node() -> None:
         await played([server.url] * 4, stream())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 async def test_on_a_cluster_that_loses_a_node() -> None:
     async with NatsServer(cluster=3) as server:
