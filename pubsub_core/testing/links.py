@@ -9,7 +9,7 @@ from pubsub_core.events import Status
 from pubsub_core.memory import Space
 from pubsub_core.memory.backend import MemoryBackend
 
-from .proxy import FaultProxy
+from .proxy import Direction, FaultProxy
 from .terms import Need
 
 __all__ = ["Link", "MemoryLink", "ProxyLink"]
@@ -25,7 +25,7 @@ class Link(Protocol):
 
     @property
     def swallowed(self) -> int:
-        """Bytes that were lost while it was frozen."""
+        """Bytes to the broker that were lost while it was frozen."""
         ...
 
     async def open(self) -> None:
@@ -74,8 +74,8 @@ class ProxyLink:
 
     @property
     def swallowed(self) -> int:
-        """Bytes that the black hole took, both ways."""
-        return sum(self.proxy.lost.values())
+        """Bytes to the broker that the black hole took."""
+        return self.proxy.lost[Direction.UP]
 
     async def open(self) -> None:
         """Start the proxy."""
