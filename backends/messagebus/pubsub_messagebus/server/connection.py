@@ -110,7 +110,7 @@ class Owner(Protocol):
         """Learn that a connection acts on nothing more."""
 
     def deliver(self, effects: Effects) -> None:
-        """QueueBounds frames for their connections."""
+        """Queue frames for their connections."""
 
 
 class Connection(asyncio.Protocol):

@@ -358,7 +358,7 @@ class MessageBusServer(ServerShell):
         self.deliver(self.broker.disconnected(connection))
 
     def deliver(self, effects: Effects) -> None:
-        """QueueBounds frames; connections that hold too much are ended."""
+        """Queue frames; connections that hold too much are ended."""
         for connection, frame in effects:
             # This server gives its broker nothing but its own connections; a check would be
             # paid for every delivery.

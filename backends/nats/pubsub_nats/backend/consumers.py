@@ -203,6 +203,10 @@ class Consumer(abc.ABC):
         self._host.requests.tell(f"CONSUMER.DELETE.{self._host.stream}.{name}")
 
 
+def _from_sequence(sequence: int) -> dict[str, object]:
+    return {"deliver_policy": "by_start_sequence", "opt_start_seq": max(sequence, 1)}
+
+
 class PushConsumer(Consumer):
     """A plain subscription's."""
 
@@ -220,11 +224,7 @@ class PushConsumer(Consumer):
     async def start_from(self, sequence: int) -> bool:
         """Make it for what was published from that message on."""
         self.last = sequence - 1
-        return await self._make(self._from(sequence))
-
-    @staticmethod
-    def _from(sequence: int) -> dict[str, object]:
-        return {"deliver_policy": "by_start_sequence", "opt_start_seq": max(sequence, 1)}
+        return await self._make(_from_sequence(sequence))
 
     async def _make(self, start: Mapping[str, object]) -> bool:
         old, self._name = self._name, self._host.unique()
@@ -265,7 +265,7 @@ class PushConsumer(Consumer):
         if self.ended:
             return True
         self._until = until
-        return await self._make(self._from(self.last + 1))
+        return await self._make(_from_sequence(self.last + 1))
 
     def take(self, message: Msg, position: Position | None) -> None:
         """Take a message, or a word of the consumer itself."""
@@ -354,7 +354,7 @@ class PullConsumer(Consumer):
 
     async def start_from(self, sequence: int) -> bool:
         """Make it for what was published from that message on."""
-        return await self._start(PushConsumer._from(sequence))  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        return await self._start(_from_sequence(sequence))
 
     def _listen(self) -> None:
         requests = self._host.requests
